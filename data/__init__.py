@@ -1,0 +1,1 @@
+"""Captioned image shards and the DataModule that reads them."""

@@ -1,0 +1,1 @@
+"""Scores, each under the name it has earned."""

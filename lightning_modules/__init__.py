@@ -1,0 +1,1 @@
+"""The papers, one folder each, and what several of them use."""

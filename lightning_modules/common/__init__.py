@@ -1,0 +1,1 @@
+"""What several papers use: draws, text encoders, checkpoints, the generator base class."""

@@ -1,0 +1,1 @@
+"""Paella: text-conditional renoising of image tokens (arXiv 2211.07292)."""

@@ -1,0 +1,1 @@
+"""VQGAN: the tokenizer under the five papers."""
