@@ -1,0 +1,64 @@
+"""The one categorical draw of the suite: the inverse CDF of given uniforms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one label per row: the number of cumulated probabilities that are <= u.
+
+    token = #{k : sum_{j<=k} softmax(logits)_j <= u}. The cumulated sums are not normalised; u is
+    scaled by their last entry instead, which saves a pass over the labels.
+
+    Args:
+        logits: [n, K] float, -inf where a label is excluded.
+        uniforms: [n] in [0, 1).
+
+    Returns:
+        [n] int64 in 0..K-1.
+    """
+    cdf = (logits - logits.amax(dim=1, keepdim=True)).exp_().cumsum_(dim=1)  # [n, K]
+    threshold = uniforms.to(cdf.dtype).unsqueeze(1) * cdf[:, -1:]  # [n, 1]
+    tokens = torch.searchsorted(cdf, threshold, right=True).squeeze(1)
+    # u * total may round up to total itself, which lies beyond the last label
+    last = torch.searchsorted(cdf, cdf[:, -1:]).squeeze(1)
+    return torch.minimum(tokens, last)
+
+
+def draw_rows(
+    rows: Tensor,
+    uniforms: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float = 1.0,
+    logits_filter: Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """Draw one label per feature row without ever holding more than `chunk` x K numbers.
+
+    Args:
+        rows: [n, C] features in front of the output head.
+        uniforms: [n] in [0, 1).
+        head: maps [m, C] to logits [m, K].
+        temperature: the logits are divided by it, > 0.
+        logits_filter: maps logits [m, K] at temperature 1 to logits with excluded labels at -inf.
+        chunk: rows handled at once.
+
+    Returns:
+        [n] int64.
+
+    Raises:
+        ValueError: a temperature that is not positive (use the argmax mode for the limit 0).
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    tokens = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    for start in range(0, rows.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits = head(rows[part])  # [m, K]
+        if logits_filter is not None:
+            logits = logits_filter(logits)
+        tokens[part] = draw(logits if temperature == 1 else logits / temperature, uniforms[part])
+    return tokens

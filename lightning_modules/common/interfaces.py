@@ -1,0 +1,24 @@
+"""What generators, the cache and the scores may ask of a tokenizer."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Tokenizer(Protocol):
+    """Images to a grid of codes and back."""
+
+    num_codes: int
+    factor: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] in [-1, 1] to tokens [B, H/factor, W/factor] int64."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Map tokens [B, h, w] int64 to images [B, 3, h*factor, w*factor] in [-1, 1]."""
+        ...
+
+    def codebook(self) -> Tensor:
+        """Return the code vectors [num_codes, c]."""
+        ...
