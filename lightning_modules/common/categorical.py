@@ -20,11 +20,11 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
         [n] int64 in 0..K-1.
     """
     cdf = (logits - logits.amax(dim=1, keepdim=True)).exp_().cumsum_(dim=1)  # [n, K]
-    threshold = uniforms.to(cdf.dtype).unsqueeze(1) * cdf[:, -1:]  # [n, 1]
-    tokens = torch.searchsorted(cdf, threshold, right=True).squeeze(1)
-    # u * total may round up to total itself, which lies beyond the last label
-    last = torch.searchsorted(cdf, cdf[:, -1:]).squeeze(1)
-    return torch.minimum(tokens, last)
+    total = cdf[:, -1:].contiguous()  # [n, 1]
+    threshold = uniforms.to(cdf.dtype).unsqueeze(1) * total
+    tokens = torch.searchsorted(cdf, threshold, right=True)  # [n, 1]
+    # u * total may round up to total itself, which lies beyond the last possible label
+    return torch.minimum(tokens, torch.searchsorted(cdf, total)).squeeze(1)
 
 
 def draw_rows(

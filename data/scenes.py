@@ -1,0 +1,201 @@
+"""The embedded captioned data: scenes of coloured shapes, drawn anti-aliased, exact by seed.
+
+A scene has two to four things on a plain background. Two things stand in a row or in a column,
+three as two above one or one above two, four as two above two. Every thing has one of 6 colours,
+3 shapes and 2 sizes. A tenth of all combinations, chosen by a hash, never occurs in training and
+forms the split `heldout`, so that composition can be scored.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (45, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (150, 50, 190),
+    "cyan": (50, 200, 215),
+}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 3.6 / 32, "large": 6.2 / 32}  # half width as a share of the picture
+BACKGROUNDS = {"black": (18, 18, 18), "grey": (128, 128, 128), "white": (240, 240, 240)}
+
+# centres (x, y) of the things in reading order, as shares of the picture
+LAYOUTS = {
+    "row": ((9 / 32, 16 / 32), (23 / 32, 16 / 32)),
+    "column": ((16 / 32, 9 / 32), (16 / 32, 23 / 32)),
+    "two above one": ((9 / 32, 9 / 32), (23 / 32, 9 / 32), (16 / 32, 23 / 32)),
+    "one above two": ((16 / 32, 9 / 32), (9 / 32, 23 / 32), (23 / 32, 23 / 32)),
+    "two above two": ((9 / 32, 9 / 32), (23 / 32, 9 / 32), (9 / 32, 23 / 32), (23 / 32, 23 / 32)),
+}
+JITTER_ALONG = 0.75 / 32  # along the line that joins two neighbours: they never touch
+JITTER_ACROSS = 3.0 / 32  # across it, where the layout leaves room
+SPLITS = ("train", "val", "heldout")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene."""
+
+    color: str
+    shape: str
+    size: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: the things in reading order, how they stand, and the background."""
+
+    things: tuple[Thing, ...]
+    layout: str
+    background: str
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, Any]) -> "Scene":
+        """Read a scene back from the attributes that a sample's JSON holds."""
+        things = tuple(Thing(**{k: t[k] for k in ("color", "shape", "size")})
+                       for t in attributes["things"])  # fmt: skip
+        return cls(things, attributes["layout"], attributes["background"])
+
+
+def is_heldout(scene: Scene) -> bool:
+    """Return whether the combination of all attributes is one of the tenth kept from training."""
+    name = f"{[str(t) for t in scene.things]} {scene.layout} {scene.background}"
+    return hashlib.blake2b(name.encode(), digest_size=4).digest()[0] % 10 == 0
+
+
+def sample_scene(rng: np.random.Generator, max_objects: int = 2) -> Scene:
+    """Draw a scene uniformly over its attributes.
+
+    Args:
+        rng: the source of chance.
+        max_objects: most things in a scene, 2 to 4; the number is uniform from 2 up to it.
+
+    Raises:
+        ValueError: a number of things that no layout holds.
+    """
+    if not 2 <= max_objects <= 4:
+        raise ValueError(f"max_objects must be 2, 3 or 4, got {max_objects}")
+    count = int(rng.integers(2, max_objects + 1))
+    fitting = [name for name, centres in LAYOUTS.items() if len(centres) == count]
+
+    def pick(options: Any) -> str:
+        return str(rng.choice(list(options)))
+
+    things = tuple(Thing(pick(COLORS), pick(SHAPES), pick(SIZES)) for _ in range(count))
+    return Scene(things, pick(fitting), pick(BACKGROUNDS))
+
+
+def place(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Return jittered centres [things, 2] as shares of the picture, x to the right, y down."""
+    centres = np.array(LAYOUTS[scene.layout])
+    along, across = (rng.uniform(-1, 1, centres.shape[0]) for _ in range(2))
+    jitter_x = JITTER_ACROSS * across if scene.layout == "column" else JITTER_ALONG * along
+    jitter_y = JITTER_ACROSS * across if scene.layout == "row" else JITTER_ALONG * along
+    return centres + np.stack([jitter_x, jitter_y], axis=1)
+
+
+def draw_scene(scene: Scene, centres: np.ndarray, resolution: int = 32) -> np.ndarray:
+    """Draw a scene with edges smoothed over one pixel.
+
+    Coverage of a pixel is clip(1/2 - d, 0, 1), d the signed distance of its centre to the shape's
+    edge in pixels, negative inside.
+
+    Args:
+        scene: what to draw.
+        centres: [things, 2] as `place` returns them.
+        resolution: width and height in pixels.
+
+    Returns:
+        [resolution, resolution, 3] uint8.
+    """
+    axis = np.arange(resolution) + 0.5
+    image = np.full((resolution, resolution, 3), BACKGROUNDS[scene.background], float)
+    for thing, centre in zip(scene.things, centres, strict=True):
+        half = SIZES[thing.size] * resolution
+        x = axis[None, :] - centre[0] * resolution  # [1, W]
+        y = axis[:, None] - centre[1] * resolution  # [H, 1]
+        if thing.shape == "circle":
+            distance = np.hypot(x, y) - half
+        elif thing.shape == "square":
+            distance = np.maximum(np.abs(x), np.abs(y)) - 0.9 * half
+        else:  # triangle with its tip up: the base at y = half, the tip at y = -half
+            slope = np.hypot(1, 0.5)
+            distance = np.maximum(y - half, (np.abs(x) - 0.5 * (y + half)) / slope)
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # [H, W, 1]
+        image += coverage * (np.array(COLORS[thing.color]) - image)
+    return np.rint(image).astype(np.uint8)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Say what a scene shows, in one of several phrasings.
+
+    Two things are named in either order ("left of" or "right of", "above" or "below").
+    """
+    named = [f"a {thing}" for thing in scene.things]
+    if scene.layout in ("row", "column"):
+        forth, back = {"row": (("left of", "to the left of"), ("right of", "to the right of")),
+                       "column": (("above", "over"), ("below", "under"))}[scene.layout]  # fmt: skip
+        swap, variant = rng.integers(2), rng.integers(2)
+        first, second = named[swap], named[1 - swap]
+        body = f"{first} {(back if swap else forth)[variant]} {second}"
+    elif scene.layout == "two above one":
+        body = f"{named[0]} left of {named[1]}, and {named[2]} below them"
+    elif scene.layout == "one above two":
+        body = f"{named[0]} above {named[1]} left of {named[2]}"
+    else:
+        body = f"{named[0]} left of {named[1]}, above {named[2]} left of {named[3]}"
+    templates = (
+        f"{body} on a {scene.background} background",
+        f"{body}, {scene.background} background",
+        f"on a {scene.background} background, {body}",
+        f"a picture of {body} on {scene.background}",
+    )
+    return templates[rng.integers(len(templates))]
+
+
+def scenes(
+    split: str, count: int, *, seed: int = 0, resolution: int = 32, max_objects: int = 2
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a split; sample i depends on (seed, split, i) alone.
+
+    Args:
+        split: train or val (combinations seen in training) or heldout (combinations never seen).
+        count: number of samples.
+        seed: seed of the whole data set.
+        resolution: width and height in pixels.
+        max_objects: most things in a scene, 2 to 4.
+
+    Yields:
+        {"key": str, "image": uint8 [H, W, 3], "caption": str, "attributes": plain dict with
+        things (color, shape, size, centre and half width in pixels), layout and background}.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"scenes have the splits {', '.join(SPLITS)}, not {split!r}")
+    for index in range(count):
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        scene = sample_scene(rng, max_objects)
+        while is_heldout(scene) != (split == "heldout"):
+            scene = sample_scene(rng, max_objects)
+        centres = place(scene, rng)
+        attributes = asdict(scene)
+        for thing, centre in zip(attributes["things"], centres, strict=True):
+            thing["centre"] = [round(float(c) * resolution, 3) for c in centre]
+            thing["half"] = SIZES[thing["size"]] * resolution
+        yield {
+            "key": f"{SPLITS.index(split)}{index:08d}",
+            "image": draw_scene(scene, centres, resolution),
+            "caption": caption(scene, rng),
+            "attributes": {**attributes, "things": list(attributes["things"])},
+        }
