@@ -1,0 +1,189 @@
+"""Text encoders: captions in, a Condition out. Frozen ones stay outside every state dict."""
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.common.config import TextConfig
+
+
+@dataclass
+class Condition:
+    """What a generator is conditioned on.
+
+    Attributes:
+        tokens: [B, L, D] float, one vector per text token.
+        mask: [B, L] bool, True where a token is real; None where all are attended.
+        pooled: [B, P] float, one text vector per caption, or None.
+        image: [B, P] float, one image vector per sample, or None.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    image: Tensor | None = None
+
+
+@lru_cache(maxsize=100_000)
+def ngram_ids(word: str, buckets: int) -> tuple[int, ...]:
+    """Hash a word's byte n-grams, n = 3 to 6, and the whole word into table rows.
+
+    The bag of n-grams with word borders `<` and `>` is that of fastText (Bojanowski et al. 2017,
+    section 3.2), taken over UTF-8 bytes.
+
+    Args:
+        word: any non-empty text without spaces.
+        buckets: number of rows; ids lie in 0..buckets-1.
+    """
+    data = b"<" + word.encode() + b">"
+    grams = {data} | {data[i : i + n] for n in range(3, 7) for i in range(len(data) - n + 1)}
+    return tuple(sorted(zlib.crc32(gram) % buckets for gram in grams))
+
+
+class ByteEncoder(nn.Module):
+    """A small text encoder over bytes, trained together with the generator.
+
+    A word is the mean of the embeddings of its hashed byte n-grams; a transformer of a few layers
+    relates the words. No vocabulary and no files are needed, and an unseen word shares the
+    n-grams of its relatives. The empty caption is one learned token.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.width = config.width
+        # row `buckets` is the empty caption
+        self.ngrams = nn.EmbeddingBag(config.buckets + 1, config.width, mode="mean")
+        self.position = nn.Parameter(torch.randn(config.max_length, config.width) * 0.5)
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.heads, 4 * config.width, 0.0, "gelu", batch_first=True,
+            norm_first=True,
+        )  # fmt: skip
+        self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions to tokens [B, L, width] with their mask [B, L], L the longest."""
+        empty = ((self.config.buckets,),)
+        words = [
+            [ngram_ids(w, self.config.buckets) for w in self.split(c)] or empty for c in captions
+        ]
+        lengths = torch.tensor([len(w) for w in words])
+        flat = [ids for caption in words for ids in caption]
+        offsets = torch.tensor([0] + [len(ids) for ids in flat[:-1]]).cumsum(0)
+        ids = torch.tensor([i for ids in flat for i in ids], device=device)
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)  # [B, L]
+        x = self.position.new_zeros(*mask.shape, self.width)  # [B, L, D]
+        x[mask] = self.ngrams(ids, offsets.to(device)).to(x.dtype)
+        x = x + self.position[: x.shape[1]]
+        x = self.layers(x, src_key_padding_mask=~mask)
+        return Condition(self.norm(x), mask)
+
+    def split(self, caption: str) -> list[str]:
+        """Split a caption at spaces and around punctuation, cut to max_length words."""
+        spaced = "".join(c if c.isalnum() or c in "-'_" else f" {c} " for c in caption.lower())
+        return spaced.split()[: self.config.max_length]
+
+
+class OpenClipEncoder:
+    """Frozen pooled text and image vectors of an open_clip model, not normalised.
+
+    A plain object, so that no generator that holds one has its weights in the state dict. The
+    model is loaded at the first use. Images are resized to the square without a crop, as Paella's
+    released code does (dome272/Paella: src_distributed).
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+        self._model: Any = None
+
+    def _load(self, device: torch.device) -> None:
+        import open_clip
+
+        model = open_clip.create_model(self.config.clip, self.config.clip_pretrained)
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._tokenizer = open_clip.get_tokenizer(self.config.clip)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions to pooled vectors [B, P] float32, also given as one token [B, 1, P]."""
+        if self._model is None:
+            self._load(device)
+        pooled = self._model.encode_text(self._tokenizer(captions).to(device)).float()
+        return Condition(pooled[:, None], None, pooled)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] in [-1, 1] to image vectors [B, P] float32."""
+        if self._model is None:
+            self._load(images.device)
+        visual = self._model.visual
+        size = visual.image_size  # an int or (height, width)
+        size = size if isinstance(size, tuple) else (size, size)
+        resized = nn.functional.interpolate(
+            images, size=size, mode="bicubic", antialias=True, align_corners=False
+        )
+        mean, std = (
+            torch.tensor(v, device=images.device).view(1, 3, 1, 1)
+            for v in (visual.image_mean, visual.image_std)
+        )
+        return self._model.encode_image(((resized + 1) / 2 - mean) / std).float()
+
+
+class ByT5Encoder:
+    """Frozen ByT5 hidden states with pooled open_clip vectors (Paella v3), loaded at first use."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+        self._t5: Any = None
+        self._clip = OpenClipEncoder(config) if config.clip is not None else None
+
+    def _load(self, device: torch.device) -> None:
+        from transformers import ByT5Tokenizer, T5EncoderModel
+
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        try:
+            t5 = T5EncoderModel.from_pretrained(self.config.path, dtype=dtype)
+        except OSError as error:
+            raise ValueError(
+                f"text.path={self.config.path} is neither a folder with a T5 encoder nor "
+                "a hub name that can be reached; download google/byt5-xl and name its folder"
+            ) from error
+        self._tokenizer = ByT5Tokenizer()
+        self._t5 = t5.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions to hidden states [B, L, D] and pooled vectors [B, P], float32."""
+        if self._t5 is None:
+            self._load(device)
+        batch = self._tokenizer(
+            captions,
+            padding="longest",
+            truncation=True,
+            max_length=self.config.max_length,
+            return_tensors="pt",
+        ).to(device)
+        # the released code encodes and attends padding; hiding it equals encoding one by one
+        hide = self.config.mask_padding
+        attention = batch["attention_mask"] if hide else torch.ones_like(batch["input_ids"])
+        hidden = self._t5(input_ids=batch["input_ids"], attention_mask=attention).last_hidden_state
+        pooled = self._clip(captions, device).pooled if self._clip is not None else None
+        return Condition(hidden.float(), attention.bool() if hide else None, pooled)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] in [-1, 1] to CLIP image vectors [B, P].
+
+        Raises:
+            ValueError: the settings name no CLIP model.
+        """
+        if self._clip is None:
+            raise ValueError("image vectors need text.clip; it is null in this checkpoint")
+        return self._clip.encode_images(images)
+
+
+TEXT_ENCODERS = {"bytes": ByteEncoder, "byt5": ByT5Encoder, "open_clip": OpenClipEncoder}
