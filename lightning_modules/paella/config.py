@@ -1,0 +1,269 @@
+"""Every setting of Paella, and the released sizes (arXiv 2211.07292; dome272/Paella)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+TimeLaw = Literal["released", "simple", "wuerstchen"]
+RenoiseMode = Literal["start", "prev", "rand"]
+DrawMode = Literal["multinomial", "argmax", "quant"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class ModelConfig:
+    """Token predictor of 2023 (`Paella`, checkpoint paella_v3.pt); defaults: released size."""
+
+    c_in: int = 256
+    """Width of a token's embedding; must equal c_out."""
+    c_out: int = 256
+    """Width of the features in front of the output table."""
+    num_labels: int = 8192
+    """Number of codes of the tokenizer."""
+    c_r: int = 64
+    """Width of the sinusoidal timestep embedding."""
+    patch_size: int = 2
+    """Side of the square of tokens that is one position of the first level."""
+    c_cond: int = 1024
+    """Width of the conditioning sequence."""
+    c_hidden: list[int] = field(default_factory=lambda: [640, 1280, 1280])
+    """Width of each level; the grid is halved between levels."""
+    nhead: list[int] = field(default_factory=lambda: [-1, 16, 16])
+    """Attention heads of each level; -1 where the level has no attention."""
+    blocks: list[int] = field(default_factory=lambda: [6, 16, 6])
+    """How often each level repeats its level_config, on the way down and again on the way up."""
+    level_config: list[str] = field(default_factory=lambda: ["CT", "CTA", "CTA"])
+    """Block types of each level: C convolution, T timestep, A attention, F feed-forward."""
+    clip_embd: int = 1024
+    """Width of the pooled CLIP embeddings; 0 leaves their mappers out."""
+    clip_image: bool = True
+    """Whether pooled image embeddings can be a condition (only with clip_embd > 0)."""
+    byt5_embd: int = 2560
+    """Width of the text encoder's token states (2560 is ByT5-XL)."""
+    clip_seq_len: int = 4
+    """Conditioning tokens made of one pooled embedding."""
+    kernel_size: int = 3
+    """Side of the depthwise convolutions; odd."""
+    dropout: float = 0.1
+    """Dropout in C and F blocks and on attention probabilities."""
+    self_attn: bool = True
+    """Whether attention also sees the grid's own tokens, not only the condition."""
+
+    def __post_init__(self) -> None:
+        levels = len(self.c_hidden)
+        _require(levels >= 1, "c_hidden must name at least one level")
+        for name in ("nhead", "blocks", "level_config"):
+            count = len(getattr(self, name))
+            _require(
+                count == levels,
+                f"{name} must have one entry per level of c_hidden ({levels}), got {count}",
+            )
+        _require(
+            self.c_in == self.c_out,
+            f"c_in and c_out must be equal, got {self.c_in} and {self.c_out}",
+        )
+        for name in ("c_in", "num_labels", "patch_size", "c_cond", "byt5_embd", "clip_seq_len"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(self.c_r >= 4, f"c_r must be at least 4, got {self.c_r}")
+        _require(self.clip_embd >= 0, f"clip_embd must be at least 0, got {self.clip_embd}")
+        _require(self.kernel_size % 2 == 1, f"kernel_size must be odd, got {self.kernel_size}")
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        for width, heads, kinds in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
+            unknown = set(kinds) - set("CTAF")
+            _require(not unknown, f"level_config knows the blocks C, T, A and F, got {kinds!r}")
+            _require(
+                "A" not in kinds or (heads > 0 and width % heads == 0),
+                f"nhead must divide the width of a level with attention, got {heads} heads "
+                f"for width {width}",
+            )
+
+    @property
+    def grid_multiple(self) -> int:
+        """What height and width of the token grid must be multiples of."""
+        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
+
+
+@dataclass
+class V1Config:
+    """Token predictor of 2022 (`DenoiseUNet`, checkpoint model_600000.pt)."""
+
+    num_labels: int = 8192
+    """Number of codes of the tokenizer."""
+    c_hidden: int = 1280
+    """Width of the deepest level; each level above has half of the one below."""
+    c_clip: int = 1024
+    """Width of the pooled CLIP embedding."""
+    c_r: int = 64
+    """Width of the sinusoidal timestep embedding."""
+    down_levels: list[int] = field(default_factory=lambda: [4, 8, 16])
+    """Blocks of each level on the way down, finest first."""
+    up_levels: list[int] = field(default_factory=lambda: [16, 8, 4])
+    """Blocks of each level on the way up, deepest first."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.down_levels) >= 1, "down_levels must name at least one level")
+        _require(
+            len(self.down_levels) == len(self.up_levels),
+            f"up_levels must have as many levels as down_levels ({len(self.down_levels)}), "
+            f"got {len(self.up_levels)}",
+        )
+        _require(
+            min(self.down_levels + self.up_levels) >= 1,
+            "down_levels and up_levels must have at least one block per level",
+        )
+        widest = 2 ** (len(self.down_levels) - 1)
+        _require(
+            self.c_hidden % widest == 0,
+            f"c_hidden must be a multiple of {widest}, got {self.c_hidden}",
+        )
+
+    @property
+    def grid_multiple(self) -> int:
+        """What height and width of the token grid must be multiples of."""
+        return 2 ** (len(self.down_levels) - 1)
+
+
+@dataclass
+class PriorConfig:
+    """Diffusion prior from a text embedding to an image embedding (prior_v1.pt)."""
+
+    clip_embd: int = 1024
+    """Width of the embeddings."""
+    c_hidden: int = 1280
+    """Width of the residual stream."""
+    c_r: int = 64
+    """Width of the sinusoidal timestep embedding."""
+    num_blocks: int = 48
+    """Residual blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_embd", "c_hidden", "num_blocks"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(self.c_r >= 4, f"c_r must be at least 4, got {self.c_r}")
+
+
+@dataclass
+class ObjectiveConfig:
+    """Noising, loss and how often a condition is hidden in training."""
+
+    t_law: TimeLaw = "released"
+    """Law of the noise rate t: released (1-u+0.001, clamped), simple (1-u), wuerstchen (1.08)."""
+    eta: float = 0.3
+    """Loss weight of an untouched token at t = 0; 1 weighs all tokens alike."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the cross entropy."""
+    text_drop: float = 0.05
+    """Share of training conditions whose caption is replaced by the empty one."""
+    pooled_drop: float = 0.9
+    """Share of training conditions whose pooled text embedding is that of the empty caption."""
+    image_drop: float = 0.9
+    """Share of training conditions without image embedding."""
+    drop_per: Literal["sample", "batch"] = "sample"
+    """Draw the three drops per sample, or once per batch as the released code does."""
+
+    def __post_init__(self) -> None:
+        for name in ("eta", "text_drop", "pooled_drop", "image_drop"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must be between 0 and 1, got {value}")
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+
+
+@dataclass
+class SamplingConfig:
+    """Every setting of the sampling loop; defaults are those of the released code."""
+
+    steps: int = 12
+    """Number of sampling steps."""
+    guidance_start: float = 8.0
+    """Guidance weight of the first step; 1 is no guidance."""
+    guidance_end: float = 8.0
+    """Guidance weight of the last step (linear in between)."""
+    guided_steps: int | None = None
+    """Guide only the first steps; null guides all."""
+    temperature_start: float = 0.7
+    """Temperature of the first step."""
+    temperature_end: float = 0.3
+    """Temperature of the last step (linear in between)."""
+    renoise_steps: int | None = None
+    """Renoise after each of the first steps; null is all but the last."""
+    renoise_mode: RenoiseMode = "start"
+    """Renoise with the first tokens (start), this step's input (prev) or fresh tokens (rand)."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """linear: t falls linearly (v3). cosine: r rises, rate cos(r pi/2), for the v1 network."""
+    t_start: float = 1.0
+    """Noise rate before the first step (linear), or 1 - r there (cosine)."""
+    t_end: float = 0.0
+    """Noise rate after the last step (linear), or 1 - r there (cosine)."""
+    first_step: int = 0
+    """Skip this many steps: the loop then starts from given tokens, noised to that step's rate."""
+    mode: DrawMode = "multinomial"
+    """Draw a token, take the likeliest (argmax), or the code nearest to the mean code (quant)."""
+    quant_steps: int | None = None
+    """With mode quant: draw before this step, take the nearest code from it on; null is from 0."""
+    typical_mass: float | None = None
+    """Probability mass of the typical filter; null is no filter."""
+    typical_min_tokens: int = 1
+    """Labels that the typical filter always leaves."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        for name in ("temperature_start", "temperature_end"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be above 0, got {value}")
+        for name in ("guided_steps", "renoise_steps", "quant_steps"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value <= self.steps,
+                f"{name} must be between 0 and steps ({self.steps}), got {value}",
+            )
+        _require(
+            0 <= self.first_step < self.steps,
+            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
+        )
+        _require(
+            0 <= self.t_end <= self.t_start <= 1,
+            f"t_end must be between 0 and t_start and t_start at most 1, got t_end "
+            f"{self.t_end} and t_start {self.t_start}",
+        )
+        _require(
+            self.typical_mass is None or 0 < self.typical_mass <= 1,
+            f"typical_mass must be in (0, 1], got {self.typical_mass}",
+        )
+        _require(
+            self.typical_min_tokens >= 1,
+            f"typical_min_tokens must be at least 1, got {self.typical_min_tokens}",
+        )
+
+
+# Sizes of the released checkpoints (parameters: 1,008,350,592; 577,995,184; 899,770,624).
+MODELS = {"paper": ModelConfig(), "v1": V1Config(), "prior": PriorConfig()}
+
+# The paper has constants for guidance and temperature (Algorithm 1, v2; their values are not
+# given there, 8 is the released weight); `released` anneals the temperature. `notebook` and
+# `demo` are the public scripts of 2023, `v1` the code of 2022.
+PRESETS = {
+    "paper": SamplingConfig(temperature_start=1.0, temperature_end=1.0),
+    "released": SamplingConfig(),
+    "notebook": SamplingConfig(
+        steps=32, renoise_steps=26, temperature_start=1.2, temperature_end=0.2
+    ),
+    "demo": SamplingConfig(
+        steps=32, renoise_steps=26, temperature_start=1.2, temperature_end=0.2, guided_steps=20
+    ),
+    "v1": SamplingConfig(
+        guidance_start=5.0,
+        guidance_end=5.0,
+        temperature_start=1.0,
+        temperature_end=1.0,
+        schedule="cosine",
+        typical_mass=0.2,
+    ),
+}
