@@ -1,0 +1,66 @@
+"""The settings of the data."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass
+class DataConfig:
+    """Which captioned images, and how they become pictures of one size."""
+
+    name: Literal["scenes", "digits", "shards"] = "scenes"
+    """scenes: drawn by the project; digits: handwritten, of scikit-learn; shards: your own."""
+    shards: str | None = None
+    """Your training shards: folder, glob or range, e.g. path/{00000..00009}.tar."""
+    val_shards: str | None = None
+    """Your validation shards; null keeps about 2 % of the training samples, chosen by key."""
+    resolution: int = 32
+    """Width and height in pixels."""
+    train_size: int = 20_000
+    """Training samples to draw (scenes) or to use at most (digits)."""
+    val_size: int = 1_000
+    """Validation samples, at most."""
+    heldout_size: int = 1_000
+    """Scenes of attribute combinations that training never shows."""
+    max_objects: int = 2
+    """Most things in a scene: 2, 3 or 4."""
+    seed: int = 0
+    """Seed of the data set itself, not of the training."""
+    cache: bool = True
+    """Encode the training shards to tokens once; false encodes in every step."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut from a training image; validation is always cut in the centre."""
+    flip: bool = False
+    """Mirror half of the training images. Not for captions that say left or right."""
+    shuffle_buffer: int = 1_000
+    """Encoded samples that a worker holds to shuffle them."""
+    workers: int = 2
+    """Processes that decode images; 0 decodes in the training process."""
+    max_skipped: float = 0.2
+    """Share of bad samples (corrupt image, no caption, ...) at which a run stops."""
+    min_size: int | None = None
+    """Drop images whose original short side has fewer pixels."""
+    min_aesthetic: float | None = None
+    """Drop images whose aesthetic score is lower or missing."""
+    max_pwatermark: float | None = None
+    """Drop images whose probability of a watermark is higher or missing."""
+    max_punsafe: float | None = None
+    """Drop images whose probability of unsafe content is higher or missing."""
+
+    NOT_IN_KEY: ClassVar[tuple[str, ...]] = ("workers", "max_skipped")
+
+    def __post_init__(self) -> None:
+        if self.shards is not None:
+            self.name = "shards"
+        if self.name == "shards" and self.shards is None:
+            raise ValueError("shards must name your shards when name is shards")
+        at_least = {"resolution": 8, "train_size": 1, "val_size": 1, "heldout_size": 1}
+        for name, lowest in {**at_least, "seed": 0, "shuffle_buffer": 0, "workers": 0}.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        if not 2 <= self.max_objects <= 4:
+            raise ValueError(f"max_objects must be 2, 3 or 4, got {self.max_objects}")
+        if not 0 <= self.max_skipped < 1:
+            raise ValueError(f"max_skipped must be in [0, 1), got {self.max_skipped}")
+        if self.flip and self.name != "shards":
+            raise ValueError(f"flip must be false for {self.name}: mirrored, the caption is wrong")

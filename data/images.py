@@ -1,0 +1,110 @@
+"""From the bytes of a web image to a square RGB picture, and from there to a batch."""
+
+import io
+import random
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Crop = Literal["center", "random"]
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 64_000_000  # a header can promise more than any memory holds
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an encoded image without decoding it.
+
+    Raises:
+        PIL.Image.DecompressionBombError: the header promises more than MAX_PIXELS.
+        OSError: not a JPEG, PNG or WebP.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is ours
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any mode into upright RGB; what is transparent becomes white, 16 bits become 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        wide = np.asarray(image, np.float64) / 257
+        image = Image.fromarray(np.rint(wide).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    return image.convert("RGB")
+
+
+def decode_image(
+    data: bytes,
+    resolution: int,
+    *,
+    crop: Crop = "center",
+    flip: bool = False,
+    rng: random.Random | None = None,
+) -> np.ndarray:
+    """Decode, cut the largest square and resize it with bicubic filtering and anti-aliasing.
+
+    The square is cut before resizing: the same pixels as resizing the short side first, and a
+    picture of 1 x 60,000 pixels costs no memory.
+
+    Args:
+        data: encoded JPEG, PNG or WebP.
+        resolution: width and height of the result.
+        crop: where along the long side the square is cut.
+        flip: mirror half of the pictures.
+        rng: the source of chance for crop "random" and for flip.
+
+    Returns:
+        [resolution, resolution, 3] uint8.
+
+    Raises:
+        PIL.Image.DecompressionBombError: more than MAX_PIXELS.
+        OSError: the image is corrupt.
+    """
+    rng = rng or random.Random(0)
+    image = to_rgb(open_image(data))
+    side = min(image.size)
+    share = rng.random() if crop == "random" else 0.5
+    left, top = round((image.width - side) * share), round((image.height - side) * share)
+    box = (left, top, left + side, top + side)
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    if flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return np.array(image)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """Map uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels).movedim(-1, -3).float() / 127.5 - 1
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put samples with `pixels` uint8 [H, W, 3] together.
+
+    Returns:
+        {"image": [B, 3, H, W] in [-1, 1], "caption": list, "key": list}, "label" [B] int64 where
+        every sample has one, and "skipped", the summed counts that samples of a stream carry.
+    """
+    batch: dict[str, Any] = {
+        "image": to_tensor(np.stack([s["pixels"] for s in samples])),
+        "caption": [s["caption"] for s in samples],
+        "key": [s["key"] for s in samples],
+    }
+    if all("label" in s for s in samples):
+        batch["label"] = torch.tensor([s["label"] for s in samples])
+    if "skipped" in samples[0]:
+        counts: dict[str, int] = {}
+        for sample in samples:
+            for reason, count in sample["skipped"].items():
+                counts[reason] = counts.get(reason, 0) + count
+        batch["skipped"] = counts
+    return batch

@@ -1,0 +1,289 @@
+"""Shards of captioned images: tars with KEY.jpg, KEY.txt and KEY.json, as img2dataset writes them.
+
+Writing is deterministic and atomic. Reading is a chain of generators over stages of webdataset:
+shard list -> tar members -> samples -> caption and metadata -> shuffle -> pixels. A bad sample is
+counted by reason and left out; too many bad ones end the run.
+"""
+
+import glob
+import io
+import json
+import os
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from braceexpand import braceexpand
+from PIL import Image
+from torch.utils.data import get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+SEEN = "seen"
+FILTERED = "filtered: "
+WINDOW = 500
+IN_A_ROW = 20_000
+
+Sample = dict[str, Any]
+
+
+def expand_shards(pattern: str | Sequence[str]) -> list[str]:
+    """List the files of a shard pattern, in its order.
+
+    Args:
+        pattern: a path, a folder (its *.tar), brace ranges such as {00000..00009} or {a,b}, a
+            glob, several of these with commas between, or a list of them.
+
+    Raises:
+        ValueError: nothing matches, or a file that a brace range names does not exist.
+    """
+    if not isinstance(pattern, str):
+        return [shard for part in pattern for shard in expand_shards(part)]
+    found: list[str] = []
+    for part in re.split(r",(?![^{]*\})", pattern):
+        for name in map(os.path.expanduser, braceexpand(part.strip())):
+            if re.match(r"\w+:", name):
+                raise ValueError(f"shard pattern {pattern!r}: {name} is not a local path")
+            if os.path.isdir(name):
+                name = os.path.join(glob.escape(name), "*.tar")
+            if os.path.isfile(name):
+                found.append(name)
+            elif glob.has_magic(name):
+                found += sorted(glob.glob(name))
+            elif "{" in part:
+                raise ValueError(
+                    f"shard pattern {pattern!r}: {name} does not exist; "
+                    "a glob such as *.tar takes the shards that there are"
+                )
+    if not found:
+        raise ValueError(f"no shard matches {pattern!r}")
+    return found
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    folder: str | Path,
+    per_shard: int,
+    image_format: Literal["png", "jpg"] = "png",
+) -> list[str]:
+    """Write samples as 00000.tar, 00001.tar, ...; equal samples give equal bytes.
+
+    Args:
+        samples: {"key", "image" uint8 [H, W, 3], "caption"} and, where there are, "label" (int)
+            and "attributes" (plain dict), which go into KEY.json.
+        folder: where to write; a shard appears there complete or not at all.
+        per_shard: samples in a shard; the last may hold fewer.
+        image_format: png, or jpg of quality 95.
+
+    Returns:
+        The paths of the shards.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = iter(samples)
+    paths: list[str] = []
+    sample = next(stream, None)
+    while sample is not None:
+        path = folder / f"{len(paths):05d}.tar"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for _ in range(per_shard):
+                for suffix, data in _members(sample, image_format).items():
+                    member = tarfile.TarInfo(f"{sample['key']}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                sample = next(stream, None)
+                if sample is None:
+                    break
+        os.replace(temporary, path)
+        paths.append(str(path))
+    return paths
+
+
+def _members(sample: Sample, image_format: str) -> dict[str, bytes]:
+    """Encode one sample: suffix -> bytes."""
+    image = Image.fromarray(sample["image"])
+    encoded = io.BytesIO()
+    if image_format == "png":
+        image.save(encoded, "PNG")
+    else:
+        image.save(encoded, "JPEG", quality=95, subsampling=0)
+    meta = {"key": sample["key"], "caption": sample["caption"]}
+    meta |= {"width": image.width, "height": image.height}
+    meta |= {name: sample[name] for name in ("label", "attributes") if name in sample}
+    return {
+        image_format: encoded.getvalue(),
+        "txt": sample["caption"].encode(),
+        "json": json.dumps(meta).encode(),
+    }
+
+
+@dataclass(frozen=True)
+class ShardStream:
+    """The endless list of shards that one worker of one rank reads in one epoch.
+
+    Pass p permutes all shards by (seed, epoch, p), then every worker takes its stripe. Shuffled
+    before the split, a worker gets other shards in every pass; with fewer shards than workers it
+    gets one by its index, so none is ever without.
+    """
+
+    urls: Sequence[str]
+    seed: int = 0
+    epoch: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def one_pass(self, number: int, worker: int = 0, workers: int = 1) -> list[str]:
+        """Return the shards of a worker in pass `number`."""
+        order = sorted(self.urls)
+        random.Random(f"{self.seed}/{self.epoch}/{number}").shuffle(order)
+        index = self.rank * workers + worker
+        return order[index :: self.world * workers] or [order[index % len(order)]]
+
+    def __iter__(self) -> Iterator[str]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        for number in count():
+            yield from self.one_pass(number, worker, workers)
+
+
+class SkipCounter:
+    """Counts samples by what became of them, and says when too many are bad.
+
+    `counts` holds SEEN, one entry per reason (the text of a SampleError, else the exception's
+    type), and one per metadata filter (prefix FILTERED; what these remove is not called bad).
+    """
+
+    def __init__(self, max_skipped: float = 0.2, window: int = WINDOW):
+        self.max_skipped = max_skipped
+        self.window = window
+        self.counts: Counter[str] = Counter()
+        self.recent: Counter[str] = Counter()  # since the last full window
+        self.untold: Counter[str] = Counter()  # since the last `take`
+        self.in_a_row = 0  # left out since a sample last passed
+        self.example = ""
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Count.
+
+        Raises:
+            ValueError: a window is full and more than `max_skipped` of it is bad.
+        """
+        for counter in (self.counts, self.recent, self.untold):
+            counter.update(counts)
+        if self.recent[SEEN] >= self.window:
+            recent, self.recent = self.recent, Counter()
+            self.check(recent)
+
+    def skip(self, error: Exception, where: str) -> None:
+        """Count a sample that is left out because of an error."""
+        reason = str(error) if isinstance(error, SampleError) else type(error).__name__
+        if not reason.startswith(FILTERED):
+            self.example = f" (last: {where}: {str(error)[:200]})"
+        self.add({reason: 1})
+        self.in_a_row += 1
+        if self.in_a_row >= IN_A_ROW:
+            raise ValueError(f"none of the last {IN_A_ROW} samples was usable: {dict(self.counts)}")
+
+    def take(self) -> dict[str, int]:
+        """Return what was counted since the last call, to be added up in another process."""
+        counts, self.untold = dict(self.untold), Counter()
+        return counts
+
+    def check(self, counts: Mapping[str, int] | None = None) -> None:
+        """Raise ValueError where more than `max_skipped` of the counted samples is bad."""
+        counts = self.counts if counts is None else counts
+        bad = {r: n for r, n in counts.items() if r != SEEN and not r.startswith(FILTERED)}
+        skipped, seen = sum(bad.values()), counts.get(SEEN, 0)
+        if skipped > self.max_skipped * seen:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items()))
+            raise ValueError(
+                f"{skipped} of {seen} samples were skipped: {reasons}{self.example}, more than "
+                f"max_skipped={self.max_skipped} allows; repair the shards or raise max_skipped"
+            )
+
+
+class SampleError(Exception):
+    """A sample to leave out; the text is the reason that it is counted under."""
+
+
+def read_samples(urls: Iterable[str], skips: SkipCounter) -> Iterator[Sample]:
+    """Read the raw samples of shards: suffix -> bytes, with __key__ and __url__.
+
+    What could be read of a broken shard is kept; the break counts as one skipped sample.
+
+    Raises:
+        ValueError: so many shards in a row held no sample that nothing else can be hoped for.
+    """
+    barren = 0
+    for url in urls:
+        errors: dict[str, Exception] = {}
+
+        def handler(error: Exception, errors: dict[str, Exception] = errors) -> bool:
+            errors.setdefault(type(error).__name__, error)
+            return True  # go on
+
+        before = skips.counts[SEEN]
+        try:
+            with open(url, "rb") as stream:
+                # one shard at a time: the end of a truncated one never joins the next
+                source = [{"url": url, "stream": stream}]
+                for sample in group_by_keys(
+                    tar_file_expander(source, handler=handler), handler=handler
+                ):
+                    skips.add({SEEN: 1})
+                    yield sample
+        except OSError as error:
+            handler(error)
+        for broken in errors.values():
+            skips.add({SEEN: 1})
+            skips.skip(broken, url)
+        barren = barren + 1 if skips.counts[SEEN] == before else 0
+        if barren >= 1000:
+            raise ValueError(f"the last {barren} shards held no sample at all; the last was {url}")
+
+
+def apply(
+    function: Callable[[Sample], Sample], samples: Iterable[Sample], skips: SkipCounter
+) -> Iterator[Sample]:
+    """Map samples; one for which `function` raises is counted and left out."""
+    for sample in samples:
+        try:
+            result = function(sample)
+        except Exception as error:
+            name = sample.get("key") or sample["__key__"]
+            skips.skip(error, f"{name} in {sample.get('url') or sample['__url__']}")
+            continue
+        yield result
+
+
+def parse(raw: Sample) -> Sample:
+    """Find image, caption and metadata of a raw sample.
+
+    Returns:
+        {"key", "url", "caption", "data" encoded image, "meta" dict}.
+
+    Raises:
+        SampleError: no image, no caption that says anything, or a KEY.json that is no JSON object.
+    """
+    try:
+        meta = json.loads(raw.get("json") or "{}")
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise SampleError("bad json")
+    data = next((raw[name] for name in IMAGE_KEYS if raw.get(name)), None)
+    if data is None:
+        raise SampleError("no image")
+    caption = raw.get("txt", b"").decode(errors="replace").strip()
+    caption = caption or str(meta.get("caption") or "").strip()
+    if not caption:
+        raise SampleError("no caption")
+    sample = {"key": raw["__key__"], "url": raw["__url__"], "caption": caption}
+    return {**sample, "data": data, "meta": meta}
