@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_modules.common.config import OptimConfig, TextConfig
+
 TimeLaw = Literal["released", "simple", "wuerstchen"]
 RenoiseMode = Literal["start", "prev", "rand"]
 DrawMode = Literal["multinomial", "argmax", "quant"]
@@ -241,6 +243,26 @@ class SamplingConfig:
             self.typical_min_tokens >= 1,
             f"typical_min_tokens must be at least 1, got {self.typical_min_tokens}",
         )
+
+
+@dataclass
+class PaellaConfig:
+    """Everything that makes a Paella: network, text encoder, objective, optimizer, sampling."""
+
+    network: Literal["v3", "v1"] = "v3"
+    """v3 is the model of 2023 (section model); v1 that of 2022 (section v1, pooled CLIP only)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the v3 network."""
+    v1: V1Config = field(default_factory=V1Config)
+    """Sizes of the v1 network."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text encoder."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Noising and loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling loop."""
 
 
 # Sizes of the released checkpoints (parameters: 1,008,350,592; 577,995,184; 899,770,624).
