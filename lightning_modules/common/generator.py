@@ -79,13 +79,34 @@ class GeneratorModule(LightningModule):
 
     @abstractmethod
     def loss(
-        self, tokens: Tensor, captions: list[str], generator: torch.Generator
+        self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of tokens [B, h, w] given captions, and further scalars to log."""
+        """Return the loss of a batch and further scalars to log; all chance is `generator`'s."""
 
     @abstractmethod
-    def sample(self, prompts: list[str], *, seeds: list[int], **sampling: Any) -> Tensor:
-        """Return images [B, 3, H, W] in [-1, 1]; image i depends on prompt i and seed i alone."""
+    def sample_tokens(self, prompts: list[str], *, seeds: list[int], **sampling: Any) -> Tensor:
+        """Draw tokens [B, h, w]; `start`, where a paper has it, holds tokens [B, h, w]."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str],
+        *,
+        seeds: list[int],
+        start: Tensor | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Draw images [B, 3, H, W] in [-1, 1]; image i depends on prompt i and seed i alone.
+
+        Args:
+            prompts: B captions.
+            seeds: B seeds.
+            start: [B, 3, H, W] images in [-1, 1] that an edit or a variation starts from.
+            **sampling: what the paper's `sample_tokens` takes.
+        """
+        if start is not None:
+            sampling["start"] = self.tokenizer.encode(start.to(self.device))
+        return self.tokenizer.decode(self.sample_tokens(prompts, seeds=seeds, **sampling))
 
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the batch's tokens [B, h, w], encoding its images where no cache gave them."""
@@ -102,18 +123,17 @@ class GeneratorModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log and return the loss."""
-        loss, scalars = self.loss(self.tokens_of(batch), batch["caption"], self.generator)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{k}": v for k, v in scalars.items()})
+        loss, scalars = self.loss(batch, self.generator)
+        values = {"train/loss": loss, **{f"train/{k}": v for k, v in scalars.items()}}
+        self.log_dict(values, batch_size=len(batch["caption"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the loss under chance that is the same at every validation."""
         generator = torch.Generator(self.device).manual_seed(batch_idx)
-        tokens = self.tokens_of(batch)
-        loss, scalars = self.loss(tokens, batch["caption"], generator)
+        loss, scalars = self.loss(batch, generator)
         values = {"val/loss": loss, **{f"val/{k}": v for k, v in scalars.items()}}
-        self.log_dict(values, batch_size=tokens.shape[0], sync_dist=True)
+        self.log_dict(values, batch_size=len(batch["caption"]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up over everything trainable."""

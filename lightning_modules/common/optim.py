@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +13,19 @@ from lightning_modules.common.config import OptimConfig
 def adamw(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.AdamW:
     """Make AdamW over all trainable parameters of `modules`."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if config.decay_all or p.ndim >= 2]
-    exempt = [p for p in parameters if not (config.decay_all or p.ndim >= 2)]
-    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if config.decay_all or p.ndim >= 2]},
+        {
+            "params": [p for p in parameters if not config.decay_all and p.ndim < 2],
+            "weight_decay": 0.0,
+        },
+    ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
-        lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay,
-    )  # fmt: skip
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+    )
 
 
 def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
