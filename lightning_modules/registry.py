@@ -1,0 +1,70 @@
+"""The papers by name, and their checkpoints as modules that are ready to use."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights
+from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.paella.module import PaellaModule
+from lightning_modules.vqgan.module import VQGANModule
+
+GENERATORS: dict[str, type[GeneratorModule]] = {"paella": PaellaModule}
+
+
+def load_tokenizer(path: Path | str, device: torch.device | str = "cpu") -> VQGANModule:
+    """Load a tokenizer file (or a VQGAN's Lightning checkpoint), frozen and in eval mode."""
+    state, config = load_weights(path)
+    if config.get("paper") != "vqgan":
+        raise ValueError(f"{path} is a checkpoint of {config.get('paper')}, not a tokenizer")
+    return VQGANModule.from_export(state, config).eval().requires_grad_(False).to(device)
+
+
+def load_generator(
+    path: Path | str, tokenizer: Path | str | None = None, device: torch.device | str = "cpu"
+) -> GeneratorModule:
+    """Load a generator with its tokenizer attached, frozen and in eval mode.
+
+    Args:
+        path: a generator's checkpoint of this suite.
+        tokenizer: its tokenizer file; by default the file that the checkpoint names, beside it.
+        device: where both go.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: not a generator, or another tokenizer than it was trained on.
+    """
+    state, config = load_weights(path)
+    paper = str(config.get("paper"))
+    if paper not in GENERATORS:
+        raise ValueError(f"{path} is a checkpoint of {paper}, not of {', '.join(GENERATORS)}")
+    named = config["tokenizer"]
+    beside = Path(path).parent / named["file"]
+    found = Path(tokenizer) if tokenizer is not None else beside
+    if not found.is_file():
+        raise FileNotFoundError(
+            f"{path} needs its tokenizer {named['file']}, which is not beside it; "
+            "copy it there or name it with --tokenizer"
+        )
+    if file_hash(found) != named["sha256"]:
+        raise ValueError(f"{found} is not the tokenizer that {path} was trained on")
+    module = GENERATORS[paper](config)
+    load_strict(module, state, str(path))
+    module.attach(load_tokenizer(found, device))
+    return module.eval().requires_grad_(False).to(device)
+
+
+def generator_file(
+    module: GeneratorModule, tokenizer: Path, name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `save_weights` writes for a generator whose tokenizer lies beside it.
+
+    Args:
+        module: the trained generator.
+        tokenizer: its tokenizer file, for the hash.
+        name: the tokenizer's file name beside the checkpoint.
+    """
+    state, config = module.export()
+    return state, {**config, "tokenizer": {"file": name, "sha256": file_hash(tokenizer)}}
