@@ -1,0 +1,313 @@
+"""Settings of the tokenizer and the sizes that were released."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """The autoencoder and its quantizer: all that a tokenizer file needs to be rebuilt."""
+
+    network: Literal["taming", "paella"] = "taming"
+    """taming: VQGAN of Esser et al. (f = 2^(levels-1)); paella: the f4 network of Paella"""
+    num_codes: int = 1024
+    """number of code vectors K"""
+    in_channels: int = 3
+    """channels of an image"""
+
+    ch: int = 128
+    """taming: base width"""
+    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    """taming: width of each level as a multiple of ch; one level fewer halvings than entries"""
+    num_res_blocks: int = 2
+    """taming: residual blocks per level (the decoder has one more)"""
+    attn_resolutions: list[int] = field(default_factory=lambda: [16])
+    """taming: feature map sizes that get attention, counted from `resolution` when building"""
+    attn_type: Literal["vanilla", "none"] = "vanilla"
+    """taming: none removes all attention, also the one in the middle"""
+    z_channels: int = 256
+    """taming: channels between encoder and quant_conv"""
+    embed_dim: int = 256
+    """taming: length of a code vector"""
+    resolution: int = 256
+    """taming: image size that attn_resolutions refers to; other sizes may still be encoded"""
+    norm_groups: int = 32
+    """taming: groups of GroupNorm; every width must be a multiple"""
+    dropout: float = 0.0
+    """taming: dropout inside the residual blocks"""
+
+    levels: int = 2
+    """paella: number of halvings (2: f4, 3: f8)"""
+    bottleneck_blocks: int = 12
+    """paella: residual blocks of the decoder at the lowest resolution"""
+    c_hidden: int = 384
+    """paella: width at the lowest resolution"""
+    c_latent: int = 4
+    """paella: length of a code vector"""
+    scale_factor: float = 1.0
+    """paella: continuous latents are handed out divided by this; tokens are not affected"""
+
+    quantizer: Literal["nearest", "ema", "gumbel", "l2"] = "nearest"
+    """how latents become codes"""
+    beta: float = 0.25
+    """nearest, l2, ema: weight of the commitment term (with legacy_beta: of the codebook term)"""
+    legacy_beta: bool = False
+    """nearest: beta on the codebook term, as in all released taming and LDM models"""
+    decay: float = 0.99
+    """ema: decay of cluster sizes and sums"""
+    eps: float = 1e-5
+    """ema: Laplace smoothing of the cluster sizes"""
+    entropy_weight: float = 0.0
+    """l2: weight of the entropy loss"""
+    kl_weight: float = 5e-4
+    """gumbel: weight of the divergence from the uniform distribution over codes"""
+    temperature: float = 1.0
+    """gumbel: softmax temperature at the first batch"""
+    temperature_end: float = 1.0
+    """gumbel: temperature after temperature_batches"""
+    temperature_batches: int = 0
+    """gumbel: batches of the cosine from temperature to temperature_end; 0 keeps it constant"""
+    straight_through: bool = True
+    """gumbel: one-hot codes with the gradient of the softmax; false trains on soft codes"""
+    sample_tokens: bool = False
+    """gumbel: encode draws tokens with Gumbel noise (the released code does); false takes argmax"""
+    restart_after: int = 0
+    """a code unused for so many batches becomes a random latent of the batch; 0 never"""
+
+    used_codes: int = 0
+    """tokens are renumbered to this many kept codes (the buffer `used`); 0 keeps all"""
+    unknown_code: Literal["extra", "random", "id"] = "extra"
+    """what a code that was not kept becomes: an extra id, a random kept id, or unknown_id"""
+    unknown_id: int = 0
+    """the new id for unknown_code=id"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_codes", "in_channels", "num_res_blocks", "norm_groups", "levels"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("restart_after", "temperature_batches", "used_codes", "unknown_id"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("bottleneck_blocks", self.bottleneck_blocks, 0)
+        if not self.ch_mult:
+            raise ValueError("ch_mult must name at least one level, got []")
+        odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]
+        if self.network == "taming" and odd:
+            raise ValueError(
+                f"norm_groups must divide every width, got {self.norm_groups} at {odd}"
+            )
+        if self.network == "paella" and self.c_hidden % 2 ** (self.levels - 1):
+            raise ValueError(f"c_hidden must halve {self.levels - 1} times, got {self.c_hidden}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        if min(self.temperature, self.temperature_end) <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.scale_factor <= 0:
+            raise ValueError(f"scale_factor must be positive, got {self.scale_factor}")
+        if self.quantizer == "gumbel" and self.restart_after:
+            raise ValueError(
+                "restart_after must be 0 with quantizer=gumbel, whose codes are learnt"
+            )
+        if self.used_codes > self.num_codes:
+            raise ValueError(f"used_codes must be at most num_codes, got {self.used_codes}")
+        if self.used_codes and self.unknown_id >= self.used_codes:
+            raise ValueError(f"unknown_id must be below used_codes, got {self.unknown_id}")
+
+    @property
+    def code_dim(self) -> int:
+        """Length of a code vector."""
+        return self.embed_dim if self.network == "taming" else self.c_latent
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per token along each side."""
+        return 2 ** (len(self.ch_mult) - 1 if self.network == "taming" else self.levels)
+
+
+@dataclass
+class ObjectiveConfig:
+    """The reconstruction and adversarial losses (Esser et al. 2021, section 3.1)."""
+
+    pixel_loss: Literal["l1", "l2"] = "l1"
+    """norm of the pixel difference"""
+    pixel_weight: float = 1.0
+    """weight of the pixel difference"""
+    perceptual_weight: float = 1.0
+    """weight of LPIPS; without lpips_path the term is off"""
+    lpips_path: str | None = None
+    """file of VGG16 and LPIPS weights, a taming checkpoint that holds them, or a folder of both"""
+    codebook_weight: float = 1.0
+    """weight of the quantizer's loss"""
+    disc_start: int = 10000
+    """batches before the discriminator takes part"""
+    disc_weight: float = 0.8
+    """weight of the adversarial term; 0 builds no discriminator"""
+    disc_factor: float = 1.0
+    """further factor on both players' adversarial losses; 0 builds no discriminator"""
+    disc_layers: int = 3
+    """strided convolutions of the PatchGAN"""
+    disc_width: int = 64
+    """width of its first convolution"""
+    disc_loss: Literal["hinge", "vanilla"] = "hinge"
+    """loss of the discriminator"""
+    use_actnorm: bool = False
+    """ActNorm instead of BatchNorm in the discriminator"""
+    adaptive_weight: bool = True
+    """scale the adversarial term to the reconstruction's gradient at the last layer"""
+    adaptive_max: float = 1e4
+    """upper bound of that scale"""
+
+    def __post_init__(self) -> None:
+        for name in ("disc_layers", "disc_width"):
+            _at_least(name, getattr(self, name), 1)
+        for name in (
+            "pixel_weight",
+            "perceptual_weight",
+            "codebook_weight",
+            "disc_start",
+            "disc_weight",
+            "disc_factor",
+            "adaptive_max",
+        ):
+            _at_least(name, getattr(self, name), 0)
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator at all."""
+        return self.disc_weight > 0 and self.disc_factor > 0
+
+
+@dataclass
+class VQGANOptimConfig:
+    """Two Adam optimizers with one schedule, counted in batches."""
+
+    lr: float = 1e-4
+    """learning rate of encoder, quantizer and decoder after warm-up"""
+    disc_lr: float | None = None
+    """learning rate of the discriminator; null: as lr"""
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    """Adam's betas"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    warmup_batches: int = 0
+    """batches of the linear warm-up"""
+    decay_batches: int = 0
+    """batch at which a cosine decay reaches lr_end; 0 keeps the rate constant after warm-up"""
+    lr_end: float = 0.0
+    """learning rate at the end of the decay, as a share of lr"""
+    clip: float = 0.0
+    """largest gradient norm of each player; 0 does not clip"""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or (self.disc_lr is not None and self.disc_lr <= 0):
+            raise ValueError(f"lr must be positive, got {min(self.lr, self.disc_lr or self.lr)}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("weight_decay", "warmup_batches", "decay_batches", "lr_end", "clip"):
+            _at_least(name, getattr(self, name), 0)
+
+
+@dataclass
+class VQGANConfig:
+    """Everything that `VQGANModule` is built from."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """the autoencoder and its quantizer"""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """the losses"""
+    optim: VQGANOptimConfig = field(default_factory=VQGANOptimConfig)
+    """the optimizers"""
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+# Released models. Sizes: the model yaml of each checkpoint in CompVis/taming-transformers (README
+# "Overview of pretrained models") and CompVis/latent-diffusion (models/first_stage_models);
+# losses: the same files, or configs/ of taming. Rates follow its main.py: accumulate x GPUs x
+# batch x 4.5e-6. Paella: dome272/Paella, src/vqgan.py; its training code was never published.
+PRESETS: dict[str, VQGANConfig] = {
+    "imagenet-f16-1024": VQGANConfig(
+        ModelConfig(num_codes=1024, legacy_beta=True),
+        ObjectiveConfig(disc_start=250001),
+        VQGANOptimConfig(lr=1.08e-4),
+    ),
+    "imagenet-f16-16384": VQGANConfig(
+        ModelConfig(num_codes=16384, legacy_beta=True),
+        ObjectiveConfig(disc_start=0, disc_weight=0.75, disc_layers=2),
+        VQGANOptimConfig(lr=1.08e-4),
+    ),
+    # the loss settings of the Gumbel model were never published: kl weight and temperatures were
+    "openimages-gumbel-f8": VQGANConfig(
+        ModelConfig(
+            num_codes=8192,
+            ch_mult=[1, 1, 2, 4],
+            attn_resolutions=[32],
+            quantizer="gumbel",
+            kl_weight=1e-8,
+            temperature=0.9,
+            temperature_end=1e-6,
+            temperature_batches=1000001,
+            sample_tokens=True,
+        ),
+        ObjectiveConfig(disc_start=250001),
+        VQGANOptimConfig(lr=1.08e-4),
+    ),
+    "ldm-vq-f4": VQGANConfig(
+        ModelConfig(
+            num_codes=8192,
+            ch_mult=[1, 2, 4],
+            attn_resolutions=[],
+            z_channels=3,
+            embed_dim=3,
+            legacy_beta=True,
+        ),
+        ObjectiveConfig(disc_start=0, disc_weight=0.75),
+        VQGANOptimConfig(lr=3.6e-5),
+    ),
+    "ldm-vq-f4-noattn": VQGANConfig(
+        ModelConfig(
+            num_codes=8192,
+            ch_mult=[1, 2, 4],
+            attn_resolutions=[],
+            attn_type="none",
+            z_channels=3,
+            embed_dim=3,
+            legacy_beta=True,
+        ),
+        ObjectiveConfig(disc_start=0, disc_weight=0.75),
+        VQGANOptimConfig(lr=3.6e-5),
+    ),
+    "ldm-vq-f8": VQGANConfig(
+        ModelConfig(
+            num_codes=16384,
+            ch_mult=[1, 2, 2, 4],
+            attn_resolutions=[32],
+            z_channels=4,
+            embed_dim=4,
+            legacy_beta=True,
+        ),
+        ObjectiveConfig(disc_start=1, disc_weight=0.6, disc_layers=2),
+        VQGANOptimConfig(lr=4.5e-5),
+    ),
+    "ldm-vq-f8-n256": VQGANConfig(
+        ModelConfig(
+            num_codes=256,
+            ch_mult=[1, 2, 2, 4],
+            attn_resolutions=[32],
+            z_channels=4,
+            embed_dim=4,
+            legacy_beta=True,
+        ),
+        ObjectiveConfig(disc_start=250001, disc_weight=0.75),
+        VQGANOptimConfig(lr=4.5e-5),
+    ),
+    "ldm-vq-f16": VQGANConfig(
+        ModelConfig(num_codes=16384, z_channels=8, embed_dim=8, legacy_beta=True),
+        ObjectiveConfig(disc_start=250001, disc_weight=0.75, disc_layers=2),
+        VQGANOptimConfig(lr=6.3e-5),
+    ),
+    "paella-f4": VQGANConfig(
+        ModelConfig(network="paella", num_codes=8192, scale_factor=0.3764),
+    ),
+}

@@ -1,0 +1,295 @@
+"""Foreign tokenizer checkpoints to ours; the only place that knows foreign names.
+
+Our own names are those of taming (encoder.*, decoder.*, quant_conv.*, post_quant_conv.*,
+quantize.*) and of Paella's f4 network (in_block.*, down_blocks.*, up_blocks.*, out_block.*,
+quantize.*), so that most keys stay as they are. Sizes are read from the shapes.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.common.checkpoint import load_foreign, load_strict
+from lightning_modules.common.settings import plain
+from lightning_modules.vqgan.config import ModelConfig
+from lightning_modules.vqgan.network import NETWORKS
+
+State = dict[str, Tensor]
+
+TAMING_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+PAELLA_PARTS = ("in_block.", "down_blocks.", "up_blocks.", "out_block.", "vquantizer.")
+
+# what shapes do not say and a reference's settings do
+HINTS = (
+    "resolution",
+    "norm_groups",
+    "dropout",
+    "beta",
+    "legacy_beta",
+    "scale_factor",
+    "kl_weight",
+    "temperature",
+    "temperature_end",
+    "temperature_batches",
+    "straight_through",
+    "sample_tokens",
+    "quantizer",
+    "unknown_code",
+    "unknown_id",
+)
+
+
+def convert(
+    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
+) -> tuple[State, dict[str, Any]]:
+    """Turn a tokenizer checkpoint of any known layout into our tensors and settings.
+
+    Known: taming and LDM (nearest code and Gumbel, also inside a transformer's checkpoint under
+    first_stage_model.*), Paella's vqgan_f4, and diffusers' VQModel and PaellaVQModel.
+
+    Args:
+        state: foreign tensors, as `load_foreign` returns them.
+        hints: what shapes do not say: our setting names, a reference's ddconfig, or a diffusers
+            config.json; names that say nothing new are ignored.
+
+    Returns:
+        The state and {"paper", "model"} that `VQGANModule.from_export` takes.
+
+    Raises:
+        ValueError: an unknown layout, or missing, left-over or misshapen tensors.
+    """
+    keys = state.keys()
+    if any(k.startswith("first_stage_model.") for k in keys):
+        prefix = "first_stage_model."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        return convert(state, hints)
+    if "vquantizer.embedding.weight" in keys or "vquantizer.codebook.weight" in keys:
+        return paella(state, hints)
+    if any(k.startswith("encoder.down_blocks.") for k in keys):
+        return diffusers_vqmodel(state, hints)
+    if any(k.startswith("encoder.down.") for k in keys):
+        return taming(state, hints)
+    raise ValueError(
+        "the checkpoint has no known tokenizer layout (taming, LDM, Paella, diffusers); "
+        f"its first key is {next(iter(keys), None)!r}"
+    )
+
+
+def convert_path(path: Path | str) -> tuple[State, dict[str, Any]]:
+    """Convert a checkpoint file, or a diffusers folder with its config.json."""
+    path = Path(path)
+    settings = path / "config.json"
+    hints = json.loads(settings.read_text()) if settings.is_file() else None
+    return convert(load_foreign(path), hints)
+
+
+def taming(
+    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
+) -> tuple[State, dict[str, Any]]:
+    """Convert the VQModel or GumbelVQ of CompVis/taming-transformers and latent-diffusion.
+
+    loss.* and the EMA copies model_ema.* are dropped. Both repositories trained the nearest code
+    with the legacy beta, and their Gumbel encoder draws; hints may say otherwise.
+    """
+    own = {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
+    _only(own, TAMING_PARTS, "a taming checkpoint")
+    ch = own["encoder.conv_in.weight"].shape[0]
+    levels = _count(own, r"encoder\.down\.(\d+)\.")
+    widths = [own[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    if any(w % ch for w in widths):
+        raise ValueError(f"the widths {widths} are no multiples of the first, {ch}")
+    given = _hints(hints)
+    resolution = given.get("resolution", 256)
+    attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in own]
+    gumbel = "quantize.embed.weight" in own
+    codes = own["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
+    middle = "encoder.mid.attn_1.q.weight" in own
+    values = {
+        "network": "taming",
+        "num_codes": codes.shape[0],
+        "in_channels": own["encoder.conv_in.weight"].shape[1],
+        "ch": ch,
+        "ch_mult": [w // ch for w in widths],
+        "num_res_blocks": _count(own, r"encoder\.down\.0\.block\.(\d+)\."),
+        "attn_resolutions": [resolution // 2**i for i in attention],
+        "attn_type": "vanilla" if middle else "none",
+        "z_channels": own["encoder.conv_out.weight"].shape[0],
+        "embed_dim": own["quant_conv.weight"].shape[0],
+        "resolution": resolution,
+        "quantizer": "gumbel" if gumbel else "nearest",
+        "legacy_beta": not gumbel,
+        "sample_tokens": gumbel,
+        "used_codes": own["quantize.used"].numel() if "quantize.used" in own else 0,
+    }
+    return _finish(own, values | given, "the taming checkpoint")
+
+
+def paella(
+    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
+) -> tuple[State, dict[str, Any]]:
+    """Convert Paella's vqgan_f4.pt, open-muse's copies, or diffusers' PaellaVQModel."""
+    _only(state, PAELLA_PARTS, "a Paella tokenizer")
+    own = {_paella_key(k): v for k, v in state.items()}
+    latent = [k for k, v in own.items() if re.fullmatch(r"down_blocks\.\d+\.0\.weight", k)]
+    # blocks come as one per level and one convolution between levels, then the latent projection
+    levels = (int(latent[0].split(".")[1]) + 1) // 2
+    decoder = _count(own, r"up_blocks\.(\d+)\.")
+    c_hidden = own["up_blocks.0.0.weight"].shape[0]
+    values = {
+        "network": "paella",
+        "num_codes": own["quantize.embedding.weight"].shape[0],
+        "in_channels": own["in_block.1.weight"].shape[1] // 4,
+        "levels": levels,
+        "bottleneck_blocks": decoder - 1 - 2 * (levels - 1),
+        "c_hidden": c_hidden,
+        "c_latent": own["quantize.embedding.weight"].shape[1],
+        "scale_factor": 0.3764,
+    }
+    return _finish(own, values | _hints(hints), "the Paella tokenizer")
+
+
+def diffusers_vqmodel(
+    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
+) -> tuple[State, dict[str, Any]]:
+    """Convert diffusers' VQModel (or an older one, whose attention has other names)."""
+    levels = _count(state, r"encoder\.down_blocks\.(\d+)\.")
+    own = {}
+    for key, value in state.items():
+        new = _diffusers_key(key, levels)
+        if re.search(r"\.(q|k|v|proj_out)\.weight$", new) and value.ndim == 2:
+            value = value[:, :, None, None]  # a matrix there, a 1x1 convolution here
+        own[new] = value
+    return taming(own, hints)
+
+
+def lpips(state: Mapping[str, Tensor]) -> tuple[State, tuple[int, ...]]:
+    """Pick the LPIPS weights out of a file of VGG16 and linear weights.
+
+    Accepts the joint layout of taming and the lpips package (net.slice*, lin*), the same inside a
+    taming checkpoint (loss.perceptual_loss.*) or under perceptual_loss.*, and torchvision's VGG16
+    (features.*) beside lin*.
+
+    Returns:
+        The state of `LPIPS` and its widths.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    inside = {
+        k.split("perceptual_loss.", 1)[1]: v for k, v in state.items() if "perceptual_loss." in k
+    }
+    own = {}
+    for key, value in (inside or state).items():
+        match = re.fullmatch(r"features\.(\d+)\.(weight|bias)", key)
+        if match:
+            stage = sum(int(match[1]) >= start for start in (0, 4, 9, 16, 23))
+            key = f"net.slice{stage}.{match[1]}.{match[2]}"
+        if re.match(r"net\.slice\d\.|lin\d\.", key):
+            own[key] = value
+    for part in ("net.slice1.0.weight", "lin0.model.1.weight"):
+        if part not in own:
+            raise ValueError(
+                f"the LPIPS file has no {part}: it must hold both the VGG16 trunk and the linear "
+                "weights, or be a folder of two such files"
+            )
+    widths = tuple(own[f"lin{i}.model.1.weight"].shape[1] for i in range(5))
+    return own, widths
+
+
+def load_lpips(path: Path | str) -> tuple[State, tuple[int, ...]]:
+    """Read LPIPS weights from a file, or from all weight files of a folder together."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    state: State = {}
+    for file in files:
+        if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors") or file == path:
+            state |= load_foreign(file)
+    return lpips(state)
+
+
+def discriminator(state: Mapping[str, Tensor]) -> tuple[State, dict[str, Any]]:
+    """Read the arguments of `NLayerDiscriminator` from its tensors (main.*)."""
+    _only(state, ("main.",), "a discriminator")
+    own = dict(state)
+    convolutions = [k for k in own if k.endswith(".weight") and own[k].ndim == 4]
+    first = own["main.0.weight"]
+    return own, {
+        "in_channels": first.shape[1],
+        "width": first.shape[0],
+        "layers": len(convolutions) - 2,
+        "use_actnorm": any(k.endswith(".loc") for k in own),
+    }
+
+
+def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, dict[str, Any]]:
+    """Check the tensors against the network that the settings describe."""
+    model = ModelConfig(**values)
+    own = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
+    with torch.device("meta"):
+        network = NETWORKS[model.network](model)
+    load_strict(network, {k: v.to("meta") for k, v in own.items()}, what)
+    return own, {"paper": "vqgan", "model": plain(model)}
+
+
+def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Take the settings out of what a caller knows, under our names."""
+    flat = dict(hints or {})
+    flat |= flat.get("ddconfig") or {}
+    own = {k: v for k, v in flat.items() if k in HINTS and v is not None}
+    if "norm_num_groups" in flat:
+        own["norm_groups"] = flat["norm_num_groups"]
+    unknown = flat.get("unknown_index")
+    if isinstance(unknown, int):
+        own |= {"unknown_code": "id", "unknown_id": unknown}
+    elif unknown is not None:
+        own["unknown_code"] = unknown
+    return own
+
+
+def _only(state: Mapping[str, Tensor], parts: tuple[str, ...], what: str) -> None:
+    strange = sorted(k for k in state if not k.startswith(parts))
+    if strange:
+        raise ValueError(f"{what} has no key {strange[0]!r} ({len(strange)} left over)")
+
+
+def _count(keys: Iterable[str], pattern: str) -> int:
+    """Return one more than the largest number that the pattern finds at a key's start."""
+    found = [int(m[1]) for k in keys if (m := re.match(pattern, k))]
+    if not found:
+        raise ValueError(f"the checkpoint has no key like {pattern}")
+    return max(found) + 1
+
+
+def _paella_key(key: str) -> str:
+    return re.sub(r"^vquantizer\.(codebook|embedding)\.", "quantize.embedding.", key)
+
+
+_DIFFUSERS = (
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.resnets\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.downsamplers\.0\.", ".downsample."),
+    (r"\.upsamplers\.0\.", ".upsample."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.(to_q|query)\.", ".q."),
+    (r"\.(to_k|key)\.", ".k."),
+    (r"\.(to_v|value)\.", ".v."),
+    (r"\.(to_out\.0|proj_attn)\.", ".proj_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.down_blocks\.", ".down."),
+)
+
+
+def _diffusers_key(key: str, levels: int) -> str:
+    for pattern, name in _DIFFUSERS:
+        key = re.sub(pattern, name, key)
+    # diffusers counts decoder levels in the order of execution, taming by resolution
+    return re.sub(r"\.up_blocks\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", key)
