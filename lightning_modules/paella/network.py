@@ -472,29 +472,48 @@ class Paella(nn.Module):
         """[n, c_out] normed features -> [n, num_labels] logits."""
         return F.linear(rows, self.get_parameter("out_mapper.1.weight").flatten(1))
 
-    def predictor(self, cond: Prepared, null: Prepared | None = None) -> Predict:
-        """The `predict` of the sampling loop: normed features of the kept tokens, guided.
+    def mixed_rows(
+        self,
+        x: Tensor,
+        t: Tensor,
+        sides: Sequence[Prepared],
+        shares: Sequence[float],
+        keep: Tensor,
+    ) -> Tensor:
+        """Normed features of the kept tokens under several conditions, weighted and summed.
 
-        w * f(cond) + (1 - w) * f(null), mixed in front of the bias-free output table, which
-        equals mixing the logits at half the cost. Both passes share what the condition does not
-        reach, and weight 1 costs no null pass.
+        Guidance is sides (cond, null) with shares (w, 1 - w). Mixing in front of the bias-free
+        output table equals mixing the logits at a fraction of the cost; the sides share one pass
+        up to the first attention block.
+
+        Args:
+            x: [B, h, w] int64.
+            t: [B] or [1] float.
+            sides: from `prepare`, each for B images or one for all of them.
+            shares: one weight per side.
+            keep: [B, h, w] bool.
+
+        Returns:
+            [keep.sum(), c_out], in the order of keep.nonzero().
+        """
+        parts = self.features(x, t, sum(sides[1:], sides[0])).chunk(len(sides))
+        rows = torch.stack([layer_norm(part[keep]) for part in parts])  # [sides, n, c_out]
+        return torch.einsum("snc,s->nc", rows, rows.new_tensor(shares))
+
+    def predictor(self, cond: Prepared, null: Prepared | None = None) -> Predict:
+        """The `predict` of the sampling loop: `mixed_rows` with guidance; weight 1 is one pass.
 
         Args:
             cond: condition of every image.
-            null: empty (or negative) condition, of every image or of one for all.
-
-        Returns:
-            predict(x [B, h, w] int64, t [B], weight, keep [B, h, w] bool) -> [keep.sum(), c_out].
+            null: empty (or negative) condition, of every image or one for all.
         """
-        both = None if null is None else cond + null
 
         def predict(x: Tensor, t: Tensor, weight: float, keep: Tensor) -> Tensor:
             if weight == 1:
-                return layer_norm(self.features(x, t, cond)[keep])
-            if both is None:
+                return self.mixed_rows(x, t, [cond], [1.0], keep)
+            if null is None:
                 raise ValueError(f"guidance weight {weight} needs a null condition")
-            mine, its = (layer_norm(f[keep]) for f in self.features(x, t, both).chunk(2))
-            return torch.lerp(its, mine, weight)
+            return self.mixed_rows(x, t, [cond, null], [weight, 1 - weight], keep)
 
         return predict
 

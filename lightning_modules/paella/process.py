@@ -120,29 +120,37 @@ def typical_filter(logits: Tensor, mass: float, min_tokens: int = 1) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
 
 
+def _grid(config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Times and replacement probabilities at the borders of all steps, both [steps + 1]."""
+    if config.schedule == "linear":
+        times = torch.linspace(config.t_start, config.t_end, config.steps + 1)
+        return times, times
+    times = torch.linspace(1 - config.t_start, 1 - config.t_end, config.steps + 1)
+    return times, cosine_rate(times)
+
+
+def start_rate(config: SamplingConfig) -> Tensor:
+    """Replacement probability (scalar) of the tokens that the first step made is told to see."""
+    return _grid(config)[1][config.first_step]
+
+
 def loop_settings(config: SamplingConfig) -> dict[str, Any]:
     """The settings as keywords of `sample`: schedules per step and the loop's constants.
 
     linear (v3): t_i = linspace(t_start, t_end, steps + 1), renoise probability t_{i+1}.
     cosine (v1): r_i = linspace(1 - t_start, 1 - t_end, steps + 1), probability cos(r_{i+1} pi/2).
     """
-    c = config
-    if c.schedule == "linear":
-        times = torch.linspace(c.t_start, c.t_end, c.steps + 1)
-        probability = times
-    else:
-        times = torch.linspace(1 - c.t_start, 1 - c.t_end, c.steps + 1)
-        probability = cosine_rate(times)
-    first = c.first_step
+    c, first = config, config.first_step
+    times, probability = _grid(c)
+    weights = torch.linspace(c.guidance_start, c.guidance_end, c.steps)
+    temperature = torch.linspace(c.temperature_start, c.temperature_end, c.steps)
     renoise_steps = c.steps - 1 if c.renoise_steps is None else c.renoise_steps
     guided_steps = c.steps if c.guided_steps is None else c.guided_steps
     return {
         "times": times[first:-1],
         "renoise_probability": probability[first + 1 :],
-        "weights": torch.linspace(c.guidance_start, c.guidance_end, c.steps)[first:].tolist(),
-        "temperature": torch.linspace(c.temperature_start, c.temperature_end, c.steps)[
-            first:
-        ].tolist(),
+        "weights": weights[first:].tolist(),
+        "temperature": temperature[first:].tolist(),
         "renoise_steps": max(renoise_steps - first, 0),
         "guided_steps": max(guided_steps - first, 0),
         "quant_steps": max((c.quant_steps or 0) - first, 0),
@@ -161,7 +169,7 @@ def sample_noise(
     num_codes: int,
     *,
     random_tokens: bool = False,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """All randomness of `sample`. Image i depends on seeds[i] only, never on the batch it is in.
 
     Args:
