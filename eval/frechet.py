@@ -1,0 +1,123 @@
+"""Frechet distance between feature sets, from streaming statistics in float64."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FeatureStats:
+    """Count, mean and summed squared deviations of features, mergeable without loss.
+
+    Attributes:
+        n: number of feature rows seen.
+        mean: [d] float64.
+        m2: [d, d] float64, sum of outer products of the deviations from the mean.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.m2 = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureStats":
+        """Return the statistics of features [n, d]."""
+        return cls(features.shape[1], features.device).update(features)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The unbiased covariance [d, d] float64, M2 / (n - 1).
+
+        Raises:
+            ValueError: fewer than two rows were seen.
+        """
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 pictures, got {self.n}")
+        return self.m2 / (self.n - 1)
+
+    def update(self, features: Tensor) -> "FeatureStats":
+        """Add a batch of features.
+
+        Args:
+            features: [b, d], any float type; accumulated in float64.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: features of another shape.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features must be [b, {len(self.mean)}], got {list(features.shape)}")
+        if len(features) == 0:
+            return self
+        batch = features.to(self.mean)  # [b, d] float64
+        mean = batch.mean(dim=0)
+        centred = batch - mean
+        return self._add(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: "FeatureStats") -> "FeatureStats":
+        """Add the statistics of another set (Chan, Golub & LeVeque 1979).
+
+        delta = m_b - m_a; m = m_a + delta n_b / n; M2 = M2_a + M2_b + delta delta^T n_a n_b / n.
+
+        Returns:
+            Itself.
+        """
+        return self._add(other.n, other.mean.to(self.mean), other.m2.to(self.m2))
+
+    def _add(self, n: int, mean: Tensor, m2: Tensor) -> "FeatureStats":
+        total = self.n + n
+        if n == 0:
+            return self
+        delta = mean - self.mean
+        self.m2 = self.m2 + m2 + torch.outer(delta, delta) * (self.n * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.n = total
+        return self
+
+    def all_reduce(self) -> "FeatureStats":
+        """Merge the statistics of all ranks; without a process group nothing happens.
+
+        Rows that a sampler repeats to pad the last batch must be dropped before `update`.
+
+        Returns:
+            Itself, equal on every rank.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        packed = torch.cat([self.mean.new_tensor([self.n]), self.mean, self.m2.flatten()])
+        parts = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, packed)
+        dim = len(self.mean)
+        merged = FeatureStats(dim, self.mean.device)
+        for part in parts:  # in rank order, so that every rank rounds alike
+            merged._add(int(part[0]), part[1 : 1 + dim], part[1 + dim :].view(dim, dim))
+        self.n, self.mean, self.m2 = merged.n, merged.mean, merged.m2
+        return self
+
+
+def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
+    """Return the squared Frechet distance of two Gaussians fitted to features.
+
+    |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2) (Dowson & Landau 1982; Heusel et al.,
+    1706.08500, eq. 6), with tr (S_a S_b)^(1/2) = sum_i sqrt(lambda_i(R^T S_b R)), S_a = R R^T from
+    eigh: symmetric, hence real, also where a covariance is singular. Equal sets give 0 up to
+    rounding, of either sign.
+
+    Args:
+        a: statistics of one set, n >= 2.
+        b: statistics of the other set, n >= 2.
+
+    Raises:
+        ValueError: sets of different dimension, or of fewer than 2 rows.
+    """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers do not compare")
+    cov_a, cov_b = a.covariance, b.covariance.to(a.m2)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt()  # [d, d], cov_a = root root^T
+    product = root.T @ cov_b @ root
+    trace_root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+    gap = a.mean - b.mean.to(a.mean)
+    return float(gap @ gap + cov_a.trace() + cov_b.trace() - 2 * trace_root)

@@ -1,0 +1,267 @@
+"""A small open_clip model of scenes and their captions, for clip/scenes."""
+
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor, nn
+
+from data.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Scene,
+    caption,
+    draw_scene,
+    place,
+    sample_scene,
+)
+from eval.judge_data import fresh_scenes, to_tensor, wear
+from eval.judge_network import WEIGHTS, JudgeConfig, encode, report_step, shrink, weight_name
+from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights, save_weights
+
+# every word of data.scenes.caption; a dozen tokens where bytes would need ninety
+WORDS = (
+    *COLORS, *SHAPES, *SIZES, *BACKGROUNDS, "a", "above", "and", "background", "below", "left",
+    "of", "on", "over", "picture", "right", "the", "them", "to", "under",
+)  # fmt: skip
+PAD, UNKNOWN, FIRST = 0, 1, 2
+END = FIRST + len(WORDS)  # open_clip pools the text at its largest id: the end token
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Settings of the CLIP of scenes and of its training."""
+
+    resolution: int = 32
+    """Width and height of the pictures that it learns from."""
+    max_objects: int = 2
+    """Most things in a scene, 2 to 4."""
+    embed_dim: int = 64
+    """Numbers in the shared space."""
+    width: int = 64
+    """Channels of both towers."""
+    image_layers: int = 3
+    """Transformer blocks of the image tower."""
+    text_layers: int = 3
+    """Transformer blocks of the text tower."""
+    steps: int = 2000
+    """Training steps."""
+    batch_size: int = 64
+    """Pairs in a step; half of them differ from the other half in one respect."""
+    lr: float = 2e-3
+    """Highest learning rate of the one-cycle schedule."""
+    seed: int = 0
+    """Seed of the scenes and the weights."""
+
+    @property
+    def pictures(self) -> JudgeConfig:
+        """The judge's settings for the same kind of pictures."""
+        return JudgeConfig(self.resolution, self.max_objects)
+
+    @property
+    def context(self) -> int:
+        """Longest text in words, end token included."""
+        return 24 if self.max_objects == 2 else 40
+
+
+class SceneClip(nn.Module):
+    """Pictures and texts to one space.
+
+    Attributes:
+        name: what scored: settings and hash of the weights, stored beside every score.
+    """
+
+    def __init__(self, config: ClipConfig, name: str = "untrained clip") -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        size = config.pictures.input_size
+        shape = {"width": config.width, "mlp_ratio": 4.0}
+        self.clip = open_clip.model.CLIP(
+            config.embed_dim,
+            vision_cfg={
+                **shape, "layers": config.image_layers, "head_width": 32, "image_size": size,
+                "patch_size": size // 8,
+            },
+            text_cfg={
+                **shape, "layers": config.text_layers, "heads": config.width // 32,
+                "context_length": config.context, "vocab_size": END + 1, "no_causal_mask": True,
+            },
+        )  # fmt: skip
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Map pictures [B, 3, S, S] in [0, 1] to unit vectors [B, E]."""
+        return self.clip.encode_image(2 * images - 1, normalize=True)
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Map texts to unit vectors [B, E]."""
+        tokens = tokenize(texts, self.config.context).to(self.clip.logit_scale.device)
+        return self.clip.encode_text(tokens, normalize=True)
+
+    @torch.inference_mode()
+    def cosine(self, images: Tensor, texts: list[str], batch_size: int = 256) -> Tensor:
+        """Return the cosine of each picture with its own text.
+
+        Args:
+            images: [N, 3, H, W] uint8, any size.
+            texts: N captions.
+            batch_size: pairs at once; without influence on the result.
+
+        Returns:
+            [N] float32 on the CPU.
+
+        Raises:
+            ValueError: pictures and texts differ in number.
+        """
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} pictures and {len(texts)} captions do not pair up")
+        device, cosines = self.clip.logit_scale.device, []
+        for start in range(0, len(texts), batch_size):
+            part = slice(start, start + batch_size)
+            pixels = shrink(images[part].to(device), self.config.pictures.input_size)
+            pair = self.encode_images(pixels) * self.encode_texts(texts[part])
+            cosines.append(pair.sum(dim=1).float().cpu())
+        return torch.cat(cosines)
+
+
+def tokenize(texts: list[str], context: int) -> Tensor:
+    """Return word tokens [B, context] int64: words, the end token, zeros; cut to the context.
+
+    Case and punctuation do not count; a word that no caption of scenes has is `UNKNOWN`.
+    """
+    tokens = torch.full((len(texts), context), PAD)
+    for row, text in zip(tokens, texts, strict=True):
+        words = re.findall(r"\w+", text.lower())[: context - 1]
+        ids = [FIRST + WORDS.index(w) if w in WORDS else UNKNOWN for w in words] + [END]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def variant(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return a scene that differs in one respect: two things swapped, or one attribute changed."""
+    things = list(scene.things)
+    if rng.random() < 0.4 and things[0] != things[1]:
+        things[0], things[1] = things[1], things[0]
+        return replace(scene, things=tuple(things))
+    tables = {"color": COLORS, "shape": SHAPES, "size": SIZES}
+    which, key = int(rng.integers(len(things))), str(rng.choice(list(tables)))
+    others = [o for o in tables[key] if o != getattr(things[which], key)]
+    things[which] = replace(things[which], **{key: str(rng.choice(others))})
+    return replace(scene, things=tuple(things))
+
+
+def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
+    """Train both towers on fresh pairs.
+
+    The loss is CLIP's (2103.00020, figure 3) plus the cross-entropy of one linear layer, shared by
+    pictures and texts and dropped afterwards, that reads the attributes off the embeddings: it
+    brings small towers there in minutes.
+
+    Args:
+        config: the settings; the result depends on them alone (on one machine).
+        quiet: print no progress.
+
+    Returns:
+        The model, in eval mode.
+    """
+    rng = np.random.default_rng([config.seed, 0xC11F])
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = SceneClip(config)
+        sizes = [len(o) + 1 for o in config.pictures.heads]
+        reader = nn.Linear(config.embed_dim, sum(sizes))
+    weights = [*model.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
+    own, start = torch.arange(config.batch_size), time.monotonic()
+    for step in range(config.steps):
+        half = [sample_scene(rng, config.max_objects) for _ in range(config.batch_size // 2)]
+        shown = half + [variant(scene, rng) for scene in half]
+        drawn = [draw_scene(s, place(s, rng), config.resolution) for s in shown]
+        pixels = wear(shrink(to_tensor(drawn), config.pictures.input_size), generator)
+        truth = torch.tensor([encode(asdict(s), config.pictures) for s in shown])
+        images = model.encode_images(pixels)  # [B, E]
+        texts = model.encode_texts([caption(s, rng) for s in shown])
+        logits = model.clip.logit_scale.exp().clamp(max=50) * images @ texts.T  # [B, B]
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        for side in (images, texts):
+            # unit vectors are scaled up so that a linear reader can be sure of itself
+            read = reader(8 * side).split(sizes, 1)
+            for row, column in zip(read, truth.T, strict=True):
+                loss = loss + F.cross_entropy(row, column) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if not quiet:
+            report_step("clip", step, config.steps, loss.item(), start)
+    return model.eval()
+
+
+@torch.inference_mode()
+def retrieval_accuracy(model: SceneClip, count: int = 1000, among: int = 100) -> float:
+    """Return the share of fresh pictures whose own caption is the closest of `among` captions."""
+    images, _, captions = fresh_scenes(count, model.config.pictures, seed=765_432)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    pixels = shrink(images[order], model.config.pictures.input_size)
+    hits = []
+    for start in range(0, len(order) - among + 1, among):
+        part = slice(start, start + among)
+        texts = model.encode_texts([captions[i] for i in order[part]])
+        best = (model.encode_images(pixels[part]) @ texts.T).argmax(dim=1)  # [among]
+        hits.append(best == torch.arange(among))
+    return float(torch.cat(hits).double().mean())
+
+
+def load_clip(resolution: int = 32, max_objects: int = 2, folder: Path | None = None) -> SceneClip:
+    """Return the CLIP of pictures of this kind: the shipped one, or one trained once.
+
+    Args:
+        resolution: width and height of the pictures.
+        max_objects: most things in a scene, 2 to 4.
+        folder: where a model that is not shipped is kept; it is trained (minutes) on first use,
+            by one process at a time. None keeps it in memory only.
+
+    Returns:
+        The model in eval mode on the CPU.
+    """
+    config = ClipConfig(resolution=resolution, max_objects=max_objects)
+    shipped = WEIGHTS / weight_name("clip", config.pictures)
+    if shipped.is_file():
+        return read_clip(shipped)
+    if folder is None:
+        return train_clip(config)
+    path = Path(folder) / shipped.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            save_clip(train_clip(config), path)
+    return read_clip(path)
+
+
+def save_clip(model: SceneClip, path: Path, command: str = "") -> None:
+    """Write a model, half precision, with its settings and the command that makes it."""
+    state = {k: v.half() for k, v in model.state_dict().items()}
+    save_weights(path, state, {"clip": asdict(model.config), "command": command})
+
+
+def read_clip(path: Path) -> SceneClip:
+    """Read what `save_clip` wrote."""
+    state, config = load_weights(path)
+    settings = ClipConfig(**config["clip"])
+    name = (
+        f"scene CLIP (open_clip, width {settings.width}), {settings.resolution} px, "
+        f"{settings.max_objects} objects, seed {settings.seed}, sha256 {file_hash(path)[:12]}"
+    )
+    model = SceneClip(settings, name)
+    load_strict(model, {k: v.float() for k, v in state.items()}, str(path))
+    return model.eval()
