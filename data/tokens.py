@@ -8,6 +8,7 @@ cache.json says what made them and is written last.
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +29,10 @@ from data.config import DataConfig
 from data.images import to_tensor
 from data.select import finish, holdout_share, selected
 from data.shards import Sample, SkipCounter, apply
+
+# Lightning doubts what is meant here: lengths are exact, and lists in memory need no workers
+warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many workers")
 
 SETTINGS = (
     "resolution",

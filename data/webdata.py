@@ -8,6 +8,7 @@ uninterrupted one sees. Validation is a list, exact and in order.
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -26,6 +27,10 @@ from data.images import collate, to_tensor
 from data.scenes import scenes
 from data.select import finish, holdout_share, selected
 from data.shards import Sample, ShardStream, SkipCounter, apply, expand_shards, write_shards
+
+# Lightning doubts what is meant here: lengths are exact, and lists in memory need no workers
+warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many workers")
 
 PER_SHARD = 250  # small, so that a few workers and ranks never lack a shard
 

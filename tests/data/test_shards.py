@@ -1,0 +1,292 @@
+"""Shards are written exactly, found by pattern, striped without loss, and bad samples counted."""
+
+import io
+import itertools
+import json
+import random
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.images import decode_image
+from data.shards import (
+    SampleError,
+    ShardStream,
+    SkipCounter,
+    apply,
+    expand_shards,
+    parse,
+    read_samples,
+    write_shards,
+)
+
+
+def made_samples(count: int, size: int = 8) -> list[dict]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "key": f"{i:06d}",
+            "image": rng.integers(0, 256, (size, size, 3)).astype(np.uint8),
+            "caption": f"number {i} é",
+            "label": i % 3,
+            "attributes": {"n": i},
+        }
+        for i in range(count)
+    ]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_header(side: int) -> bytes:
+    """Return a PNG that promises side x side pixels and holds none."""
+    data = bytearray(encoded(Image.new("L", (8, 8))))
+    data[16:24] = side.to_bytes(4) * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    return bytes(data)
+
+
+def raw_tar(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_bytes(b"")
+
+
+def test_patterns_find_files_in_order(tmp_path: Path) -> None:
+    touch(tmp_path, *[f"{i:05d}.tar" for i in range(12)], "a.tar", "b.tar")
+
+    def names(pattern: str | list[str]) -> list[str]:
+        return [Path(shard).name for shard in expand_shards(pattern)]
+
+    at = str(tmp_path)
+    assert names(f"{at}/{{00000..00009}}.tar") == [f"{i:05d}.tar" for i in range(10)]
+    assert names(f"{at}/{{b,a}}.tar") == ["b.tar", "a.tar"]
+    assert names(f"{at}/0001?.tar") == ["00010.tar", "00011.tar"]
+    assert names(f"{at}/a.tar,{at}/{{00001,00003}}.tar") == [
+        "a.tar", "00001.tar", "00003.tar",
+    ]  # fmt: skip
+    assert names([f"{at}/b.tar", f"{at}/a.tar"]) == ["b.tar", "a.tar"]
+    assert len(expand_shards(at)) == 14
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("{at}/none*.tar", "no shard matches"),
+        ("{at}/none.tar", "no shard matches"),
+        ("{at}/{{00000..00002}}.tar", "00001.tar does not exist"),
+        ("pipe:cat x.tar", "not a local path"),
+        ("https://host/x.tar", "not a local path"),
+    ],
+)
+def test_a_wrong_pattern_is_named(tmp_path: Path, pattern: str, says: str) -> None:
+    touch(tmp_path, "00000.tar")
+    pattern = pattern.format(at=tmp_path)
+    with pytest.raises(ValueError, match=says) as error:
+        expand_shards(pattern)
+    assert pattern in str(error.value)
+
+
+@given(count=st.integers(0, 12), per_shard=st.integers(1, 5))
+def test_what_is_written_is_read(tmp_path_factory, count: int, per_shard: int) -> None:
+    folder = tmp_path_factory.mktemp("written")
+    samples = made_samples(count)
+    paths = write_shards(iter(samples), folder, per_shard)
+    assert len(paths) == -(-count // per_shard)
+    skips = SkipCounter()
+    read = list(apply(parse, read_samples(paths, skips), skips))
+    assert [s["key"] for s in read] == [s["key"] for s in samples]
+    for got, made in zip(read, samples, strict=True):
+        assert got["caption"] == made["caption"]
+        assert got["meta"]["label"] == made["label"]
+        assert got["meta"]["attributes"] == made["attributes"]
+        np.testing.assert_array_equal(decode_image(got["data"], 8), made["image"])
+    assert skips.counts == ({"seen": count} if count else {})
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpg"])
+def test_writing_twice_gives_equal_bytes(tmp_path: Path, image_format) -> None:
+    one = write_shards(made_samples(5), tmp_path / "one", 2, image_format)
+    two = write_shards(made_samples(5), tmp_path / "two", 2, image_format)
+    assert [Path(p).read_bytes() for p in one] == [Path(p).read_bytes() for p in two]
+    with tarfile.open(one[0]) as tar:
+        assert tar.getnames()[:3] == [f"000000.{s}" for s in (image_format, "txt", "json")]
+        assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
+
+
+def test_an_interrupted_shard_never_appears(tmp_path: Path) -> None:
+    def broken():
+        yield from made_samples(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(broken(), tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["00000.tar"]
+
+
+@given(
+    shards=st.integers(1, 40),
+    world=st.integers(1, 4),
+    workers=st.integers(1, 4),
+    number=st.integers(0, 3),
+    epoch=st.integers(0, 3),
+)
+def test_one_pass_covers_all_and_leaves_none_without(shards, world, workers, number, epoch) -> None:
+    urls = [f"{i:05d}.tar" for i in range(shards)]
+    parts = [
+        ShardStream(urls, 7, epoch, rank, world).one_pass(number, worker, workers)
+        for rank in range(world)
+        for worker in range(workers)
+    ]
+    assert all(parts)
+    assert {url for part in parts for url in part} == set(urls)
+    if shards >= world * workers:  # every shard once: ranks and workers are disjoint
+        assert sorted(itertools.chain.from_iterable(parts)) == urls
+
+
+def test_passes_and_epochs_differ_and_repeat_exactly() -> None:
+    urls = [f"{i:05d}.tar" for i in range(20)]
+
+    def take(stream: ShardStream) -> list[str]:
+        return list(itertools.islice(stream, 45))
+
+    first = take(ShardStream(urls, seed=1, epoch=0))
+    assert first == take(ShardStream(urls[::-1], seed=1, epoch=0))
+    assert first[:20] != first[20:40]
+    assert sorted(first[:20]) == sorted(first[20:40]) == urls
+    assert first != take(ShardStream(urls, seed=1, epoch=1))
+    assert first != take(ShardStream(urls, seed=2, epoch=0))
+
+
+def picture(size: tuple[int, int] = (10, 8), mode: str = "RGB") -> Image.Image:
+    rng = random.Random(0)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    data = bytes(rng.randrange(256) for _ in range(size[0] * size[1] * channels))
+    return Image.frombytes(mode, size, data)
+
+
+def read_all(urls: list[str], skips: SkipCounter) -> dict[str, dict]:
+    def decode(sample: dict) -> dict:
+        return {**sample, "pixels": decode_image(sample["data"], 8)}
+
+    parsed = apply(parse, read_samples(urls, skips), skips)
+    return {s["key"]: s for s in apply(decode, parsed, skips)}
+
+
+def test_every_planted_fault_is_counted_and_every_good_sample_kept(tmp_path: Path) -> None:
+    good, jpeg = encoded(picture()), encoded(picture((64, 64)), "JPEG")
+    members = {
+        "ok1.png": good, "ok1.txt": b"one",
+        "broken.jpg": jpeg[: len(jpeg) // 2], "broken.txt": b"half an image",
+        "garbage.jpg": b"not an image", "garbage.txt": b"text",
+        "notext.png": good,
+        "empty.png": good, "empty.txt": b" \n",
+        "noimage.txt": b"only text", "noimage.json": b"{}",
+        "badjson.png": good, "badjson.txt": b"text", "badjson.json": b"{",
+        "huge.png": with_header(50_000), "huge.txt": b"huge",
+        "large.png": with_header(9_000), "large.txt": b"large",
+        "fromjson.png": good, "fromjson.txt": b"", "fromjson.json": b'{"caption": "from json"}',
+        "webp.webp": encoded(picture(), "WEBP"), "webp.txt": b"webp",
+        "upper.JPEG": jpeg, "upper.txt": b"upper",
+    }  # fmt: skip
+    skips = SkipCounter(max_skipped=0.99)
+    kept = read_all([raw_tar(tmp_path / "0.tar", members)], skips)
+    assert list(kept) == ["ok1", "fromjson", "webp", "upper"]
+    assert kept["fromjson"]["caption"] == "from json"
+    assert skips.counts == {
+        "seen": 12,
+        "OSError": 1,
+        "UnidentifiedImageError": 1,
+        "no caption": 2,
+        "no image": 1,
+        "bad json": 1,
+        "DecompressionBombError": 2,
+    }
+
+
+def test_truncated_and_missing_shards_lose_only_themselves(tmp_path: Path) -> None:
+    paths = write_shards(made_samples(9), tmp_path, 3)
+    whole = Path(paths[1]).read_bytes()
+    with tarfile.open(paths[1]) as tar:
+        cut = tar.getmember("000004.txt").offset_data - 700  # within the image of the second
+    Path(paths[1]).write_bytes(whole[:cut])
+    missing = str(tmp_path / "missing.tar")
+    skips = SkipCounter(max_skipped=0.99)
+    kept = read_all([*paths[:2], missing, paths[2]], skips)
+    assert list(kept) == ["000000", "000001", "000002", "000003", "000006", "000007", "000008"]
+    assert skips.counts["ReadError"] == 1
+    assert skips.counts["FileNotFoundError"] == 1
+
+
+def test_keys_that_repeat_across_shards_are_not_merged(tmp_path: Path) -> None:
+    good = encoded(picture())
+    one = raw_tar(tmp_path / "1.tar", {"a.png": good, "a.txt": b"first"})
+    two = raw_tar(tmp_path / "2.tar", {"a.txt": b"second", "a.png": good})
+    skips = SkipCounter()
+    read = list(apply(parse, read_samples([one, two], skips), skips))
+    assert [(s["key"], s["caption"]) for s in read] == [("a", "first"), ("a", "second")]
+    # the first shard breaks off before its caption: it must not take that of the next
+    cut = raw_tar(tmp_path / "3.tar", {"a.png": good})
+    skips = SkipCounter(max_skipped=0.99)
+    read = list(apply(parse, read_samples([cut, two], skips), skips))
+    assert [s["caption"] for s in read] == ["second"]
+
+
+def test_too_many_bad_samples_end_the_run_with_their_numbers(tmp_path: Path) -> None:
+    members = {f"{i}.png": b"junk" for i in range(30)}
+    members |= {f"g{i}.png": encoded(picture()) for i in range(70)}
+    members |= {f"g{i}.txt": b"good" for i in range(70)}
+    names = sorted(members)
+    url = raw_tar(tmp_path / "0.tar", {name: members[name] for name in names})
+    skips = SkipCounter(max_skipped=0.2, window=100)
+    with pytest.raises(ValueError, match=r"30 of 100 samples were skipped: 30 no caption.*0\.tar"):
+        read_all([url, url], skips)
+    skips = SkipCounter(max_skipped=0.3, window=100)
+    assert len(read_all([url, url], skips)) == 70
+    assert skips.take() == {"seen": 200, "no caption": 60}
+    assert skips.take() == {}
+
+
+def test_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
+    empty = raw_tar(tmp_path / "0.tar", {})
+    with pytest.raises(ValueError, match="held no sample"):
+        next(read_samples(itertools.repeat(empty), SkipCounter()))
+
+
+def test_only_what_filters_remove_is_not_bad() -> None:
+    skips = SkipCounter(max_skipped=0.0, window=10)
+    for _ in range(30):
+        skips.add({"seen": 1})
+        skips.skip(SampleError("filtered: min_size"), "x")
+    assert skips.counts == {"seen": 30, "filtered: min_size": 30}
+    with pytest.raises(ValueError, match="none of the last 20000"):
+        for _ in range(20_000):
+            skips.add({"seen": 1})
+            skips.skip(SampleError("filtered: min_size"), "x")
+
+
+def test_json_of_a_sample_reads_back(tmp_path: Path) -> None:
+    (path,) = write_shards(made_samples(1), tmp_path, 1)
+    with tarfile.open(path) as tar:
+        meta = json.load(tar.extractfile("000000.json"))  # type: ignore[arg-type]
+    assert meta == {
+        "key": "000000", "caption": "number 0 é", "width": 8, "height": 8,
+        "label": 0, "attributes": {"n": 0},
+    }  # fmt: skip
