@@ -1,0 +1,363 @@
+"""The settings of every paper's run: dataclasses, filled from a scale's YAML and key=value words.
+
+Later layers win: defaults of the dataclasses, the tokenizer preset, the scale's YAML, the command
+line. A new paper is one dataclass here and one line in RUNS.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from data.config import DataConfig
+from experiments.settings import (
+    ConfigError,
+    UserError,
+    describe,
+    diff,
+    file_pairs,
+    fill,
+    override,
+    parse_overrides,
+    pick,
+    resolved,
+    stage_key,
+    to_yaml,
+)
+from lightning_modules.paella.config import MODELS as PAELLA_MODELS
+from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
+from lightning_modules.paella.config import PaellaConfig
+from lightning_modules.vqgan.config import PRESETS as VQGAN_PRESETS
+from lightning_modules.vqgan.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    VQGANConfig,
+    VQGANOptimConfig,
+)
+
+__all__ = [
+    "RUNS",
+    "ConfigError",
+    "UserError",
+    "describe",
+    "diff",
+    "load",
+    "override",
+    "resolved",
+    "stage_key",
+    "to_yaml",
+]
+CONFIGS = Path(__file__).parent / "configs"
+TOKENIZER_PRESETS = {
+    section: {name: getattr(preset, section) for name, preset in VQGAN_PRESETS.items()}
+    for section in ("model", "objective", "optim")
+}
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what machine a module is trained."""
+
+    NOT_IN_KEY: ClassVar[tuple[str, ...]] = ("log_every", "progress")
+
+    max_steps: int = 1000
+    """Training batches that each device sees; with accumulate=k there are k batches per update."""
+    epoch_steps: int = 250
+    """Batches per virtual epoch (at most: epochs are equal); checkpoints stand at its borders."""
+    batch_size: int = 64
+    """Samples per batch and device."""
+    accumulate: int = 1
+    """Batches whose gradients are summed before one update."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic; auto is bf16-mixed on CUDA and 32-true elsewhere."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    devices: int = 1
+    """Devices per node."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
+    """How devices work together; auto is ddp where there are several."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    val_batches: int = 4
+    """Batches of the validation loss after every virtual epoch; 0 for none."""
+    log_every: int = 20
+    """Batches between two logged points."""
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+    """Progress display; auto is rich on a terminal and plain lines elsewhere."""
+
+    def __post_init__(self) -> None:
+        names = ("max_steps", "epoch_steps", "batch_size", "accumulate", "devices", "num_nodes")
+        for name in (*names, "log_every"):
+            _at_least(self, name, 1)
+        _at_least(self, "val_batches", 0)
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """Number and length of the virtual epochs; their product is exactly max_steps.
+
+        The length is the largest that divides max_steps and does not exceed epoch_steps; where
+        that is less than half of epoch_steps, the whole training is one epoch.
+        """
+        for length in range(min(self.epoch_steps, self.max_steps), self.epoch_steps // 2, -1):
+            if self.max_steps % length == 0:
+                return self.max_steps // length, length
+        return 1, self.max_steps
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together."""
+        return self.devices * self.num_nodes
+
+
+@dataclass
+class EvalConfig:
+    """What is sampled and scored."""
+
+    prompts: int = 512
+    """Prompts (or images, for a tokenizer) of the val split that are scored."""
+    heldout: int = 256
+    """Prompts with attribute combinations that training never shows; 0 where there are none."""
+    batch_size: int = 64
+    """Samples made or scored at once; changes no picture."""
+    seed: int = 0
+    """Seed of the pictures: prompt i is drawn with seed + i."""
+    bootstrap: int = 1000
+    """Resamples behind each score's 95 % interval."""
+    clip: bool = True
+    """Also score captions against pictures (eval/clip_scenes)."""
+    grid: int = 64
+    """Pictures in samples.png."""
+    traces: int = 4
+    """Prompts whose tokens are shown step by step in the report."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "prompts", 2)
+        for name in ("batch_size", "bootstrap", "grid"):
+            _at_least(self, name, 1)
+        for name in ("heldout", "seed", "traces"):
+            _at_least(self, name, 0)
+
+
+@dataclass
+class RunSettings:
+    """What every paper's run has."""
+
+    NOT_IN_KEY: ClassVar[tuple[str, ...]] = ("logger", "cache")
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {}  # section -> name -> its dataclass
+
+    seed: int = 0
+    """Seed of initial weights, data order and noise."""
+    logger: Literal["wandb", "csv"] = "wandb"
+    """Where curves go; wandb writes offline where there is no key or login."""
+    cache: str = "runs/cache"
+    """Folder of stage results, shared by all runs."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The captioned images."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long and on what machine."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is sampled and scored."""
+
+    def check(self) -> None:
+        """Check that the sections fit each other.
+
+        Raises:
+            ValueError: they do not; the message begins with the setting.
+        """
+        _at_least(self, "seed", 0)
+        if self.data.name == "scenes":
+            for name, size in (("prompts", "val_size"), ("heldout", "heldout_size")):
+                wanted, there = getattr(self.eval, name), getattr(self.data, size)
+                if wanted > there:
+                    raise ValueError(
+                        f"eval.{name} must be at most data.{size} ({there}), got {wanted}"
+                    )
+
+
+@dataclass
+class TokenizerSection:
+    """The tokenizer under a generator: a finished one, or the settings that train one."""
+
+    preset: str = "tiny"
+    """File of configs/vqgan that fills model, objective, optim and trainer below."""
+    ckpt: str | None = "shipped"
+    """shipped (the one that comes with the project), a checkpoint file, or null to train it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network and quantizer."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Losses."""
+    optim: VQGANOptimConfig = field(default_factory=VQGANOptimConfig)
+    """Optimizers."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long; the machine's settings are those of the run's own trainer section."""
+
+
+@dataclass
+class GeneratorRun(RunSettings):
+    """What every generator's run has besides."""
+
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    """The tokenizer under the generator."""
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        _no_accumulation("tokenizer.trainer", self.tokenizer.trainer)
+
+    def check_tokens(self, num_codes: int, name: str, grid_multiple: int) -> None:
+        """Check that the generator fits the tokenizer that the tokenizer section describes.
+
+        Raises:
+            ValueError: another number of codes, or a grid that the network cannot halve.
+        """
+        if self.tokenizer.ckpt not in (None, "shipped"):
+            return  # the file decides; it is checked when it is read
+        model = self.tokenizer.model
+        codes = model.used_codes or model.num_codes
+        if num_codes != codes:
+            raise ValueError(f"{name} must be the tokenizer's {codes} codes, got {num_codes}")
+        _multiple("data.resolution", self.data.resolution, model.factor * grid_multiple)
+
+
+@dataclass
+class VQGANRun(VQGANConfig, RunSettings):
+    """The tokenizer of Esser et al. (taming transformers) and its relatives, trained and scored."""
+
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {**TOKENIZER_PRESETS}
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        _multiple("data.resolution", self.data.resolution, self.model.factor)
+        _no_accumulation("trainer", self.trainer)
+
+
+@dataclass
+class PaellaRun(PaellaConfig, GeneratorRun):
+    """Paella: text to tokens by denoising and renoising a whole picture in a few steps."""
+
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": {"paper": PAELLA_MODELS["paper"]},
+        "v1": {"paper": PAELLA_MODELS["v1"]},
+        "sampling": PAELLA_PRESETS,
+        **{f"tokenizer.{section}": presets for section, presets in TOKENIZER_PRESETS.items()},
+    }
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        text, model = self.text, self.model
+        if self.network == "v1":
+            self.check_tokens(self.v1.num_labels, "v1.num_labels", self.v1.grid_multiple)
+            if text.name == "bytes" or text.clip is None:
+                raise ValueError("network=v1 needs one CLIP vector per caption: add text=open_clip")
+            return
+        self.check_tokens(model.num_labels, "model.num_labels", model.grid_multiple)
+        if text.name == "bytes" and model.byt5_embd != text.width:
+            raise ValueError(
+                f"model.byt5_embd must be text.width ({text.width}) with text.name=bytes, "
+                f"got {model.byt5_embd}"
+            )
+        if model.clip_embd and (text.name == "bytes" or text.clip is None):
+            raise ValueError(
+                f"model.clip_embd must be 0 without a CLIP encoder, got {model.clip_embd} with "
+                f"text.name={text.name} and text.clip={text.clip}"
+            )
+        if model.clip_embd and model.clip_image and self.data.cache:
+            raise ValueError(
+                "data.cache must be false with model.clip_image=true: the cache holds tokens, and "
+                "image vectors are made of pictures"
+            )
+
+
+RUNS: dict[str, type[RunSettings]] = {"vqgan": VQGANRun, "paella": PaellaRun}
+
+
+def scales(paper: str) -> list[str]:
+    """Names of the paper's scales: the YAML files of configs/<paper>, smallest first."""
+    known = ["micro", "tiny", "small", "paper"]
+    names = [path.stem for path in (CONFIGS / paper).glob("*.yaml")]
+    return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), n))
+
+
+def header(paper: str, scale: str) -> list[str]:
+    """Comment lines at the top of a scale's YAML, without the '#'."""
+    lines = scale_file(paper, scale).read_text(encoding="utf-8").splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.lstrip("#").strip() for line in lines[:end]]
+
+
+def scale_file(paper: str, scale: str) -> Path:
+    """Path of a scale's YAML; `scale` may also be the path of a YAML file.
+
+    Raises:
+        ConfigError: neither a scale of this paper nor a file.
+    """
+    if scale.endswith((".yaml", ".yml")):
+        if not Path(scale).is_file():
+            raise ConfigError(f"--scale {scale}: there is no such file")
+        return Path(scale)
+    return CONFIGS / paper / f"{pick('--scale', scale, scales(paper))}.yaml"
+
+
+def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunSettings:
+    """Make the checked config of one run.
+
+    Args:
+        paper: a key of RUNS.
+        scale: a YAML of configs/<paper>, by name, or a path.
+        overrides: words `key=value` or `--key=value`, the last one wins.
+
+    Raises:
+        ConfigError: unknown paper, scale or key; wrong type, range or combination.
+    """
+    cls = RUNS[pick("--paper", paper, list(RUNS))]
+    yaml, line = file_pairs(cls, scale_file(paper, scale)), parse_overrides(cls, overrides)
+    preset = _tokenizer_preset(yaml, line) if issubclass(cls, GeneratorRun) else []
+    config = fill(cls, [*preset, *yaml, *line])
+    asked = dict(line).get("data.name", config.data.name)
+    if asked != config.data.name:  # shards that are set win over any name
+        shards = config.data.shards
+        raise ConfigError(f"data={asked} and data.shards={shards} exclude each other; set one")
+    return config
+
+
+def _tokenizer_preset(
+    yaml: Sequence[tuple[str, Any]], line: Sequence[tuple[str, Any]]
+) -> list[tuple[str, Any]]:
+    """Settings of the tokenizer section that its preset's YAML gives."""
+    chosen = dict([*yaml, *line])
+    name = chosen.get("tokenizer.preset", TokenizerSection.preset)
+    name = pick("tokenizer.preset", str(name), scales("vqgan"))
+    sections = ("model.", "objective.", "optim.", "trainer.")
+    ckpt = chosen.get("tokenizer.ckpt", TokenizerSection.ckpt)
+    idle = [k for k, _ in line if k.startswith(tuple(f"tokenizer.{s}" for s in sections))]
+    if ckpt is not None and idle:
+        raise ConfigError(
+            f"{idle[0]} has no effect while tokenizer.ckpt={ckpt} is taken as it is; "
+            "add tokenizer.ckpt=null to train the tokenizer"
+        )
+    pairs = file_pairs(RUNS["vqgan"], CONFIGS / "vqgan" / f"{name}.yaml")
+    return [(f"tokenizer.{k}", v) for k, v in pairs if k.startswith(sections)]
+
+
+def _at_least(config: Any, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _multiple(name: str, value: int, factor: int) -> None:
+    if value % factor:
+        near = max(1, round(value / factor)) * factor
+        raise ValueError(f"{name} must be a multiple of {factor}, got {value} (near: {near})")
+
+
+def _no_accumulation(section: str, trainer: TrainerConfig) -> None:
+    # two players in manual optimization: Lightning refuses to accumulate for them
+    if trainer.accumulate != 1:
+        raise ValueError(
+            f"{section}.accumulate must be 1 for a tokenizer, got {trainer.accumulate}"
+        )
