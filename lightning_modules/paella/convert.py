@@ -110,7 +110,7 @@ def _v3_config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[st
         "c_in": c_in,
         "c_out": _shape(state, "out_mapper.1.weight")[1],
         "num_labels": num_labels,
-        "c_r": timestep[0].shape[1] if timestep else ModelConfig.c_r,
+        "c_r": timestep[0].shape[1] if timestep else hints.get("c_r", ModelConfig.c_r),
         "patch_size": math.isqrt(patch_width // c_in),
         "c_cond": c_cond,
         "c_hidden": c_hidden,

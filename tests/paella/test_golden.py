@@ -1,5 +1,7 @@
 """Paella against numbers of the released code; everything is read from the case."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +35,11 @@ def close(case):
     return check
 
 
+def number(name: str, text: str) -> float:
+    """The number that follows a name in a case's description."""
+    return float(re.search(rf"{name} ([0-9.]+(e-?[0-9]+)?)", text)[1])
+
+
 def channels_first(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
@@ -47,9 +54,6 @@ def gumbel_draw(rows, noise, head, *, temperature, logits_filter):
     logits = head(rows)
     logits = logits if logits_filter is None else logits_filter(logits)
     return (logits / temperature + noise).argmax(dim=1)
-
-
-# --- token predictor ------------------------------------------------------------------------
 
 
 def conditions(io):
@@ -108,12 +112,8 @@ def test_intermediates(golden):
     for key, value in seen.items():
         check(value, key)
 
-    skip_block = network.up_blocks[1][0]
     x, skip = (io[k].permute(0, 2, 3, 1) for k in ("skipblock_x", "skipblock_skip"))
-    check(channels_first(skip_block(x, skip)), "skipblock_out")
-
-
-# --- training -------------------------------------------------------------------------------
+    check(channels_first(network.up_blocks[1][0](x, skip)), "skipblock_out")
 
 
 def test_noising_and_loss_weight(golden):
@@ -126,7 +126,9 @@ def test_noising_and_loss_weight(golden):
     assert torch.equal(noised, io["noised"])
     assert torch.equal(mask, io["mask"].bool())
     check(process.loss_weight(mask, io["t"], case.case["min_val"]), "loss_weight")
-    check(process.loss_weight(mask, io["t"], 0.7), "loss_weight_min07")
+    for key in [k for k in io if k.startswith("loss_weight_min")]:
+        eta = float(f"0.{key.removeprefix('loss_weight_min0')}")
+        check(process.loss_weight(mask, io["t"], eta), key)
 
 
 def test_loss_gradients_and_update(golden):
@@ -151,14 +153,17 @@ def test_loss_gradients_and_update(golden):
     for key in [k for k in io if k.startswith("grad.")]:
         check(parameters[key.removeprefix("grad.")].grad, key)
 
-    clip, lr, after = 1.0, 1e-3, float(case.tolerance["after_step"].split()[1].rstrip(":"))
-    check(torch.nn.utils.clip_grad_norm_(network.parameters(), clip), "grad_norm")
-    torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01).step()
+    what, after = case.case["what"], number("atol", case.tolerance["after_step"])
+    check(
+        torch.nn.utils.clip_grad_norm_(network.parameters(), number("clipping to", what)),
+        "grad_norm",
+    )
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=number("lr", what), weight_decay=number("weight decay", what)
+    )
+    optimizer.step()
     for key in [k for k in io if k.startswith("after_step.")]:
         check(parameters[key.removeprefix("after_step.")], key, atol=after)
-
-
-# --- sampling, v3 ---------------------------------------------------------------------------
 
 
 def prepared(network, io, prefix=""):
@@ -172,15 +177,15 @@ def prepared(network, io, prefix=""):
 
 def sampling_config(spec: dict, **more) -> SamplingConfig:
     """A case's sampler settings, by the released argument names, as our settings."""
-    cfg = spec["cfg"] if isinstance(spec["cfg"], list) else [spec["cfg"]] * 2
+    cfg, heat = (v if isinstance(v, list) else [v] * 2 for v in (spec["cfg"], spec["temperature"]))
     renoise = spec.get("renoise_steps")
     return SamplingConfig(
         steps=spec["steps"],
         guidance_start=cfg[0],
         guidance_end=cfg[1],
         guided_steps=spec.get("sampling_conditional_steps"),
-        temperature_start=spec["temperature"][0],
-        temperature_end=spec["temperature"][1],
+        temperature_start=heat[0],
+        temperature_end=heat[1],
         renoise_steps=renoise if isinstance(renoise, int) else None,
         t_start=spec.get("t_start", 1.0),
         t_end=spec.get("t_end", 0.0),
@@ -209,10 +214,17 @@ def check_v3_sampling(case, spec, prefix=""):
         calls.append(x)
         check(t, get("step_t")[i])
         # the loop asks for the kept tokens only; here all of them are compared
-        for name, weight_of_name in (("step_logits_cond", 1.0), ("guided_logits", weight)):
-            if get(name) is not None:
-                rows = guide(x, t, weight_of_name, everything)
-                check(spread(network.head(rows), x), get(name)[i])
+        logits = {
+            "step_logits_cond": network.mixed_rows(x, t, [cond], [1.0], everything),
+            "step_logits_uncond": network.mixed_rows(x, t, [null], [1.0], everything),
+            "guided_logits": guide(x, t, weight, everything),
+        }
+        logits = {name: spread(network.head(rows), x) for name, rows in logits.items()}
+        scores = (logits["guided_logits"] / settings["temperature"][i]).softmax(dim=1)
+        for name, value in {**logits, "step_scores": scores}.items():
+            expected = get(name)
+            if expected is not None and i < len(expected):
+                check(value, expected[i])
         return guide(x, t, weight, keep)
 
     results = []
@@ -255,9 +267,6 @@ def test_sampling_variants(golden):
         check_v3_sampling(case, spec, f"{name}_")
 
 
-# --- v1 -------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def test_v1_network_and_loss(golden):
     case = golden("paella/v1_unet_sampling")
@@ -271,7 +280,9 @@ def test_v1_network_and_loss(golden):
     noised, mask = process.add_noise(io["x"], rate, io["uniform_mask"], io["random_x"])
     assert torch.equal(noised, io["noised"])
     assert torch.equal(mask, io["mask"].bool())
-    ce = process.token_loss(logits, io["x"], 0.1)
+    ce = process.token_loss(
+        logits, io["x"], number("label smoothing", case.case["tensors"]["loss"])
+    )
     check(process.sample_loss(ce, process.loss_weight(mask, rate, 1.0)).mean(), "loss")
 
 
@@ -293,7 +304,7 @@ def check_v1_sampling(case, spec, prefix):
         renoise_steps=spec["renoise_steps"],
         renoise_mode=spec["renoise_mode"],
         schedule="cosine",
-        typical_mass=spec["typical_mass"] if spec["typical_filtering"] else None,
+        typical_mass=spec.get("typical_mass", 0.2) if spec["typical_filtering"] else None,
         typical_min_tokens=spec.get("typical_min_tokens", 1),
     )
     guide = network.predictor(io["c"])
@@ -339,9 +350,6 @@ def test_v1_sampling(golden):
     case = golden("paella/v1_unet_sampling")
     for name, spec in case.case["variants"].items():
         check_v1_sampling(case, spec, name)
-
-
-# --- prior ----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
