@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.settings import build, plain
 from lightning_modules.vqgan import convert
 from lightning_modules.vqgan.config import VQGANConfig
@@ -208,8 +208,7 @@ class VQGANModule(L.LightningModule):
         on_train_epoch_start depending on resuming, takes a number from the same generator.
         """
         if batch_idx == 0:
-            sequence = np.random.SeedSequence((self.seed, self.current_epoch, self.global_rank))
-            torch.manual_seed(int(sequence.generate_state(1)[0]))
+            torch.manual_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
