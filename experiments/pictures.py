@@ -15,7 +15,8 @@ GAP = 6
 LINE = 13
 INK, PAPER = (40, 44, 52), (255, 255, 255)
 # readable on white and on black alike
-GREY, CHANGED, SAME = (128, 128, 128, 255), (217, 119, 40, 255), (128, 128, 128, 70)
+GREY = (128, 128, 128, 255)
+TOKENS = np.array([(128, 128, 128, 70), (217, 119, 40, 255)], np.uint8)  # same, changed
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ def strip(steps: Tensor, changed: Tensor, columns: int = 4) -> Image.Image:
         x, y = i % columns * (width + GAP), i // columns * (tall + 3 * GAP)
         pen.text((x, y - 1), f"step {i + 1}", GREY, font)
         sheet.paste(cell, (x, y + LINE))
-        tokens = np.where(mask[..., None].numpy(), np.uint8(CHANGED), np.uint8(SAME))  # [h, w, 4]
+        tokens = TOKENS[mask.long().numpy()]  # [h, w, 4]
         picture = Image.fromarray(tokens).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y + LINE + height + 4))
     return sheet
