@@ -125,8 +125,6 @@ class EvalConfig:
     """Seed of the pictures: prompt i is drawn with seed + i."""
     bootstrap: int = 1000
     """Resamples behind each score's 95 % interval."""
-    clip: bool = True
-    """Also score captions against pictures (eval/clip_scenes)."""
     grid: int = 64
     """Pictures in samples.png."""
     traces: int = 4

@@ -1,10 +1,12 @@
 """Train, sample and score one paper: `python -m experiments.run --paper paella [key=value ...]`."""
 
 import argparse
+import logging
 import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -102,6 +104,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     from experiments import stages  # torch and lightning come with it, seconds of start-up
 
+    quiet()
     command = shlex.join([*COMMAND.split(), *argv])
     outcome = stages.run(args.paper, scale, config, out, command=command, say=speaker())
     if is_leader():
@@ -214,7 +217,9 @@ def show_plan(paper: str, config: RunSettings, out: Path) -> None:
     from experiments import stages
 
     store = Store(config.cache)
-    table = Table("stage", "key", "would", "folder", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "stage", "key", "would", "folder", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
     for stage in stages.plan(paper, config):
         reuse = store.done(stage) is not None
         would = Text("reuse", "green") if reuse else Text("run", "yellow")
@@ -230,7 +235,9 @@ def show_outcome(scores: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         scores: name -> number, or a mapping with value and maybe low, high and n.
         files: name -> path.
     """
-    table = Table("score", "value", "95 % interval", "n", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "score", "value", "95 % interval", "n", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
     for name, score in scores.items():
         row = score if isinstance(score, Mapping) else {"value": score}
         interval = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
@@ -254,6 +261,13 @@ def speaker() -> Callable[[str], None]:
         screen.print(text, soft_wrap=True)
 
     return say
+
+
+def quiet() -> None:
+    """Keep Lightning's remarks and hints off the screen; its errors stay."""
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}.utilities.rank_zero").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def console() -> Console:

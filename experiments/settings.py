@@ -209,7 +209,7 @@ def _set(cls: type, node: Any, pairs: Sequence[tuple[str, Any]]) -> None:
 
 def _build(cls: type, plain: Any, at: str = "") -> Any:
     """Make plain dataclasses and call `check` of the whole; errors get the setting's full name."""
-    hints = get_type_hints(cls)
+    hints = _fields(cls)
     values: dict[str, Any] = {}
     for key, value in plain.items():
         section = _section(hints[key])
@@ -260,7 +260,7 @@ def _hint(cls: type, dotted: str) -> Any:
         if section is None or name not in _fields(section):
             near = _near(dotted, _keys(cls))
             raise ConfigError(f"unknown setting {dotted!r}" + (f"; {near}" if near else ""))
-        hint = get_type_hints(section)[name]
+        hint = _fields(section)[name]
     return hint
 
 

@@ -84,7 +84,7 @@ class Store:
             everyone: every rank takes part in the work.
 
         Raises:
-            RuntimeError: the leader of this launch ended before the stage was done.
+            SystemExit: the leader of this launch ended before the stage was done.
         """
         stage = Stage(name, key)
         folder = self.folder(stage)
@@ -145,7 +145,7 @@ class Store:
             if everyone and self._begun_by_my_leader(stage):
                 return True
             if os.getppid() != parent:
-                raise RuntimeError(f"rank 0 ended before stage {stage.name} was done")
+                raise SystemExit(1)  # rank 0 ended, and said why
             time.sleep(pause)
         return False
 
