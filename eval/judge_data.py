@@ -1,6 +1,6 @@
 """What a judge learns from: sound scenes, broken ones, and the wear of pictures."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -33,70 +33,96 @@ def sound_sample(config: JudgeConfig, rng: np.random.Generator) -> tuple[np.ndar
 
 
 def broken_sample(config: JudgeConfig, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """Draw a picture that is no proper scene and the labels that say so.
-
-    Half-and-half things (labelled none where the halves differ), a mixed background, a missing
-    thing, one too many, or patches in disorder: what an imperfect generator makes. They keep the
-    judge from guessing.
-    """
-    size, kind = config.resolution, rng.choice(["mix", "mix", "background", "count", "disorder"])
+    """Draw a picture that is no proper scene, and labels that say so: they teach not to guess."""
+    kind = str(rng.choice(["mixed", "mixed", "patched", "miscounted", "disordered"]))
     scene = sample_scene(rng, config.max_objects)
-    centres = place(scene, rng)
-    image = draw_scene(scene, centres, size)
+    return BROKEN[kind](scene, place(scene, rng), config, rng)
+
+
+def mixed(
+    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """Draw things that are half another thing, or blended with it; none where the two differ."""
+    size, tables = config.resolution, (COLORS, SHAPES, SIZES)
+    change = [rng.random(3) < 0.4 for _ in scene.things]
+    new = [[str(rng.choice(list(table))) for table in tables] for _ in scene.things]
+    things = tuple(
+        Thing(*(b if c else a for a, b, c in zip(asdict(t).values(), n, m, strict=True)))
+        for t, n, m in zip(scene.things, new, change, strict=True)
+    )
+    second = replace(scene, things=things)
+    image, other = (draw_scene(s, centres, size) for s in (scene, second))
+    cut = rng.integers(3)
+    if cut == 2:
+        image = np.rint(0.5 * image + 0.5 * other).astype(np.uint8)
+    else:  # through the middle of every thing: the centre nearest to a pixel decides
+        rows, columns = np.indices((size, size))
+        gap = [np.hypot(columns - c[0] * size, rows - c[1] * size) for c in centres]
+        middle = centres[np.argmin(gap, axis=0)] * size  # [H, W, 2]
+        keep = columns < middle[..., 0] if cut else rows < middle[..., 1]
+        image = np.where(keep[..., None], image, other)
+    labels = [encode(asdict(s), config) for s in (scene, second)]
+    return image, [
+        a if a == b else len(options) for a, b, options in zip(*labels, config.heads, strict=True)
+    ]
+
+
+def patched(
+    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """Draw a background that changes in the middle: the background is none."""
+    others = [b for b in BACKGROUNDS if b != scene.background]
+    image = draw_scene(scene, centres, config.resolution)
+    other = draw_scene(
+        replace(scene, background=str(rng.choice(others))), centres, config.resolution
+    )
+    half = np.arange(config.resolution) < config.resolution / 2
+    image = np.where(half[:, None, None] if rng.random() < 0.5 else half[:, None], image, other)
     labels = encode(asdict(scene), config)
-    half = np.arange(size) < size / 2
-    if kind == "mix":
-        change = [rng.random(3) < 0.4 for _ in scene.things]
-        new = [Thing(*(str(rng.choice(list(o))) for o in (COLORS, SHAPES, SIZES)))
-               for _ in scene.things]  # fmt: skip
-        things = tuple(
-            Thing(*(b if c else a for a, b, c in zip(astuple(t), astuple(n), m, strict=True)))
-            for t, n, m in zip(scene.things, new, change, strict=True)
-        )
-        other = draw_scene(Scene(things, scene.layout, scene.background), centres, size)
-        rows, columns = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
-        cut = rng.integers(3)
-        if cut == 2:
-            image = np.rint(0.5 * image + 0.5 * other).astype(np.uint8)
-        else:  # through the middle of every thing, by its nearest centre
-            gap = [np.hypot(columns - c[0] * size, rows - c[1] * size) for c in centres]
-            middle = centres[np.argmin(gap, axis=0)] * size  # [H, W, 2]
-            keep = (columns < middle[..., 0]) if cut else (rows < middle[..., 1])
-            image = np.where(keep[..., None], image, other)
-        mixed = encode(asdict(Scene(things, scene.layout, scene.background)), config)
-        none = [len(o) for o in config.heads]
-        labels = [a if a == b else n for a, b, n in zip(labels, mixed, none, strict=True)]
-    elif kind == "background":
-        others = [b for b in BACKGROUNDS if b != scene.background]
-        other = draw_scene(
-            Scene(scene.things, scene.layout, str(rng.choice(others))), centres, size
-        )
-        image = np.where(half[:, None, None] if rng.random() < 0.5 else half[:, None], image, other)
-        labels[1] = len(BACKGROUNDS)
-    elif kind == "count":
-        left_out = int(rng.integers(len(centres)))
-        if rng.random() < 0.5 and config.max_objects < 4:
-            layout = str(rng.choice([k for k, c in LAYOUTS.items() if len(c) > config.max_objects]))
-            more = tuple(sample_scene(rng).things[0] for _ in LAYOUTS[layout])
-            scene = Scene(more, layout, scene.background)
-            image = draw_scene(scene, place(scene, rng), size)
-        else:
-            things = scene.things[:left_out] + scene.things[left_out + 1 :]
-            kept = np.delete(centres, left_out, axis=0)
-            image = draw_scene(Scene(things, scene.layout, scene.background), kept, size)
-        labels = [len(config.heads[0]), labels[1]] + [IGNORE] * (len(labels) - 2)
+    return image, [labels[0], len(BACKGROUNDS), *labels[2:]]
+
+
+def miscounted(
+    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """Draw one thing too few, or more than the judge knows: the layout is none."""
+    left_out = int(rng.integers(len(centres)))
+    labels = encode(asdict(scene), config)
+    if rng.random() < 0.5 and config.max_objects < 4:
+        layout = str(rng.choice([k for k, c in LAYOUTS.items() if len(c) > config.max_objects]))
+        things = tuple(sample_scene(rng).things[0] for _ in LAYOUTS[layout])
+        scene = Scene(things, layout, scene.background)
+        centres = place(scene, rng)
     else:
-        step = size // 4
-        tiles = image.reshape(4, step, 4, step, 3).swapaxes(1, 2).reshape(16, step, step, 3)
-        tiles = tiles[rng.permutation(16)].reshape(4, 4, step, step, 3).swapaxes(1, 2)
-        image = tiles.reshape(size, size, 3)
-        labels = [len(config.heads[0])] + [IGNORE] * (len(labels) - 1)
-    return image, labels
+        scene = replace(scene, things=scene.things[:left_out] + scene.things[left_out + 1 :])
+        centres = np.delete(centres, left_out, axis=0)
+    image = draw_scene(scene, centres, config.resolution)
+    return image, [len(config.heads[0]), labels[1]] + [IGNORE] * (len(labels) - 2)
 
 
-def astuple(thing: Thing) -> tuple[str, str, str]:
-    """Return the attributes of a thing in the order of the heads."""
-    return thing.color, thing.shape, thing.size
+def disordered(
+    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """Draw a scene whose 4 x 4 patches changed places: the layout is none."""
+    step = config.resolution // 4
+    image = draw_scene(scene, centres, config.resolution)  # rows that no patch holds stay
+    tiles = (
+        image[: 4 * step, : 4 * step]
+        .reshape(4, step, 4, step, 3)
+        .swapaxes(1, 2)
+        .reshape(16, step, step, 3)
+    )
+    tiles = tiles[rng.permutation(16)].reshape(4, 4, step, step, 3).swapaxes(1, 2)
+    image[: 4 * step, : 4 * step] = tiles.reshape(4 * step, 4 * step, 3)
+    return image, [len(config.heads[0])] + [IGNORE] * (len(config.heads) - 1)
+
+
+BROKEN = {
+    "mixed": mixed,
+    "patched": patched,
+    "miscounted": miscounted,
+    "disordered": disordered,
+}
 
 
 def wear(images: Tensor, generator: torch.Generator) -> Tensor:
