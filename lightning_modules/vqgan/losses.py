@@ -74,7 +74,7 @@ class LPIPS(nn.Module):
         """Return the weighted squared differences of the five stages, each [B, 1, h_i, w_i]."""
         with torch.autocast(x.device.type, enabled=False):
             return [
-                getattr(self, f"lin{i}").model((_unit(a) - _unit(b)).square())
+                getattr(self, f"lin{i}").model((unit_length(a) - unit_length(b)).square())
                 for i, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True))
             ]
 
@@ -258,7 +258,7 @@ def generator_loss(
     return loss + d_weight * factor * g_loss, {"g_loss": g_loss.detach(), "d_weight": d_weight}
 
 
-def _unit(h: Tensor) -> Tensor:
+def unit_length(h: Tensor) -> Tensor:
     """Scale [B, c, H, W] to unit length over channels.
 
     The reference's h / (|h| + 1e-10) has a NaN gradient at h = 0; the small term inside the root

@@ -17,6 +17,7 @@ from lightning_modules.vqgan.losses import (
     disc_factor,
     generator_loss,
     reconstruction_loss,
+    unit_length,
 )
 
 WIDTHS = (2, 3, 4, 4, 5)
@@ -39,6 +40,12 @@ def test_zero_features_have_a_finite_gradient() -> None:
     distance.backward()
     assert torch.isfinite(distance) and x.grad is not None
     assert torch.isfinite(x.grad).all()
+
+    h = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    unit_length(h).sum().backward()
+    assert h.grad is not None and torch.isfinite(h.grad).all()
+    h = torch.randn(1, 4, 2, 2)
+    assert torch.equal(unit_length(h), h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
 
 
 def test_a_picture_is_at_distance_zero_from_itself_and_training_mode_is_refused() -> None:

@@ -107,6 +107,7 @@ def test_resume_at_an_epoch_border_is_bit_identical(tmp_path: Path, model: dict)
 def test_the_checkpoint_loads_safely_and_exports_the_same_tokenizer(tmp_path: Path) -> None:
     trained, t = fit(tmp_path, 1, module(model={"quantizer": "ema"}))
     t.save_checkpoint(tmp_path / "last.ckpt")
+    assert not torch.equal(trained.autoencoder.quantize.cluster_size, torch.ones(16))
     trained.eval()
     images = Images()[0]["image"][None]
 
