@@ -35,6 +35,11 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.cpu().permute(1, 2, 0).contiguous().numpy())
 
 
+def to_pixels(image: Image.Image) -> Tensor:
+    """Make a picture uint8 [3, H, W] of a PIL image."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def save_png(
     path: Path | str, picture: Tensor | Image.Image, text: Mapping[str, str] | None = None
 ) -> None:
@@ -60,9 +65,8 @@ def save_png(
 def load_png(path: Path | str) -> tuple[Tensor, dict[str, str]]:
     """Read a PNG as uint8 [3, H, W] with the text stored in it."""
     with Image.open(path, formats=["PNG"]) as image:
-        pixels = np.array(image.convert("RGB"))
         text = {str(k): str(v) for k, v in getattr(image, "text", {}).items()}
-    return torch.from_numpy(pixels).permute(2, 0, 1), text
+        return to_pixels(image), text
 
 
 def enlarge(image: Image.Image, least: int) -> Image.Image:

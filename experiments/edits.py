@@ -1,0 +1,177 @@
+"""A given picture and what is to be made of it: in- and outpainting, variations."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from data.images import open_image, to_rgb
+from experiments.pictures import to_pixels
+from experiments.settings import ConfigError
+from lightning_modules.common.generator import GeneratorModule
+
+
+@dataclass
+class Edit:
+    """A given picture and what is to be made of it."""
+
+    pixels: Tensor
+    """[3, H, W] uint8, sides multiples of what the checkpoint needs."""
+    mask: Tensor | None = None
+    """[H, W] bool, True = generate; None makes variations."""
+    tokens: Tensor | None = None
+    """The mask on the token grid [h, w]: a token that the mask touches is generated whole."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a JPEG, PNG or WebP as upright RGB.
+
+    Raises:
+        ConfigError: no such file, or no readable picture.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no picture {path}")
+    try:
+        return to_rgb(open_image(path.read_bytes()))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{path} is no readable JPEG, PNG or WebP: {first_line(error)}"
+        ) from error
+
+
+def grid_unit(module: GeneratorModule) -> int:
+    """Pixels that a side must be a multiple of: the tokenizer's factor times the network's."""
+    network = getattr(getattr(module, "network", None), "config", None)
+    return module.tokenizer.factor * getattr(network, "grid_multiple", 1)
+
+
+def trained_size(module: GeneratorModule) -> tuple[int, int]:
+    """Width and height in pixels of the pictures that the generator was trained on."""
+    height, width = module.grid
+    return width * module.tokenizer.factor, height * module.tokenizer.factor
+
+
+def parse_size(module: GeneratorModule, text: str | None) -> tuple[int, int] | None:
+    """Read --size as (width, height).
+
+    Raises:
+        ConfigError: not two numbers, or no multiples of `grid_unit`.
+    """
+    if text is None:
+        return None
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--size must look like 64x32 (width x height), got {text!r}") from None
+    unit = grid_unit(module)
+    if width < 1 or height < 1 or width % unit or height % unit:
+        near = [max(1, round(side / unit)) * unit for side in (width, height)]
+        raise ConfigError(
+            f"--size: sides must be multiples of {unit}, got {text} (near: {near[0]}x{near[1]})"
+        )
+    return width, height
+
+
+def make_edit(
+    module: GeneratorModule,
+    picture: Image.Image,
+    mask: Image.Image | None,
+    size: tuple[int, int] | None,
+) -> Edit:
+    """Bring a picture and its mask to a size that the checkpoint accepts.
+
+    Variations are made at --size or the trained size: the largest centred part of that shape is
+    resized. With a mask the picture keeps its own size, cut at its borders to whole units, unless
+    --size is given; it may be larger than what the generator was trained on.
+
+    Raises:
+        ConfigError: a mask of another size or without white, or a picture that is too small.
+    """
+    unit = grid_unit(module)
+    if mask is not None and mask.size != picture.size:
+        raise ConfigError(
+            f"--mask is {mask.width}x{mask.height} and --image {picture.width}x{picture.height}; "
+            "they must be equally large"
+        )
+    if size is None and mask is None:
+        size = trained_size(module)
+    if size is None:
+        size = (picture.width // unit * unit, picture.height // unit * unit)
+        if min(size) == 0:
+            raise ConfigError(
+                f"--image is {picture.width}x{picture.height}, but this checkpoint needs at least "
+                f"{unit}x{unit}; give --size to enlarge it"
+            )
+        cut = size
+    else:
+        scale = min(picture.width / size[0], picture.height / size[1])
+        cut = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    left, top = (picture.width - cut[0]) // 2, (picture.height - cut[1]) // 2
+    box = (left, top, left + cut[0], top + cut[1])
+    resized = picture.resize(size, Image.Resampling.BICUBIC, box=box)
+    edit = Edit(to_pixels(resized))
+    if mask is not None:
+        white = to_pixels(mask.crop(box)).float().mean(dim=0) >= 127.5  # [H, W]
+        if not white.any():
+            raise ConfigError("--mask has no white part, so there is nothing to generate")
+        pixels = white[None, None].float()
+        factor = module.tokenizer.factor
+        # the largest value of each region, so that no white pixel is lost
+        edit.mask = F.adaptive_max_pool2d(pixels, size[::-1])[0, 0].bool()
+        edit.tokens = F.max_pool2d(edit.mask[None].float(), factor)[0].bool()
+    return edit
+
+
+def describe_edit(module: GeneratorModule, picture: Image.Image, edit: Edit) -> str:
+    """Say in one line what became of the given picture."""
+    height, width = edit.pixels.shape[-2:]
+    factor = module.tokenizer.factor
+    line = f"image {picture.width}x{picture.height}"
+    if (width, height) != picture.size:
+        line += f", cut or resized to {width}x{height}"
+    line += f": {width // factor}x{height // factor} tokens"
+    if edit.tokens is not None:
+        line += f", {int(edit.tokens.sum())} of them generated"
+    trained = trained_size(module)
+    if (width, height) != trained:
+        line += f" (trained on {trained[0]}x{trained[1]} pixels)"
+    return line
+
+
+def vary(settings: Any, strength: float | None, words: Sequence[str]) -> Any:
+    """Set how many steps a variation skips: round((1 - strength) steps), at least 1.
+
+    Raises:
+        ConfigError: a paper without that setting, a single step, or both words given.
+    """
+    if not hasattr(settings, "first_step"):
+        raise ConfigError("this checkpoint's paper makes no variations; give a --mask")
+    if any(w.removeprefix("--").startswith("sampling.first_step=") for w in words):
+        if strength is not None:
+            raise ConfigError("--strength and sampling.first_step exclude each other; set one")
+        return settings
+    if settings.steps < 2:
+        raise ConfigError(f"a variation needs sampling.steps of at least 2, got {settings.steps}")
+    first = round((1 - (0.7 if strength is None else strength)) * settings.steps)
+    return dataclasses.replace(settings, first_step=min(max(first, 1), settings.steps - 1))
+
+
+def image_condition(module: GeneratorModule, images: Tensor) -> dict[str, Tensor]:
+    """Image vectors of the text encoder's CLIP, for networks that were trained to see them."""
+    model = module.config.model
+    if not (getattr(model, "clip_image", False) and getattr(model, "clip_embd", 0)):
+        return {}
+    try:
+        return {"image_condition": module.encode_images(images)}
+    except ValueError:  # this text encoder has no image branch: the tokens must do
+        return {}
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,427 @@
+"""Pictures from a checkpoint: `python -m experiments.sample --ckpt PATH --prompt "..."`."""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from experiments.edits import (
+    Edit,
+    describe_edit,
+    first_line,
+    image_condition,
+    make_edit,
+    parse_size,
+    read_picture,
+    vary,
+)
+from experiments.pictures import grid, save_png, to_uint8
+from experiments.progress import Counter
+from experiments.run import Parser, quiet, speaker
+from experiments.settings import ConfigError, describe, override, pick, resolved
+from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.registry import load_generator
+
+COMMAND = "python -m experiments.sample"
+CHECKPOINT = "checkpoint.safetensors"
+MAX_IN_GRID = 100
+# what may differ from the training because it says where files lie on this machine
+PLACES = ("text.path", "text.clip_pretrained")
+
+EPILOG = f"""settings:
+  sampling.KEY=VALUE words change how the checkpoint samples, e.g. sampling.steps=8;
+  --ckpt PATH --help lists the settings of that checkpoint. text.path=DIR and
+  text.clip_pretrained=FILE say where frozen text encoders lie on this machine.
+
+examples:
+  {COMMAND} --ckpt runs/x --prompt "a small red circle above a large blue square"
+  {COMMAND} --ckpt runs/x --prompts prompts.txt --count 4 sampling.steps=8
+  {COMMAND} --ckpt runs/x --image a.png --mask m.png --prompt "..."   (in- and outpainting)
+  {COMMAND} --ckpt runs/x --image a.png --strength 0.6                (variations)
+  {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
+
+Every picture carries prompt, seed, checkpoint and settings in its PNG text. Picture i of a call
+has seed N + i and depends on nothing else, so the same words give the same picture again."""
+
+
+class Task(NamedTuple):
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    blend: float | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code (0, 2 refused, 130 interrupted)."""
+    try:
+        run(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the pictures that were finished are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(argv: Sequence[str]) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        ConfigError: a wrong word on the command line or an unfit file; no picture was made.
+    """
+    parser = make_parser()
+    args, words = parse(parser, argv)
+    if args.help:
+        print(parser.format_help())
+        if args.ckpt is not None:
+            module = load(args.ckpt, args.tokenizer, torch.device("cpu"))
+            print("settings of this checkpoint:")
+            for row in describe(module.config.sampling):
+                print(f"  sampling.{row.key}={row.default}  [{row.type}]\n      {row.help}")
+        return
+    check(args)
+    prompts = read_prompts(args)
+    tasks = make_tasks(args, prompts)
+    picture = None if args.image is None else read_picture(args.image)
+    mask = None if args.mask is None else read_picture(args.mask)
+    device = find_device(args.device)
+    say = speaker()
+    quiet()
+
+    module = load(args.ckpt, args.tokenizer, device)
+    settings = read_settings(module, words)
+    size = parse_size(module, args.size)
+    edit = None
+    if picture is not None:
+        edit = make_edit(module, picture, mask, size)
+        say(describe_edit(module, picture, edit))
+        if mask is None:
+            settings = vary(settings, args.strength, words)
+    try:
+        module.encode_text([task.prompt for task in tasks[:1]])
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(f"the text encoder: {first_line(error)}") from error
+
+    out = out_folder(args, tasks)
+    made: list[Tensor] = []
+    counter = Counter("pictures", len(tasks), say)
+    try:
+        for first in range(0, len(tasks), args.batch_size):
+            part = tasks[first : first + args.batch_size]
+            images = draw(module, part, prompts, settings, args.negative, edit, size)
+            if edit is not None and edit.mask is not None and args.keep_known:
+                images = torch.where(edit.mask, images, edit.pixels)
+            for i, (task, image) in enumerate(zip(part, images, strict=True), first):
+                save_png(out / file_name(i), image, png_text(args, task, prompts, settings))
+            made.extend(images[: max(0, MAX_IN_GRID - first)])
+            counter.update(first + len(part))
+    finally:
+        counter.close()
+    columns = len(tasks) if args.interpolate else min(args.count, 10) if args.count > 1 else 8
+    captions = [t.prompt if t.blend is None else f"blend {t.blend:.2f}" for t in tasks[: len(made)]]
+    save_png(out / "grid.png", grid(torch.stack(made), columns, captions=captions))
+    say(f"{len(tasks)} pictures in {out}, all together in {out / 'grid.png'}")
+
+
+def make_parser() -> Parser:
+    """Make the parser of all options; its help explains them."""
+    parser = Parser(
+        prog=COMMAND,
+        description="Draw pictures with a checkpoint: from text, or from a picture and text.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ckpt", type=Path, metavar="PATH", help="run folder, or checkpoint file of a generator")
+    add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where not beside it")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
+    add("--negative", metavar="TEXT", help="what guidance leads away from (default: no text)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the first picture (default: 0)")
+    add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default: 1)")
+    add("--size", metavar="WxH", help="pixels (default: as trained; with --mask: as the image)")
+    add("--image", type=Path, metavar="FILE", help="a picture to edit (JPEG, PNG or WebP)")
+    add(
+        "--mask", type=Path, metavar="FILE",
+        help="white = generate, black = keep; as large as the image. A token that white touches "
+        "is generated whole. Without --mask, --image gives variations",
+    )  # fmt: skip
+    add(
+        "--keep-known", action=argparse.BooleanOptionalAction, default=True,
+        help="black pixels of the mask come from the image itself (default); "
+        "--no-keep-known shows them as the tokenizer decodes them, without seams",
+    )  # fmt: skip
+    add(
+        "--strength", type=float, metavar="S",
+        help="variations: 0 = hardly any change, 1 = the most (default: 0.7)",
+    )  # fmt: skip
+    add(
+        "--interpolate",
+        type=int,
+        metavar="N",
+        help="N pictures from the first prompt to the second",
+    )
+    add("--out", type=Path, metavar="DIR", help="default: samples/<checkpoint>-<seed>, numbered")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, ... (default: auto)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="pictures at once; changes no picture",
+    )
+    add("--help", "-h", action="store_true", help="this text")
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into options and `key=value` words, in any order."""
+    args, words = parser.parse_known_args(argv)
+    options = [o for action in parser._actions for o in action.option_strings]
+    for word in words:
+        if word.startswith("-") and "=" not in word:
+            pick("option", word, options)
+    return args, words
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check what can be checked without any file.
+
+    Raises:
+        ConfigError: a missing option, one out of range, or two that exclude each other.
+    """
+    if args.ckpt is None:
+        raise ConfigError("--ckpt is missing; name a run folder or a checkpoint file")
+    for name, least in (("seed", 0), ("count", 1), ("batch_size", 1), ("interpolate", 2)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.strength is not None and not 0 <= args.strength <= 1:
+        raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
+    if args.image is None and args.mask is not None:
+        raise ConfigError("--mask needs --image, the picture whose white parts are generated")
+    if args.strength is not None and (args.image is None or args.mask is not None):
+        raise ConfigError("--strength belongs to variations: give --image and no --mask")
+    if args.interpolate and (args.image is not None or args.count > 1):
+        raise ConfigError("--interpolate goes with two prompts alone: no --image, no --count")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts of --prompt and --prompts; an edit may go without, an interpolation needs two.
+
+    Raises:
+        ConfigError: no prompts, a wrong number of them, or an unreadable file.
+    """
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        try:
+            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts {args.prompts}: {first_line(error)}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ConfigError(f"--prompts {args.prompts} holds no prompt")
+    if args.interpolate and len(prompts) != 2:
+        raise ConfigError(f"--interpolate needs exactly two prompts, got {len(prompts)}")
+    if not prompts and args.image is None:
+        raise ConfigError("--prompt is missing; say what to draw")
+    return prompts or [""]
+
+
+def make_tasks(args: argparse.Namespace, prompts: Sequence[str]) -> list[Task]:
+    """One task per picture; the seeds count up, an interpolation keeps one seed."""
+    if args.interpolate:
+        shares = [i / (args.interpolate - 1) for i in range(args.interpolate)]
+        return [Task(prompts[0], args.seed, share) for share in shares]
+    repeated = [prompt for prompt in prompts for _ in range(args.count)]
+    return [Task(prompt, args.seed + i) for i, prompt in enumerate(repeated)]
+
+
+def find_device(name: str) -> torch.device:
+    """Find the device of that name; auto is the first GPU, or the CPU.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device {name}: {first_line(error)}") from error
+    return device
+
+
+def load(path: Path, tokenizer: Path | None, device: torch.device) -> GeneratorModule:
+    """Load the generator of a run folder or file.
+
+    Raises:
+        ConfigError: a missing file, or one of another kind.
+    """
+    file = path / CHECKPOINT if path.is_dir() else path
+    if tokenizer is not None and not tokenizer.is_file():
+        raise ConfigError(f"there is no tokenizer {tokenizer}")
+    try:
+        return load_generator(file, tokenizer, device)
+    except KeyError as error:  # the settings lack the tokenizer that the file was trained on
+        raise ConfigError(
+            f"{file} names no {first_line(error)}: it comes from the middle of a training; "
+            f"take the run folder's {CHECKPOINT}"
+        ) from error
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(first_line(error)) from error
+    except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise ConfigError(f"{file} is no readable checkpoint: {first_line(error)}") from error
+
+
+def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
+    """Apply `key=value` words: those of sampling are returned, those of PLACES take effect.
+
+    Raises:
+        ConfigError: an unknown setting, one out of range, or one that is fixed by the training.
+    """
+    text, sampling = module.config.text, module.config.sampling
+    holder = dataclasses.make_dataclass(
+        "Settings",
+        [
+            ("sampling", type(sampling), field(default_factory=lambda: sampling)),
+            ("text", type(text), field(default_factory=lambda: text)),
+        ],
+    )
+    changed = override(holder(), words)
+    for name, value in resolved(changed.text).items():
+        if value == getattr(text, name):
+            continue
+        if f"text.{name}" not in PLACES:
+            raise ConfigError(f"text.{name} is part of the checkpoint; of text only "
+                              f"{' and '.join(PLACES)} can be changed")  # fmt: skip
+        setattr(text, name, value)  # the encoder reads it when it is first used
+    return changed.sampling
+
+
+def draw(
+    module: GeneratorModule,
+    tasks: Sequence[Task],
+    prompts: Sequence[str],
+    settings: Any,
+    negative: str | None,
+    edit: Edit | None,
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Draw the pictures of some tasks: uint8 [B, 3, H, W] on the CPU.
+
+    Raises:
+        ConfigError: an option that this checkpoint's paper does not know, or a setting that it
+            refuses.
+    """
+    known = inspect.signature(module.sample_tokens).parameters
+    blends = tasks[0].blend is not None
+    count = 1 if blends else len(tasks)
+    extra: dict[str, Any] = {}
+    if negative is not None:
+        extra["negative"] = [negative] * count
+    if edit is not None:
+        start = (edit.pixels.float() / 127.5 - 1).to(module.device)
+        extra["start"] = start.expand(count, -1, -1, -1)
+        if edit.tokens is not None:
+            extra["mask"] = edit.tokens.expand(count, -1, -1)
+        else:
+            extra |= image_condition(module, extra["start"])
+    elif size is not None:
+        factor = module.tokenizer.factor
+        extra["grid"] = (size[1] // factor, size[0] // factor)
+    if blends:
+        extra["blend_with"] = [prompts[1]]
+    names = {"negative": "--negative", "start": "--image", "mask": "--mask", "grid": "--size"}
+    for name in extra:
+        if name not in known:
+            what = names.get(name, "--interpolate")
+            raise ConfigError(f"this checkpoint's paper knows no {what}")
+    extra |= resolved(settings)
+    try:
+        if not blends:
+            images = module.sample(
+                [t.prompt for t in tasks], seeds=[t.seed for t in tasks], **extra
+            )
+        else:  # the share is one number per call
+            shares = [
+                module.sample([t.prompt], seeds=[t.seed], blend=t.blend, **extra) for t in tasks
+            ]
+            images = torch.cat(shares)
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
+    return to_uint8(images.cpu())
+
+
+def out_folder(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
+    """Choose the folder: --out, or the first free samples/<checkpoint>-<seed>[-2, -3, ...].
+
+    Raises:
+        ConfigError: a picture would overwrite one.
+    """
+    if args.out is not None:
+        names = [*(file_name(i) for i in range(len(tasks))), "grid.png"]
+        taken = next((n for n in names if (args.out / n).exists()), None)
+        if taken is not None or (args.out.exists() and not args.out.is_dir()):
+            raise ConfigError(f"--out {args.out} already holds {taken}; choose another folder"
+                              if taken else f"--out {args.out} is a file")  # fmt: skip
+        return args.out
+    stem = args.ckpt.resolve().name if args.ckpt.is_dir() else args.ckpt.stem
+    if stem == Path(CHECKPOINT).stem:
+        stem = args.ckpt.resolve().parent.name
+    return next(folder for folder in _numbered(f"{stem}-{args.seed}") if not folder.exists())
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    yield Path("samples") / name
+    number = 2
+    while True:
+        yield Path("samples") / f"{name}-{number}"
+        number += 1
+
+
+def file_name(index: int) -> str:
+    """Return the file of picture `index`."""
+    return f"{index:05d}.png"
+
+
+def png_text(
+    args: argparse.Namespace, task: Task, prompts: Sequence[str], settings: Any
+) -> dict[str, str]:
+    """Return what is written into a picture: enough to make it again."""
+    names = ("negative", "size", "image", "mask", "keep_known", "strength")
+    used = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    if args.mask is None:
+        used.pop("keep_known")
+    if task.blend is not None:
+        used |= {"blend_with": prompts[1], "blend": task.blend}
+    return {
+        "prompt": task.prompt,
+        "seed": str(task.seed),
+        "checkpoint": str(args.ckpt),
+        "settings": json.dumps({"sampling": resolved(settings), **used}, default=str),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

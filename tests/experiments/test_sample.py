@@ -1,0 +1,310 @@
+"""Pictures from a micro checkpoint: text, edits, files, and every wrong word."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.pictures import load_png
+from experiments.sample import main
+from lightning_modules.common.checkpoint import load_weights, save_weights
+from lightning_modules.paella.module import PaellaModule
+from lightning_modules.registry import generator_file, load_generator, load_tokenizer
+from lightning_modules.vqgan.module import VQGANModule
+
+TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
+             "z_channels": 4, "embed_dim": 4, "num_codes": 12, "norm_groups": 4}  # fmt: skip
+MODEL = {"c_in": 8, "c_out": 8, "num_labels": 12, "c_r": 8, "patch_size": 1, "c_cond": 8,
+         "c_hidden": [8, 8], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
+         "clip_embd": 0, "clip_image": False, "byt5_embd": 8, "dropout": 0.0}  # fmt: skip
+TEXT = {"name": "bytes", "width": 8, "layers": 1, "heads": 2, "buckets": 64}
+SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
+# two pixels per token, grids in multiples of two: sides are multiples of 4; trained on 16x16
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint of random weights and its tokenizer."""
+    folder = tmp_path_factory.mktemp("runs") / "micro"
+    torch.manual_seed(0)
+    tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
+    config = {"paper": "paella", "seed": 0, "grid": [8, 8], "num_codes": 12, "model": MODEL,
+              "text": TEXT, "sampling": SAMPLING}  # fmt: skip
+    generator = PaellaModule(config)
+    for parameter in [*tokenizer.parameters(), *generator.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_weights(folder / "tokenizer.safetensors", *tokenizer.export())
+    state, settings = generator_file(
+        generator, folder / "tokenizer.safetensors", "tokenizer.safetensors"
+    )
+    save_weights(folder / "checkpoint.safetensors", state, settings)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def sample(run_folder: Path, *words: str) -> int:
+    return main(["--ckpt", str(run_folder), "--device", "cpu", *words])
+
+
+def picture(path: str, width: int, height: int, seed: int = 0) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def pixels(path: str) -> np.ndarray:
+    return load_png(path)[0].permute(1, 2, 0).numpy()
+
+
+def test_pictures_carry_what_made_them(run_folder: Path) -> None:
+    words = ["--prompt", "a red circle", "--prompt", "größer", "--count", "2", "--seed", "7"]
+    assert sample(run_folder, *words, "sampling.steps=2", "--negative", "blur", "--out", "a") == 0
+    names = sorted(path.name for path in Path("a").iterdir())
+    assert names == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
+    texts = [load_png(f"a/{name}")[1] for name in names[:4]]
+    assert [t["prompt"] for t in texts] == ["a red circle", "a red circle", "größer", "größer"]
+    assert [t["seed"] for t in texts] == ["7", "8", "9", "10"]
+    assert texts[0]["checkpoint"] == str(run_folder)
+    settings = json.loads(texts[0]["settings"])
+    assert settings["sampling"]["steps"] == 2 and settings["sampling"]["guidance_start"] == 3.0
+    assert settings["negative"] == "blur" and "keep_known" not in settings
+    assert pixels("a/00000.png").shape == (SIDE, SIDE, 3)
+
+
+def test_pictures_are_the_modules_own(run_folder: Path) -> None:
+    assert sample(run_folder, "--prompt", "a b", "--seed", "3", "--out", "a") == 0
+    module = load_generator(run_folder / "checkpoint.safetensors")
+    image = module.sample(["a b"], seeds=[3])[0]
+    expected = (image * 127.5 + 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels("a/00000.png"), expected.astype(np.uint8))
+
+
+def test_batches_change_no_picture(run_folder: Path) -> None:
+    Path("p.txt").write_text("one thing\n\n  a longer prompt of words \nthree\n", encoding="utf-8")
+    assert sample(run_folder, "--prompts", "p.txt", "--out", "a", "--batch-size", "3") == 0
+    assert sample(run_folder, "--prompts", "p.txt", "--out", "b", "--batch-size", "1") == 0
+    for i in range(3):
+        assert np.array_equal(pixels(f"a/0000{i}.png"), pixels(f"b/0000{i}.png"))
+    assert load_png("a/00001.png")[1]["prompt"] == "a longer prompt of words"
+
+
+def test_default_folders_are_numbered_and_given_ones_never_overwritten(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert sample(run_folder, "--prompt", "a", "--seed", "4") == 0
+    assert main(["--ckpt", str(run_folder / "checkpoint.safetensors"), "--prompt", "a"]) == 0
+    assert {p.name for p in Path("samples").iterdir()} == {"micro-4", "micro-4-2", "micro-0"}
+    before = Path("samples/micro-4/00000.png").read_bytes()
+    capsys.readouterr()
+    assert sample(run_folder, "--prompt", "b", "--out", "samples/micro-4") == 2
+    assert "already holds 00000.png" in capsys.readouterr().err
+    assert Path("samples/micro-4/00000.png").read_bytes() == before
+
+
+def test_mask_keeps_pixels_and_tokens(run_folder: Path) -> None:
+    original = picture("i.png", SIDE, SIDE)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[3:8, 4:9] = 255  # tokens are 2x2 pixels: rows 1..3 and columns 2..4 are touched
+    Image.fromarray(mask).save("m.png")
+    words = ["--image", "i.png", "--mask", "m.png", "--prompt", "x"]
+    assert sample(run_folder, *words, "--out", "a") == 0
+    assert np.array_equal(pixels("a/00000.png")[mask == 0], original[mask == 0])
+    assert not np.array_equal(pixels("a/00000.png")[mask > 0], original[mask > 0])
+
+    assert sample(run_folder, *words, "--out", "b", "--no-keep-known") == 0
+    module = load_generator(run_folder / "checkpoint.safetensors")
+    start = torch.from_numpy(original).permute(2, 0, 1)[None] / 127.5 - 1
+    touched = torch.zeros(1, 8, 8, dtype=torch.bool)
+    touched[0, 1:4, 2:5] = True
+    tokens = module.sample_tokens(
+        ["x"], seeds=[0], start=module.tokenizer.encode(start), mask=touched
+    )
+    assert torch.equal(tokens[~touched], module.tokenizer.encode(start)[~touched])
+    image = module.tokenizer.decode(tokens)[0]
+    expected = (image * 127.5 + 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels("b/00000.png"), expected.astype(np.uint8))
+
+
+def test_outpainting_beyond_the_trained_size(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = picture("i.png", 30, 21)
+    mask = np.full((21, 30), 255, np.uint8)
+    mask[4:16, 4:20] = 0
+    Image.fromarray(mask).save("m.png")
+    assert sample(run_folder, "--image", "i.png", "--mask", "m.png", "--out", "a") == 0
+    said = capsys.readouterr().out
+    assert "30x21, cut or resized to 28x20" in said and "trained on 16x16" in said
+    made = pixels("a/00000.png")
+    assert made.shape == (20, 28, 3)
+    assert np.array_equal(made[4:16, 3:19], original[4:16, 4:20])  # cut by 1 pixel at the left
+    assert load_png("a/00000.png")[1]["prompt"] == ""
+
+
+def test_resized_edits_lose_no_white_pixel(run_folder: Path) -> None:
+    picture("i.png", 64, 64)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[33, 50] = 255
+    Image.fromarray(mask).save("m.png")
+    words = ["--image", "i.png", "--mask", "m.png", "--size", "16x16", "--out"]
+    assert sample(run_folder, *words, "a") == 0
+    assert sample(run_folder, *words, "b", "--seed", "5") == 0
+    differs = (pixels("a/00000.png") != pixels("b/00000.png")).any(-1)
+    assert set(zip(*np.nonzero(differs), strict=True)) <= {(8, 12)}
+
+
+def test_strength_of_variations(run_folder: Path) -> None:
+    picture("i.png", 40, 32)
+    for strength, first in (("0", 9), ("0.7", 3), ("1", 1)):
+        words = ["--image", "i.png", "--out", strength, "sampling.steps=10"]
+        assert sample(run_folder, *words, "--strength", strength) == 0
+        settings = json.loads(load_png(f"{strength}/00000.png")[1]["settings"])
+        assert settings["sampling"]["first_step"] == first
+    assert sample(run_folder, "--image", "i.png", "--out", "d", "sampling.steps=10") == 0
+    assert np.array_equal(pixels("d/00000.png"), pixels("0.7/00000.png"))
+    assert not np.array_equal(pixels("1/00000.png"), pixels("0/00000.png"))
+    assert pixels("d/00000.png").shape == (SIDE, SIDE, 3)
+
+
+def test_interpolation_runs_from_one_prompt_to_the_other(run_folder: Path) -> None:
+    words = ["--prompt", "red", "--prompt", "a blue square", "--interpolate", "3"]
+    assert sample(run_folder, *words, "--out", "a", "--negative", "no") == 0
+    assert sample(run_folder, *words[:2], "--out", "b", "--negative", "no") == 0
+    assert sample(run_folder, *words[2:4], "--out", "c", "--negative", "no") == 0
+    assert np.array_equal(pixels("a/00000.png"), pixels("b/00000.png"))
+    assert np.array_equal(pixels("a/00002.png"), pixels("c/00000.png"))
+    text = load_png("a/00001.png")[1]
+    settings = json.loads(text["settings"])
+    assert (text["seed"], settings["blend"], settings["blend_with"]) == ("0", 0.5, "a blue square")
+
+
+def test_other_sizes_from_text(run_folder: Path) -> None:
+    assert sample(run_folder, "--prompt", "a", "--size", "24x8", "--out", "a") == 0
+    assert pixels("a/00000.png").shape == (8, 24, 3)
+
+
+def test_help_lists_the_checkpoints_settings(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--interpolate" in said and "sampling.steps=8" in said
+    assert sample(run_folder, "--help") == 0
+    assert "sampling.steps=3  [int]" in capsys.readouterr().out
+
+
+WRONG: list[tuple[list[str], str]] = [
+    ([], "--prompt is missing"),
+    (["--prompt", "a", "--prommpt", "b"], "did you mean --prompt?"),
+    (["--prompt"], "expected one argument"),
+    (["--prompt", "a", "--seed", "x"], "--seed"),
+    (["--prompt", "a", "--seed", "-1"], "--seed must be at least 0"),
+    (["--prompt", "a", "--count", "0"], "--count must be at least 1"),
+    (["--prompt", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--prompt", "a", "--device", "abacus"], "--device abacus"),
+    (["--prompt", "a", "--out", "text.txt"], "is a file"),
+    (["--prompt", "a", "--size", "16"], "must look like 64x32"),
+    (["--prompt", "a", "--size", "18x16"], "multiples of 4, got 18x16 (near: 16x16)"),
+    (["--prompt", "a", "sampling.stepps=3"], "did you mean sampling.steps?"),
+    (["--prompt", "a", "steps=3"], "did you mean sampling.steps?"),
+    (["--prompt", "a", "sampling.steps=0"], "sampling.steps must be at least 1"),
+    (["--prompt", "a", "sampling.steps=few"], "sampling.steps: expected int"),
+    (["--prompt", "a", "text.width=16"], "text.width is part of the checkpoint"),
+    (["--prompt", "a", "junk"], "'junk' is not a setting"),
+    (["--prompts", "none.txt"], "none.txt"),
+    (["--prompts", "empty.txt"], "holds no prompt"),
+    (["--prompts", "i.png"], "i.png"),
+    (["--prompt", "a", "--tokenizer", "none.safetensors"], "there is no tokenizer"),
+    (["--prompt", "a", "--mask", "m.png"], "--mask needs --image"),
+    (["--prompt", "a", "--strength", "0.5"], "--strength belongs to variations"),
+    (["--image", "i.png", "--strength", "1.5"], "--strength must be between 0 and 1"),
+    (["--image", "none.png"], "there is no picture none.png"),
+    (["--image", "text.txt"], "text.txt is no readable JPEG, PNG or WebP"),
+    (["--image", "cut.png"], "cut.png is no readable"),
+    (["--image", "i.png", "--mask", "text.txt"], "text.txt is no readable"),
+    (["--image", "i.png", "--mask", "other.png"], "--mask is 8x8 and --image 16x16"),
+    (["--image", "i.png", "--mask", "black.png"], "no white part"),
+    (["--image", "dot.png", "--mask", "dot.png"], "needs at least 4x4"),
+    (["--image", "i.png", "sampling.steps=1"], "sampling.steps of at least 2"),
+    (["--image", "i.png", "--strength", "1", "sampling.first_step=1"], "exclude each other"),
+    (["--prompt", "a", "--interpolate", "4"], "exactly two prompts, got 1"),
+    (["--prompt", "a", "--prompt", "b", "--interpolate", "1"], "--interpolate must be at least 2"),
+    (["--prompt", "a", "--prompt", "b", "--interpolate", "3", "--count", "2"], "no --count"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=lambda v: " ".join(v)[:40])
+def test_wrong_words_are_one_line(
+    run_folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture("i.png", SIDE, SIDE)
+    picture("other.png", 8, 8)
+    picture("dot.png", 3, 3)
+    Image.new("RGB", (SIDE, SIDE)).save("black.png")
+    Path("cut.png").write_bytes(Path("i.png").read_bytes()[:200])
+    Path("text.txt").write_text("no picture")
+    Path("empty.txt").write_text("\n \n")
+    assert sample(run_folder, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not Path("samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.safetensors", "there is no checkpoint"),
+        ("folder", "there is no checkpoint"),
+        ("tokenizer.safetensors", "is a checkpoint of vqgan"),
+        ("bare.safetensors", "experiments.convert"),
+        ("text.safetensors", "is no readable checkpoint"),
+        ("text.pt", "is no readable checkpoint"),
+        ("middle.safetensors", "names no 'tokenizer'"),
+        ("alone.safetensors", "not beside it"),
+        ("odd.safetensors", "is not the tokenizer that"),
+        ("short.safetensors", "does not fit PaellaModule"),
+    ],
+)
+def test_wrong_checkpoints(
+    run_folder: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, config = load_weights(run_folder / "checkpoint.safetensors")
+    tokenizer = run_folder / "tokenizer.safetensors"
+    Path("folder").mkdir()
+    Path("tokenizer.safetensors").write_bytes(tokenizer.read_bytes())
+    Path("text.safetensors").write_text("no tensors at all")
+    Path("text.pt").write_text("no tensors at all")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, "bare.safetensors")
+    other = {**load_weights(tokenizer)[0]}
+    save_weights("odd-tokenizer.safetensors", {k: v + 1 for k, v in other.items()},
+                 load_weights(tokenizer)[1])  # fmt: skip
+    named: dict[str, Any] = config["tokenizer"]
+    save_weights("middle.safetensors", state, {k: v for k, v in config.items() if k != "tokenizer"})
+    save_weights("alone.safetensors", state, {**config, "tokenizer": {**named, "file": "gone"}})
+    odd = {**named, "file": "odd-tokenizer.safetensors"}
+    save_weights("odd.safetensors", state, {**config, "tokenizer": odd})
+    save_weights("short.safetensors", dict(list(state.items())[1:]), config)
+    assert main(["--ckpt", name, "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_tokenizer_from_elsewhere(run_folder: Path) -> None:
+    Path("moved.safetensors").write_bytes((run_folder / "checkpoint.safetensors").read_bytes())
+    words = ["--ckpt", "moved.safetensors", "--prompt", "a", "--out", "a"]
+    assert main([*words, "--tokenizer", str(run_folder / "tokenizer.safetensors")]) == 0
+    assert load_tokenizer(run_folder / "tokenizer.safetensors").num_codes == 12
