@@ -1,0 +1,291 @@
+"""Official checkpoints to ours: `python -m experiments.convert --paper NAME --from FILE`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from experiments.config import RUNS, load, resolved
+from experiments.edits import first_line
+from experiments.run import Parser, speaker
+from experiments.settings import ConfigError, fill, parse_overrides, pick
+from experiments.store import Say
+from lightning_modules.common.checkpoint import (
+    file_hash,
+    load_foreign,
+    load_strict,
+    load_weights,
+    save_weights,
+)
+from lightning_modules.paella import convert as paella_convert
+from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
+from lightning_modules.registry import GENERATORS
+from lightning_modules.vqgan import convert as vqgan_convert
+from lightning_modules.vqgan.module import VQGANModule
+
+COMMAND = "python -m experiments.convert"
+
+EPILOG = f"""what can be read:
+  paella   paella_v3.pt with vqgan_f4.pt, bare or under state_dict
+  vqgan    vqgan_f4.pt, taming and latent-diffusion files, diffusers folders of VQModel and
+           PaellaVQModel
+Files are read without running anything in them. A key that is missing or left over is an error.
+
+key=value words say what the tensors do not: model.nhead=[-1,16,16], tokenizer.model.norm_groups=8,
+and what a checkpoint needs besides: text.path=DIR and text.clip_pretrained=FILE (text encoders),
+data.resolution=256 (size it was trained at), sampling.steps=12.
+
+examples:
+  {COMMAND} --paper paella --from paella_v3.pt --tokenizer vqgan_f4.pt --out paella.safetensors
+  {COMMAND} --paper vqgan --from vq-f4/model.ckpt --out vq_f4.safetensors"""
+
+Pairs = list[tuple[str, Any]]
+
+
+class Foreign(NamedTuple):
+    """A generator as it was found."""
+
+    what: str
+    pairs: Pairs
+    """Its settings: (dotted key of the paper's config, value)."""
+    state: dict[str, Tensor]
+    """Its tensors by the names of the paper's module."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code (0, or 2 refused)."""
+    try:
+        run(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(argv: Sequence[str]) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        ConfigError: a wrong word on the command line or an unfit file; nothing was written.
+    """
+    parser = make_parser()
+    args, words = parser.parse_known_args(argv)
+    if args.help:
+        print(parser.format_help())
+        return
+    options = [o for action in parser._actions for o in action.option_strings]
+    for word in words:
+        if word.startswith("-") and "=" not in word:
+            pick("option", word, options)
+    for name in ("paper", "from", "out"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name} is missing")
+    pick("--paper", args.paper, [*GENERATORS, "vqgan"])
+    pairs = parse_overrides(RUNS[args.paper], words)
+    source, out = Path(getattr(args, "from")), args.out
+    if out.suffix != ".safetensors":
+        out = out.with_name(f"{out.name}.safetensors")
+    if args.paper == "vqgan":
+        if args.tokenizer is not None:
+            raise ConfigError("--tokenizer goes with generators; a tokenizer is named by --from")
+        convert_tokenizer(source, out, pairs, speaker())
+    else:
+        if args.tokenizer is None:
+            raise ConfigError("--tokenizer is missing; a generator works with its tokenizer alone")
+        convert_generator(args.paper, source, args.tokenizer, out, pairs, speaker())
+
+
+def make_parser() -> Parser:
+    """Make the parser of all options; its help explains them."""
+    parser = Parser(
+        prog=COMMAND,
+        description="Turn an official checkpoint into one that experiments.sample takes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--paper", metavar="NAME", help=", ".join([*GENERATORS, "vqgan (a tokenizer alone)"]))
+    add("--from", type=Path, metavar="PATH", help="the official file, or a diffusers folder")
+    add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer: official, or of this suite")
+    add("--out", type=Path, metavar="FILE", help="X.safetensors; the tokenizer goes beside it")
+    add("--help", "-h", action="store_true", help="this text")
+    return parser
+
+
+def convert_tokenizer(source: Path, out: Path, pairs: Pairs, say: Say) -> VQGANModule:
+    """Convert a tokenizer and write it.
+
+    Raises:
+        ConfigError: an unfit file, or `out` exists.
+    """
+    _free(out)
+    state, config = read_tokenizer(source, pairs)
+    module = VQGANModule.from_export(state, config)
+    save_weights(out, state, config)
+    count = sum(p.numel() for p in module.autoencoder.parameters())
+    say(
+        f"tokenizer {source}: {config['model']['network']} network, {count:,} parameters, "
+        f"{module.num_codes} codes, f{module.factor} -> {out}"
+    )
+    return module
+
+
+def read_tokenizer(source: Path, pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a tokenizer of this suite or an official one.
+
+    Args:
+        source: file, or diffusers folder.
+        pairs: ("model.X", value) that the tensors do not say.
+
+    Raises:
+        ConfigError: no such file, one of unknown layout, or one that says otherwise than `pairs`.
+    """
+    hints = _section(pairs, "model")
+
+    def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if source.suffix == ".safetensors":
+            try:
+                state, config = load_weights(source)
+            except ValueError:  # not ours
+                pass
+            else:
+                return VQGANModule.from_export(state, config).export()
+        if not hints:
+            return vqgan_convert.convert_path(source)
+        settings = source / "config.json"
+        known = json.loads(settings.read_text()) if settings.is_file() else {}
+        return vqgan_convert.convert(load_foreign(source), {**known, **hints})
+
+    state, config = _reading(source, read)
+    _agree("model", hints, config["model"])
+    return state, config
+
+
+def convert_generator(
+    paper: str, source: Path, tokenizer: Path, out: Path, pairs: Pairs, say: Say
+) -> None:
+    """Convert a generator with its tokenizer and write both.
+
+    What the tensors do not say comes from the paper's scale `paper`, then from `pairs`.
+
+    Raises:
+        ConfigError: an unfit file, files that do not belong together, or `out` exists.
+    """
+    beside = out.with_name(f"{out.stem}.tokenizer.safetensors")
+    _free(out)
+    _free(beside)
+    found = _reading(source, lambda: FOREIGN[paper](load_foreign(source), pairs))
+    given = dict(pairs)
+    for key, value in found.pairs:
+        if key in given and given[key] != value:
+            raise ConfigError(f"{key} is {value} in {source}, not {given[key]}")
+    config = fill(load(paper, "paper"), [("tokenizer.ckpt", str(tokenizer)), *found.pairs, *pairs])
+
+    hints = [(k.removeprefix("tokenizer."), v) for k, v in pairs if k.startswith("tokenizer.")]
+    codes = VQGANModule.from_export(*read_tokenizer(tokenizer, hints))
+    side, rest = divmod(config.data.resolution, codes.factor)
+    if rest:
+        raise ConfigError(f"data.resolution must be a multiple of {codes.factor}")
+    own = {f.name for f in dataclasses.fields(GENERATORS[paper].config_class)}
+    plain = {
+        "paper": paper,
+        "seed": 0,
+        "grid": [side, side],
+        "num_codes": codes.num_codes,
+        **{name: value for name, value in resolved(config).items() if name in own},
+    }
+    _check(paper, plain, found, source, codes.num_codes)
+    convert_tokenizer(tokenizer, beside, hints, say)
+    named = {"file": beside.name, "sha256": file_hash(beside)}
+    save_weights(out, found.state, {**plain, "tokenizer": named})
+    count = sum(v.numel() for v in found.state.values())
+    say(f"{found.what} {source}: {count:,} parameters, {side}x{side} tokens -> {out}")
+    say(f'try: python -m experiments.sample --ckpt {out} --prompt "..."')
+
+
+def paella(state: Mapping[str, Tensor], pairs: Pairs) -> Foreign:
+    """Paella's token predictors of 2023 (v3) and 2022 (v1).
+
+    Raises:
+        ValueError: another file, or the diffusion prior, which draws no tokens.
+    """
+    kind, tensors, model = paella_convert.convert(
+        state, {**_section(pairs, "v1"), **_section(pairs, "model")}
+    )
+    settings: Pairs = [("network", kind)]
+    if kind == "prior":
+        raise ValueError("this is the diffusion prior, which makes no pictures by itself")
+    if kind == "v1":
+        settings += [(f"v1.{k}", v) for k, v in model.items()]
+        settings += [("text.name", "open_clip")]
+        sampling = resolved(PAELLA_PRESETS["v1"])
+        asked = {k for k, _ in pairs}
+        settings += [
+            (f"sampling.{k}", v) for k, v in sampling.items() if f"sampling.{k}" not in asked
+        ]
+    else:
+        settings += [(f"model.{k}", v) for k, v in model.items()]
+        if not model["clip_embd"]:
+            settings += [("text.clip", None)]
+    what = {"v3": "Paella's token predictor of 2023 (v3)", "v1": "Paella of 2022 (v1)"}[kind]
+    return Foreign(what, settings, {f"network.{k}": v for k, v in tensors.items()})
+
+
+FOREIGN: dict[str, Callable[[Mapping[str, Tensor], Pairs], Foreign]] = {"paella": paella}
+
+
+def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_codes: int) -> None:
+    """Check that the tensors fit the module and the tokenizer, without memory for a second copy."""
+    try:
+        with torch.device("meta"):
+            module = GENERATORS[paper](plain)
+        load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
+    labels = next(v for k, v in found.pairs if k.endswith(".num_labels"))
+    if labels != num_codes:
+        raise ConfigError(
+            f"{source} was trained on {labels} codes and the tokenizer has {num_codes}; "
+            "they do not belong together"
+        )
+
+
+def _section(pairs: Pairs, name: str) -> dict[str, Any]:
+    return {k.removeprefix(f"{name}."): v for k, v in pairs if k.startswith(f"{name}.")}
+
+
+def _agree(section: str, hints: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for name, value in hints.items():
+        if found.get(name) != value:
+            raise ConfigError(f"{section}.{name} is {found.get(name)} in the file, not {value}")
+
+
+def _free(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --out")
+
+
+def _reading(source: Path, read: Callable[[], Any]) -> Any:
+    """Turn what can go wrong with a foreign file into one line that names it."""
+    try:
+        return read()
+    except (FileNotFoundError, ConfigError) as error:
+        raise ConfigError(first_line(error)) from error
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{source}: {first_line(error)}") from error
+    except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise ConfigError(f"{source} is no readable checkpoint: {first_line(error)}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

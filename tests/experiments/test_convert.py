@@ -1,0 +1,228 @@
+"""Official checkpoints in, files that experiments.sample takes out."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experiments import sample
+from experiments.convert import FOREIGN, main
+from experiments.pictures import load_png
+from lightning_modules.common.checkpoint import load_weights
+from lightning_modules.paella.config import ModelConfig, PriorConfig, V1Config
+from lightning_modules.paella.network import Paella
+from lightning_modules.paella.network_v1 import DenoiseUNet
+from lightning_modules.paella.prior import Prior
+from lightning_modules.registry import load_generator, load_tokenizer
+from lightning_modules.vqgan.module import VQGANModule
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+MODEL = ModelConfig(
+    c_in=8, c_out=8, num_labels=24, c_r=8, patch_size=2, c_cond=12, c_hidden=[12, 16],
+    nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"], clip_embd=16, byt5_embd=16,
+    clip_seq_len=2,
+)  # fmt: skip
+
+
+def official_tokenizer(codes: int = 24) -> dict[str, Tensor]:
+    """A tiny vqgan_f4.pt: the released names, random weights."""
+    torch.manual_seed(1)
+    model = {"network": "paella", "num_codes": codes, "levels": 2, "bottleneck_blocks": 1,
+             "c_hidden": 8, "c_latent": 4}  # fmt: skip
+    module = VQGANModule({"model": model, "objective": {"disc_weight": 0.0}})
+    state, _ = module.export()
+    return {k.replace("quantize.embedding", "vquantizer.codebook"): v for k, v in state.items()}
+
+
+def official_paella() -> dict[str, Tensor]:
+    """A tiny paella_v3.pt: its names are ours."""
+    torch.manual_seed(2)
+    network = Paella(MODEL)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.state_dict()
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of official files and of the text encoders that they need."""
+    import open_clip
+    from transformers import T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("official")
+    torch.save({"state_dict": official_paella()}, folder / "paella_v3.pt")
+    torch.save(official_tokenizer(), folder / "vqgan_f4.pt")
+    torch.save(official_tokenizer(10), folder / "other_f4.pt")
+    torch.save(Prior(PriorConfig(16, 8, 4, 1)).state_dict(), folder / "prior_v1.pt")
+    (folder / "text.pt").write_text("no checkpoint")
+    save_file({"a": torch.zeros(1)}, folder / "strange.safetensors")
+    lacking = dict(list(official_paella().items())[:-1])
+    torch.save(lacking, folder / "lacking.pt")
+    torch.manual_seed(3)
+    t5 = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                  feed_forward_proj="gated-gelu")  # fmt: skip
+    T5EncoderModel(t5).save_pretrained(folder / "byt5")
+    (folder / "official-micro.json").write_text(json.dumps(CLIP))
+    open_clip.add_model_config(folder / "official-micro.json")
+    clip = open_clip.create_model("official-micro")
+    torch.save(clip.state_dict(), folder / "clip.pt")
+    return folder
+
+
+@pytest.fixture
+def convert(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> int:
+        return main([w.replace("@", f"{official}/") for w in words])
+
+    return run
+
+
+PAELLA = ("--paper", "paella", "--from", "@paella_v3.pt", "--tokenizer", "@vqgan_f4.pt")
+WORDS = ("model.nhead=[-1,2]", "data.resolution=32", "text.path=@byt5",
+         "text.clip=official-micro", "text.clip_pretrained=@clip.pt")  # fmt: skip
+
+
+def test_paella_converts_and_samples(
+    official: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(*PAELLA, "--out", "x", *WORDS, "sampling.steps=2") == 0
+    said = capsys.readouterr().out
+    count = sum(p.numel() for p in Paella(MODEL).parameters())
+    assert f"{count:,} parameters, 8x8 tokens -> x.safetensors" in said
+    assert "24 codes, f4 -> x.tokenizer.safetensors" in said
+    _, config = load_weights("x.safetensors")
+    assert config["model"] == dataclasses.asdict(MODEL)
+    assert config["text"]["mask_padding"] is False  # as the released code attends
+    module = load_generator("x.safetensors")
+    for name, value in official_paella().items():
+        assert torch.equal(module.state_dict()[f"network.{name}"], value), name
+    assert module.tokenizer.num_codes == 24 and module.grid == (8, 8)
+
+    words = ["--ckpt", "x.safetensors", "--prompt", "a bowl", "--seed", "3"]
+    assert sample.main([*words, "--out", "a"]) == 0
+    picture, text = load_png("a/00000.png")
+    assert picture.shape == (3, 32, 32) and text["prompt"] == "a bowl"
+    assert sample.main([*words, "--out", "b", "--negative", "dull"]) == 0
+    assert not torch.equal(load_png("b/00000.png")[0], picture)
+    # a variation sees the picture's CLIP vector too
+    assert sample.main([*words[:2], "--image", "a/00000.png", "--out", "c"]) == 0
+    assert load_png("c/00000.png")[0].shape == (3, 32, 32)
+
+
+def test_text_encoders_may_move(
+    official: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(*PAELLA, "--out", "x", *WORDS[:2], WORDS[3], WORDS[4]) == 0
+    words = ["--ckpt", "x.safetensors", "--prompt", "a", "sampling.steps=2"]
+    assert sample.main([*words, "text.path=nowhere/byt5"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "text.path=nowhere/byt5" in error
+    assert sample.main([*words, f"text.path={official}/byt5"]) == 0
+
+
+def test_suite_tokenizers_are_taken_as_they_are(convert: Callable[..., int]) -> None:
+    assert convert("--paper", "vqgan", "--from", "@vqgan_f4.pt", "--out", "t.safetensors") == 0
+    ours = load_tokenizer("t.safetensors")
+    state = official_tokenizer()
+    assert torch.equal(ours.codebook(), state["vquantizer.codebook.weight"])
+    assert convert(*PAELLA[:4], "--tokenizer", "t.safetensors", "--out", "x", *WORDS) == 0
+    assert torch.equal(load_tokenizer("x.tokenizer.safetensors").codebook(), ours.codebook())
+
+
+def test_taming_files_with_hints(convert: Callable[..., int], tmp_path: Path) -> None:
+    model: dict[str, Any] = {
+        "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
+        "embed_dim": 4, "num_codes": 12, "norm_groups": 4,
+    }  # fmt: skip
+    state, _ = VQGANModule({"model": model, "objective": {"disc_weight": 0.0}}).export()
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    words = ("--paper", "vqgan", "--from", "last.ckpt", "--out", "t")
+    assert convert(*words, "model.norm_groups=4") == 0
+    assert load_tokenizer("t.safetensors").config.model.norm_groups == 4
+
+
+def test_nothing_is_overwritten(
+    convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for taken in ("x.safetensors", "x.tokenizer.safetensors"):
+        (tmp_path / taken).write_text("mine")
+        assert convert(*PAELLA, "--out", "x", *WORDS) == 2
+        assert f"{taken} exists" in capsys.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == [taken]
+        (tmp_path / taken).unlink()
+
+
+def test_settings_of_the_network_of_2022() -> None:
+    state = DenoiseUNet(V1Config(24, 8, 16, 4, [1, 1], [1, 1])).state_dict()
+    found = FOREIGN["paella"](state, [("v1.c_r", 4), ("sampling.steps", 5)])
+    pairs = dict(found.pairs)
+    assert pairs["network"] == "v1" and pairs["text.name"] == "open_clip"
+    assert (pairs["v1.num_labels"], pairs["v1.c_hidden"], pairs["v1.c_r"]) == (24, 8, 4)
+    assert pairs["sampling.schedule"] == "cosine" and "sampling.steps" not in pairs
+    assert set(found.state) == {f"network.{name}" for name in state}
+
+
+def with_(*changes: str) -> list[str]:
+    """The good command with options replaced: with_("--from", "x") or further words."""
+    words = [*PAELLA, "--out", "x", *WORDS]
+    for name, value in zip(changes[::2], changes[1::2], strict=False):
+        words[words.index(name) + 1] = value
+    return words
+
+
+WRONG: list[tuple[list[str], str]] = [
+    ([], "--paper is missing"),
+    (["--paper", "paella"], "--from is missing"),
+    ([*PAELLA], "--out is missing"),
+    ([*PAELLA[:4], "--out", "x"], "--tokenizer is missing"),
+    (with_("--paper", "paela"), "did you mean paella?"),
+    ([*with_(), "--fro", "x"], "did you mean --from?"),
+    ([*with_(), "model.nheads=[1]"], "did you mean model.nhead?"),
+    ([*with_(), "model.blocks=[2,1]"], "model.blocks is [1, 1]"),
+    ([*with_(), "model.nhead=[-1,3]"], "nhead must divide"),
+    ([*with_(), "data.resolution=30"], "data.resolution must be a multiple of 4"),
+    ([*with_(), "tokenizer.model.num_codes=5"], "model.num_codes is 24 in the file, not 5"),
+    (with_("--from", "none.pt"), "there is no file none.pt"),
+    (with_("--from", "@text.pt"), "text.pt: Expected input to be a checkpoint"),
+    (with_("--from", "@strange.safetensors"), "is no Paella checkpoint"),
+    (with_("--from", "@vqgan_f4.pt"), "is no Paella checkpoint"),
+    (with_("--from", "@prior_v1.pt"), "prior"),
+    (with_("--from", "@lacking.pt"), "the checkpoint lacks out_mapper.1.weight"),
+    (with_("--tokenizer", "none.pt"), "there is no file none.pt"),
+    (with_("--tokenizer", "@paella_v3.pt"), "no known tokenizer layout"),
+    (with_("--tokenizer", "@other_f4.pt"), "trained on 24 codes and the tokenizer has 10"),
+    (["--paper", "vqgan", "--from", "@strange.safetensors", "--out", "x"], "no known tokenizer"),
+    ([*with_("--paper", "vqgan")[:8]], "--tokenizer goes with generators"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=lambda v: str(v)[-50:])
+def test_wrong_words_are_one_line_and_leave_nothing(
+    convert: Callable[..., int],
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert convert(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "vqgan_f4.pt" in capsys.readouterr().out
