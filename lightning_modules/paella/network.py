@@ -81,22 +81,45 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
+    def scale(self, norms: Tensor) -> Tensor:
+        """1 + gamma * N, from the norms [B, 1, 1, C] of the channels."""
+        return 1 + self.gamma * (norms / (norms.mean(dim=-1, keepdim=True) + EPS))
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, C] -> [B, H, W, C]."""
-        norms = x.norm(p=2, dim=(1, 2), keepdim=True)  # [B, 1, 1, C]
-        share = norms / (norms.mean(dim=-1, keepdim=True) + EPS)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * share)
+        norms = x.norm(p=2, dim=(1, 2), keepdim=True)
+        return torch.addcmul(self.beta, x, self.scale(norms))
 
 
-def channelwise(width: int, dropout: float) -> nn.Sequential:
-    """The two-layer perceptron of C and F blocks."""
-    return nn.Sequential(
-        nn.Linear(width, 4 * width),
-        nn.GELU(),
-        GlobalResponseNorm(4 * width),
-        nn.Dropout(dropout),
-        nn.Linear(4 * width, width),
-    )
+class Perceptron(nn.Sequential):
+    """The two layers of C and F blocks, with GRN between them."""
+
+    CACHED = 2**19  # hidden numbers (2 MiB) that a core's cache holds
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            GlobalResponseNorm(4 * width),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, C] -> [B, H, W, C]."""
+        if torch.is_grad_enabled() or x.is_cuda:
+            return super().forward(x)
+        # sampling on a CPU is bound by memory here: few images at a time, everything in place
+        images = max(1, self.CACHED // (4 * x[0].numel()))
+        parts = [self._forward_in_place(part) for part in x.split(images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward_in_place(self, x: Tensor) -> Tensor:
+        widen, _, grn, dropout, narrow = self
+        assert isinstance(grn, GlobalResponseNorm)
+        hidden = torch.ops.aten.gelu_(widen(x))
+        norms = hidden.square().sum(dim=(1, 2), keepdim=True).sqrt_()
+        return narrow(dropout(hidden.mul_(grn.scale(norms)).add_(grn.beta)))
 
 
 class ResBlock(nn.Module):
@@ -112,7 +135,7 @@ class ResBlock(nn.Module):
         self.depthwise = Conv(
             width + skip, width, kernel_size, padding=kernel_size // 2, groups=width
         )
-        self.channelwise = channelwise(width, dropout)
+        self.channelwise = Perceptron(width, dropout)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x, skip: [B, H, W, C] -> [B, H, W, C]."""
@@ -125,7 +148,7 @@ class FeedForwardBlock(nn.Module):
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        self.channelwise = channelwise(width, dropout)
+        self.channelwise = Perceptron(width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, C] -> [B, H, W, C]."""
@@ -185,7 +208,7 @@ class AttnBlock(nn.Module):
         parts = 3 if self.self_attn else 1
         weight, bias = attn.in_proj_weight[: parts * width], attn.in_proj_bias[: parts * width]
         projected = [self._split(p) for p in F.linear(rows, weight, bias).chunk(parts, dim=-1)]
-        attended = []
+        attended = []  # [B, N, C] per condition
         chunks = zip(*(p.chunk(len(conditions)) for p in projected), strict=True)
         for (query, *own), condition in zip(chunks, conditions, strict=True):
             mask = condition.mask
@@ -196,16 +219,15 @@ class AttnBlock(nn.Module):
                 values = torch.cat([own[1], values], dim=2)
                 if mask is not None:
                     mask = F.pad(mask, (query.shape[2], 0), value=True)
-            attended.append(
-                F.scaled_dot_product_attention(
-                    query,
-                    keys,
-                    values,
-                    attn_mask=None if mask is None else mask[:, None, None],
-                    dropout_p=self.dropout if self.training else 0.0,
-                )
+            out = F.scaled_dot_product_attention(
+                query,
+                keys,
+                values,
+                attn_mask=None if mask is None else mask[:, None, None],
+                dropout_p=self.dropout if self.training else 0.0,
             )
-        merged = torch.cat(attended).transpose(1, 2).flatten(2)  # [B, N, C]
+            attended.append(out.transpose(1, 2).flatten(2))
+        merged = attended[0] if len(attended) == 1 else torch.cat(attended)
         return x + attn.out_proj(merged).view_as(x)
 
 

@@ -2,12 +2,20 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.common.checkpoint import load_foreign, load_strict
 from lightning_modules.common.settings import build
-from lightning_modules.paella.config import MODELS, ModelConfig, PriorConfig, V1Config
+from lightning_modules.paella import process
+from lightning_modules.paella.config import (
+    MODELS,
+    ModelConfig,
+    PriorConfig,
+    SamplingConfig,
+    V1Config,
+)
 from lightning_modules.paella.convert import NETWORKS, convert
-from lightning_modules.paella.network import Paella, timestep_embedding
+from lightning_modules.paella.network import Paella, Perceptron, timestep_embedding
 from lightning_modules.paella.network_v1 import DenoiseUNet
 from lightning_modules.paella.prior import Prior
 
@@ -129,6 +137,42 @@ def test_attention_weights_scale_the_last_keys():
     assert not torch.allclose(other, plain, atol=1e-3)
     with pytest.raises(ValueError, match="attn_weights"):
         network(x, t, byt5, attn_weights=torch.ones(6))
+
+
+@pytest.mark.parametrize("images_at_once", [1, 2, 5])
+def test_sampling_in_place_equals_training(images_at_once, monkeypatch):
+    network = tiny()
+    x, t, byt5 = inputs(batch=5)
+    monkeypatch.setattr(Perceptron, "CACHED", images_at_once * 4 * 16 * 8)
+    with torch.no_grad():
+        in_place = network(x, t, byt5)
+    torch.testing.assert_close(in_place, network(x, t, byt5).detach())
+
+
+def test_sampling_never_holds_the_logits_of_the_whole_grid():
+    """Not even one [B, K, h, w] tensor: what is largest is the table or a chunk of rows."""
+    network = tiny(num_labels=512)
+    grid, steps = (32, 32), 3
+    byt5 = inputs(batch=1)[2]
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(
+                o.numel()
+                for o in (out if isinstance(out, tuple) else (out,))
+                if isinstance(o, torch.Tensor)
+            )
+            return out
+
+    with torch.inference_mode(), Sizes():
+        cond = network.prepare(*network.condition(byt5))
+        null = network.prepare(*network.condition(byt5[:, :1]))
+        noise = process.sample_noise([0], steps, steps - 1, grid, 512)
+        loop = process.loop_settings(SamplingConfig(steps=steps))
+        process.sample(network.predictor(cond, null), network.head, **noise, **loop)
+    assert max(sizes) < 512 * grid[0] * grid[1] / 2
 
 
 def test_the_condition_gets_gradients():
