@@ -15,7 +15,13 @@ from lightning_modules.paella.config import (
     V1Config,
 )
 from lightning_modules.paella.convert import NETWORKS, convert
-from lightning_modules.paella.network import Paella, Perceptron, timestep_embedding
+from lightning_modules.paella.network import (
+    GlobalResponseNorm,
+    Paella,
+    Perceptron,
+    grid_norm,
+    timestep_embedding,
+)
 from lightning_modules.paella.network_v1 import DenoiseUNet
 from lightning_modules.paella.prior import Prior
 
@@ -137,6 +143,15 @@ def test_attention_weights_scale_the_last_keys():
     assert not torch.allclose(other, plain, atol=1e-3)
     with pytest.raises(ValueError, match="attn_weights"):
         network(x, t, byt5, attn_weights=torch.ones(6))
+
+
+def test_response_norm_of_a_dead_channel_has_a_gradient():
+    norm = GlobalResponseNorm(3)
+    x = torch.zeros(2, 2, 2, 3, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad.isfinite().all()
+    y = torch.randn(2, 2, 2, 3)
+    torch.testing.assert_close(grid_norm(y), y.norm(dim=(1, 2), keepdim=True))
 
 
 @pytest.mark.parametrize("images_at_once", [1, 2, 5])
