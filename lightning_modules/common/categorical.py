@@ -5,21 +5,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+DRAWN_AT_ONCE = 32  # rows whose cumulated probabilities stay in a core's cache
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """Draw one label per row: the number of cumulated probabilities that are <= u.
 
-    token = #{k : sum_{j<=k} softmax(logits)_j <= u}. The cumulated sums are not normalised; u is
-    scaled by their last entry instead, which saves a pass over the labels.
+    token = #{k : sum_{j<=k} softmax(logits / temperature)_j <= u}. The cumulated sums are not
+    normalised; u is scaled by their last entry instead, which saves a pass over the labels.
 
     Args:
         logits: [n, K] float, -inf where a label is excluded.
         uniforms: [n] in [0, 1).
+        temperature: the logits are divided by it, > 0.
 
     Returns:
         [n] int64 in 0..K-1.
     """
-    cdf = (logits - logits.amax(dim=1, keepdim=True)).exp_().cumsum_(dim=1)  # [n, K]
+    scale = 1 / temperature
+    shifted = torch.add(logits.amax(dim=1, keepdim=True) * -scale, logits, alpha=scale)
+    cdf = shifted.exp_().cumsum_(dim=1)  # [n, K]
     total = cdf[:, -1:].contiguous()  # [n, 1]
     threshold = uniforms.to(cdf.dtype).unsqueeze(1) * total
     tokens = torch.searchsorted(cdf, threshold, right=True)  # [n, 1]
@@ -44,7 +49,7 @@ def draw_rows(
         head: maps [m, C] to logits [m, K].
         temperature: the logits are divided by it, > 0.
         logits_filter: maps logits [m, K] at temperature 1 to logits with excluded labels at -inf.
-        chunk: rows handled at once.
+        chunk: rows that pass the head at once.
 
     Returns:
         [n] int64.
@@ -54,11 +59,11 @@ def draw_rows(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    tokens = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-    for start in range(0, rows.shape[0], chunk):
-        part = slice(start, start + chunk)
-        logits = head(rows[part])  # [m, K]
+    tokens = []
+    for some, chances in zip(rows.split(chunk), uniforms.split(chunk), strict=True):
+        logits = head(some)  # [m, K]
         if logits_filter is not None:
             logits = logits_filter(logits)
-        tokens[part] = draw(logits if temperature == 1 else logits / temperature, uniforms[part])
-    return tokens
+        parts = zip(logits.split(DRAWN_AT_ONCE), chances.split(DRAWN_AT_ONCE), strict=True)
+        tokens += [draw(part, u, temperature) for part, u in parts]
+    return torch.cat(tokens) if tokens else uniforms.new_empty(0, dtype=torch.int64)

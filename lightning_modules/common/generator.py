@@ -115,11 +115,16 @@ class GeneratorModule(LightningModule):
         with torch.no_grad():
             return self.tokenizer.encode(batch["image"])
 
-    def on_train_epoch_start(self) -> None:
-        """Seed all chance by (seed, epoch, rank): a resume at an epoch border changes nothing."""
-        seed = mix_seed(self.seed, self.current_epoch, self.global_rank)
-        torch.manual_seed(seed)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Seed all chance of an epoch by (seed, epoch, rank): resuming at its border is exact.
+
+        This waits for the first batch because a data loader's iterator, which is made before or
+        after the epoch's start depending on resuming, may draw from the global generator.
+        """
+        if batch_idx == 0:
+            seed = mix_seed(self.seed, self.current_epoch, self.global_rank)
+            torch.manual_seed(seed)
+            self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log and return the loss."""

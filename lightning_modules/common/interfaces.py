@@ -8,8 +8,15 @@ from torch import Tensor
 class Tokenizer(Protocol):
     """Images to a grid of codes and back."""
 
-    num_codes: int
-    factor: int
+    @property
+    def num_codes(self) -> int:
+        """Number of codes K."""
+        ...
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token along a side."""
+        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to tokens [B, H/factor, W/factor] int64."""

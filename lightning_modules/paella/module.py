@@ -12,23 +12,28 @@ from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.settings import build, plain
 from lightning_modules.paella import process
 from lightning_modules.paella.config import PaellaConfig, SamplingConfig
-from lightning_modules.paella.network import Paella, Prepared, layer_norm
+from lightning_modules.paella.network import Paella
+from lightning_modules.paella.network_v1 import DenoiseUNet
 
 
 class PaellaModule(GeneratorModule):
-    """Text-conditional renoising of image tokens (arXiv 2211.07292), the model of 2023."""
+    """Text-conditional renoising of image tokens (arXiv 2211.07292), of 2023 (v3) or 2022 (v1)."""
 
     config_class = PaellaConfig
     config: PaellaConfig
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self.network = Paella(self.config.model)
+        v1 = self.config.network == "v1"
+        self.network = DenoiseUNet(self.config.v1) if v1 else Paella(self.config.model)
+        self.num_codes: int = self.network.config.num_labels
 
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross entropy of the clean tokens given noised ones (src_distributed/train.py).
+
+        v1 draws r uniformly and replaces tokens with probability cos(r pi/2) instead.
 
         Args:
             batch: tokens [B, h, w] or image [B, 3, H, W], and caption.
@@ -37,57 +42,93 @@ class PaellaModule(GeneratorModule):
         Returns:
             The loss and the accuracy over all tokens, both scalars.
         """
-        tokens = self.tokens_of(batch)
-        uniforms = torch.rand(tokens.shape[0], generator=generator, device=self.device)
-        t = process.noise_rate(uniforms, self.config.objective.t_law)
-        noised, mask = process.add_noise(
-            tokens,
-            t,
-            torch.rand(tokens.shape, generator=generator, device=self.device),
-            torch.randint(
-                self.config.model.num_labels, tokens.shape, generator=generator, device=self.device
-            ),
-        )
-        features = self.network.features(noised, t, self._training_condition(batch, generator))
-        logits = self.network.head(layer_norm(features))  # [B, h, w, K]
+        tokens, objective = self.tokens_of(batch), self.config.objective
+        chance: dict[str, Any] = {"generator": generator, "device": self.device}
+        time = torch.rand(tokens.shape[0], **chance)
+        if self.config.network == "v1":
+            t = process.cosine_rate(time)
+        else:
+            t = time = process.noise_rate(time, objective.t_law)
+        random_tokens = torch.randint(self.num_codes, tokens.shape, **chance)
+        uniforms = torch.rand(tokens.shape, **chance)
+        noised, mask = process.add_noise(tokens, t, uniforms, random_tokens)
+        side = self._training_side(batch, generator)
+        everywhere = torch.ones_like(mask)
+        logits = self.network.head(
+            self.network.mixed_rows(noised, time, [side], [1.0], everywhere)
+        )  # [B h w, K]
         ce = F.cross_entropy(
-            logits.flatten(0, 2).float(),
+            logits.float(),
             tokens.flatten(),
             reduction="none",
-            label_smoothing=self.config.objective.label_smoothing,
+            label_smoothing=objective.label_smoothing,
         ).view(tokens.shape)
-        weight = process.loss_weight(mask, t, self.config.objective.eta)
-        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
+        weight = process.loss_weight(mask, t, objective.eta)
+        accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
         return process.sample_loss(ce, weight).mean(), {"accuracy": accuracy}
 
-    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Prepared:
-        """The condition with its parts dropped independently, as section 1.3 of the sheet lists."""
+    def _training_side(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        """The condition with its parts dropped independently of each other."""
         objective, captions = self.config.objective, batch["caption"]
         draws = torch.rand(3, len(captions), generator=generator, device=self.device)
         if objective.drop_per == "batch":
             draws = draws[:, :1].expand_as(draws)
         rates = (objective.text_drop, objective.pooled_drop, objective.image_drop)
         hide_text, hide_pooled, hide_image = (d < r for d, r in zip(draws, rates, strict=True))
+        if isinstance(self.network, DenoiseUNet):
+            return self._pooled(captions) * ~hide_text[:, None]
         shown = ["" if h else c for c, h in zip(captions, hide_text.tolist(), strict=True)]
         condition = self.encode_text(shown)
-        pooled = None
+        pooled = image = None
         if self.config.model.clip_embd > 0:
-            full, null = self.encode_text(captions).pooled, self.encode_text([""]).pooled
-            assert full is not None and null is not None
-            pooled = torch.where(hide_pooled[:, None], null, full)
-        image = None
-        if self.config.model.clip_embd > 0 and self.config.model.clip_image:
-            if "image" not in batch:
-                raise ValueError(
-                    "model.clip_image needs the pictures in training: set data.cache=false"
-                )
-            image = None if bool(hide_image.all()) else self.encode_images(batch["image"])
+            pooled = torch.where(hide_pooled[:, None], self._pooled([""]), self._pooled(captions))
+            if self.config.model.clip_image and not bool(hide_image.all()):
+                if "image" not in batch:
+                    raise ValueError(
+                        "model.clip_image needs the pictures in training: add data.cache=false"
+                    )
+                image = self.encode_images(batch["image"])
         sequence, mask = self.network.condition(condition.tokens, pooled, image, condition.mask)
         if image is not None and bool(hide_image.any()):
             if mask is None:
                 mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=self.device)
             mask[:, -self.config.model.clip_seq_len :] &= ~hide_image[:, None]
         return self.network.prepare(sequence, mask)
+
+    def _pooled(self, captions: list[str]) -> Tensor:
+        """One text vector per caption [B, P].
+
+        Raises:
+            ValueError: the text encoder gives none.
+        """
+        pooled = self.encode_text(captions).pooled
+        if pooled is None:
+            raise ValueError(
+                f"text.name={self.config.text.name} with text.clip={self.config.text.clip} gives "
+                "no pooled vectors, which this network is conditioned on"
+            )
+        return pooled
+
+    def _side(
+        self,
+        captions: list[str],
+        image: Tensor | None = None,
+        attn_weights: Tensor | None = None,
+    ) -> Any:
+        """What `mixed_rows` of the network takes as one condition."""
+        if isinstance(self.network, DenoiseUNet):
+            return self._pooled(captions) if image is None else image
+        condition = self.encode_text(captions)
+        pooled = condition.pooled if self.config.model.clip_embd > 0 else None
+        return self.network.prepare(
+            *self.network.condition(condition.tokens, pooled, image, condition.mask), attn_weights
+        )
+
+    def _null_side(self, negative: list[str] | None, like: Any) -> Any:
+        """The other side of the guidance: the empty or a negative caption; zeros for v1."""
+        if negative is None and isinstance(self.network, DenoiseUNet):
+            return torch.zeros_like(like)
+        return self._side([""] if negative is None else negative)
 
     @torch.no_grad()
     def sample_tokens(
@@ -138,7 +179,7 @@ class PaellaModule(GeneratorModule):
             len(loop["times"]),
             loop["renoise_steps"],
             grid,
-            self.config.model.num_labels,
+            self.num_codes,
             random_tokens=settings.renoise_mode == "rand",
         )
         noise = {name: tensor.to(self.device) for name, tensor in noise.items()}
@@ -150,9 +191,9 @@ class PaellaModule(GeneratorModule):
             start, _ = process.add_noise(
                 start, rate.expand(len(seeds)), uniforms.to(self.device), noise["init_noise"]
             )
-        own = self._prepared(prompts, image_condition, attn_weights)
-        other = self._prepared(blend_with, image_condition, attn_weights) if blend_with else None
-        null = self._prepared(negative or [""] * len(prompts))
+        own = self._side(prompts, image_condition, attn_weights)
+        other = self._side(blend_with, image_condition, attn_weights) if blend_with else None
+        null = self._null_side(negative, own)
 
         def predict(x: Tensor, t: Tensor, weight: float, keep: Tensor) -> Tensor:
             sides = [own] if other is None else [own, other]
@@ -170,16 +211,4 @@ class PaellaModule(GeneratorModule):
             start=start,
             codebook=self.tokenizer.codebook() if settings.mode == "quant" else None,
             on_step=on_step,
-        )
-
-    def _prepared(
-        self,
-        captions: list[str],
-        image: Tensor | None = None,
-        attn_weights: Tensor | None = None,
-    ) -> Prepared:
-        condition = self.encode_text(captions)
-        pooled = condition.pooled if self.config.model.clip_embd > 0 else None
-        return self.network.prepare(
-            *self.network.condition(condition.tokens, pooled, image, condition.mask), attn_weights
         )

@@ -1,0 +1,188 @@
+"""The stages of a run, and what the result of each depends on.
+
+A stage's key is made of the settings that can change its result and of the keys of the stages it
+builds on. So `sampling.steps` re-trains nothing, and all papers share one tokenizer.
+"""
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.config import (
+    GeneratorRun,
+    RunSettings,
+    TokenizerSection,
+    TrainerConfig,
+    UserError,
+    resolved,
+    stage_key,
+)
+from experiments.store import Say, Stage
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "lightning_modules" / "vqgan" / "shipped"
+JUDGES = ROOT / "eval" / "weights"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: scores by name, and the paths of its files."""
+
+    scores: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def plan(paper: str, config: RunSettings) -> list[Stage]:
+    """Return the stages of a run with their keys, in order; light, nothing is started."""
+    stages = [Stage("data", _data_key(config))]
+    data = stages[0].key
+    if not isinstance(config, GeneratorRun):
+        stages.append(Stage("tokenizer", _tokenizer_key(config, tokenizer_section(config), data)))
+        score = stage_key(config.eval, _judges(config), upstream=[data, stages[1].key])
+        stages.append(Stage("score", score))
+    else:
+        tokenizer = _tokenizer_key(config, config.tokenizer, data)
+        stages.append(Stage("tokenizer", tokenizer))
+        pictures = _pictures(config)
+        source = [data, tokenizer]
+        if config.data.cache:
+            cache = stage_key(pictures, upstream=source)
+            stages.append(Stage("cache", cache))
+            source = [cache, tokenizer]
+        else:
+            pictures |= {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
+        train = stage_key(
+            paper, sections(config), config.trainer, config.seed,
+            None if config.data.cache else pictures, upstream=source,
+        )  # fmt: skip
+        e = config.eval
+        sample = stage_key(
+            _sampling(config), [e.prompts, e.heldout, e.seed, e.traces], upstream=[data, train]
+        )
+        score = stage_key([e.bootstrap, e.seed], _judges(config), upstream=[sample])
+        stages += [Stage("train", train), Stage("sample", sample), Stage("score", score)]
+    report = stage_key(paper, resolved(config), upstream=[stages[-1].key])
+    return [*stages, Stage("report", report)]
+
+
+def tokenizer_section(config: RunSettings) -> TokenizerSection:
+    """Return the settings that train a tokenizer, wherever this run keeps them."""
+    if isinstance(config, GeneratorRun):
+        return config.tokenizer
+    own = {name: getattr(config, name) for name in ("model", "objective", "optim", "trainer")}
+    return TokenizerSection(ckpt=None, **own)
+
+
+def tokenizer_file(section: TokenizerSection) -> Path | None:
+    """Return the finished tokenizer that a section names, None where it is to be trained.
+
+    Raises:
+        UserError: the file is not there.
+    """
+    if section.ckpt is None:
+        return None
+    shipped = SHIPPED / f"{section.preset}.safetensors"
+    path = shipped if section.ckpt == "shipped" else Path(section.ckpt)
+    if not path.is_file():
+        if section.ckpt != "shipped":
+            raise UserError(f"tokenizer.ckpt: there is no file {path}")
+        have = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors")))
+        raise UserError(
+            f"tokenizer.ckpt: none ships for the preset {section.preset} (shipped: {have}); "
+            "add tokenizer.ckpt=null to train it"
+        )
+    return path
+
+
+def _data_key(config: RunSettings) -> str:
+    data = config.data
+    names = ["name", "resolution", "seed", "max_objects", "train_size", "val_size", "heldout_size"]
+    if data.name != "shards":
+        return stage_key({name: getattr(data, name) for name in names})
+    from data.shards import expand_shards
+
+    try:
+        paths = expand_shards(data.shards or "") + expand_shards(data.val_shards or [])
+    except ValueError as error:
+        raise UserError(f"data.shards: {error}") from error
+    # a shard that was replaced is another shard
+    return stage_key([(os.path.abspath(p), os.path.getsize(p)) for p in paths], data.val_size)
+
+
+def _pictures(config: RunSettings) -> dict[str, Any]:
+    """Settings that change which pixels a training sample has."""
+    left_out = {"workers", "max_skipped", "shuffle_buffer", "cache"}
+    plain = dataclasses.asdict(config.data)
+    return {k: v for k, v in plain.items() if k not in left_out}
+
+
+def _tokenizer_key(config: RunSettings, section: TokenizerSection, data: str) -> str:
+    path = tokenizer_file(section)
+    if path is not None:
+        return stage_key(hashlib.sha256(path.read_bytes()).hexdigest())
+    loader = {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
+    return stage_key(
+        section.model, section.objective, section.optim, tokenizer_trainer(config, section),
+        config.seed, _pictures(config) | loader, upstream=[data],
+    )  # fmt: skip
+
+
+def tokenizer_trainer(config: RunSettings, section: TokenizerSection) -> TrainerConfig:
+    """Return how long the section says, on the devices of the run's own trainer section."""
+    machine = ("precision", "accelerator", "devices", "num_nodes", "strategy", "progress")
+    return dataclasses.replace(
+        section.trainer, **{name: getattr(config.trainer, name) for name in machine}
+    )
+
+
+def sections(config: GeneratorRun) -> dict[str, Any]:
+    """Return the paper's own sections as plain containers, without the sampling loop's."""
+    shared = {f.name for f in dataclasses.fields(GeneratorRun)}
+    names = [f.name for f in dataclasses.fields(config)]
+    plain = resolved(config)
+    return {name: plain[name] for name in names if name not in shared and name != "sampling"}
+
+
+def _sampling(config: GeneratorRun) -> dict[str, Any]:
+    return resolved(config)["sampling"]
+
+
+def _judges(config: RunSettings) -> list[str]:
+    """Fingerprints of the shipped judges, for data that is judged."""
+    if config.data.name != "scenes":
+        return []
+    return [
+        hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(JUDGES.glob("*.safetensors"))
+    ]
+
+
+def run(
+    paper: str, scale: str, config: RunSettings, out: Path, *, command: str, say: Say
+) -> Outcome:
+    """Do every stage of a run whose result does not stand yet, and publish the results.
+
+    Args:
+        paper: a key of RUNS.
+        scale: name of the scale, for titles.
+        config: the checked settings.
+        out: the run folder.
+        command: what was typed, for the report.
+        say: gets one line per event.
+
+    Returns:
+        Scores and files; nothing on other ranks than the first.
+
+    Raises:
+        UserError: something the user can put right, in one sentence.
+    """
+    from experiments.work import Work
+
+    work = Work(paper, scale, config, out, command, say)
+    try:
+        return work.everything()
+    except (ValueError, FileNotFoundError) as error:
+        # a worker process passes its error on with a traceback in front
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

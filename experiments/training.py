@@ -1,0 +1,155 @@
+"""One training through Lightning: virtual epochs, a checkpoint at each border, resumable."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from torch.utils.data import DataLoader
+
+from data.tokens import TokenData
+from data.webdata import WebData
+from experiments.config import RunSettings, TrainerConfig
+from experiments.progress import Say, TrainingProgress
+
+RESUME = "resume.ckpt"
+
+
+class CachedData(TokenData):
+    """Trains on cached tokens, validates on the pictures of the val split."""
+
+    def __init__(self, folder: Path, web: WebData, **arguments: Any) -> None:
+        super().__init__(folder, **arguments)
+        self.web = web
+
+    def val_dataloader(self) -> DataLoader:
+        """Return this rank's part of the validation pictures."""
+        self.web.trainer = self.trainer
+        return self.web.val_dataloader()
+
+
+def device_of(config: TrainerConfig) -> torch.device:
+    """Return where a single process samples and scores."""
+    wanted = config.accelerator
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if wanted in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def wandb_logger(config: RunSettings, paper: str, scale: str, out: Path) -> WandbLogger | None:
+    """Return the W&B logger of a run: offline where there is no key, None with logger=csv."""
+    if config.logger != "wandb":
+        return None
+    import wandb
+
+    from experiments.settings import resolved
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    mode = os.environ.get("WANDB_MODE")  # the user's own word goes first
+    if mode is None and not wandb.login(prompt=False):
+        mode = "offline"
+    out.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        project=os.environ.get("WANDB_PROJECT", "tokengrid"),
+        name=None if "WANDB_SWEEP_ID" in os.environ else out.name,
+        group=paper,
+        job_type="train",
+        tags=[scale, config.data.name],
+        save_dir=str(out),
+        config=resolved(config),
+        mode=mode,  # WandbLogger(offline=True) sets a mode that wandb no longer knows
+    )
+
+
+def fit(
+    module: LightningModule,
+    data: LightningDataModule,
+    config: TrainerConfig,
+    folder: Path,
+    *,
+    what: str,
+    say: Say,
+    loggers: Sequence[Logger] = (),
+    two_players: bool = False,
+) -> None:
+    """Train `module` in place; what an interrupted call left in `folder` is taken up again.
+
+    Budgets are counted in batches: `max_epochs` virtual epochs of equally many, never Lightning's
+    steps, of which a GAN makes two per batch.
+
+    Args:
+        module: what is trained.
+        data: gives virtual epochs of `config.epochs[1]` batches.
+        config: how long and on what machine.
+        folder: receives resume.ckpt at every border of an epoch, and the curves.
+        what: name of the stage, for the progress.
+        say: gets lines of progress.
+        loggers: besides the CSV in the folder.
+        two_players: the module optimizes by hand with parameters that one player leaves unused.
+    """
+    epochs, length = config.epochs
+    strategy = config.strategy
+    if strategy == "auto" and config.world_size > 1:
+        strategy = "ddp_find_unused_parameters_true" if two_players else "ddp"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if device_of(config).type == "cuda" else "32-true"
+    attempt = len(list((folder / "log").glob("*/metrics.csv")))
+    if config.compile:
+        module.compile()
+    trainer = Trainer(
+        max_epochs=epochs,
+        limit_train_batches=length,
+        limit_val_batches=config.val_batches,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        accumulate_grad_batches=config.accumulate,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        precision=precision,
+        log_every_n_steps=config.log_every,
+        logger=[CSVLogger(folder, "log", f"{attempt:03d}"), *loggers],
+        callbacks=[
+            ModelCheckpoint(
+                folder, RESUME.removesuffix(".ckpt"), every_n_epochs=1,
+                save_on_train_epoch_end=True, enable_version_counter=False,
+            ),
+            TrainingProgress(what, epochs * length, say, config.progress),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )  # fmt: skip
+    resume = folder / RESUME
+    trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the logged curves of a training from the CSVs of all its attempts.
+
+    Where a later attempt repeats the steps after a border, its values replace the earlier ones.
+
+    Returns:
+        {"train/loss": [(step, value), ...], "val/loss": ..., ...}.
+    """
+    values: dict[str, dict[int, float]] = {}
+    for path in sorted((folder / "log").glob("*/metrics.csv")):
+        with open(path, newline="") as f:
+            for row in csv.DictReader(f):
+                step = int(row.pop("step"))
+                for name, value in row.items():
+                    if value and name != "epoch":
+                        values.setdefault(name, {})[step] = float(value)
+    return {name: sorted(points.items()) for name, points in values.items()}
