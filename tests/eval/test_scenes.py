@@ -23,6 +23,7 @@ from eval.scene_clip import (
     retrieval_accuracy,
     save_clip,
     tokenize,
+    training_caption,
     variant,
 )
 from eval.scenes import PARTS, compare, in_words, score_scenes
@@ -239,7 +240,7 @@ def test_scores_refuse_lists_that_do_not_belong_together(judge: Judge, clip: Sce
 
 
 def test_clip_finds_the_own_caption(clip: SceneClip) -> None:
-    assert retrieval_accuracy(clip, 600) >= 0.9
+    assert retrieval_accuracy(clip, 600) >= 0.95
 
 
 def test_clip_prefers_the_true_caption_to_a_variant(clip: SceneClip) -> None:
@@ -249,6 +250,27 @@ def test_clip_prefers_the_true_caption_to_a_variant(clip: SceneClip) -> None:
     own = clip.cosine(images, [caption(s, rng) for s in shown])
     other = clip.cosine(images, [caption(variant(s, rng), rng) for s in shown])
     assert (own > other).double().mean() >= 0.9
+
+
+def test_clip_sees_which_thing_stands_where(clip: SceneClip) -> None:
+    rng = np.random.default_rng(15)
+    shown = [s for s in (sample_scene(rng) for _ in range(200)) if s.things[0] != s.things[1]]
+    images = pictures(shown)
+    own = clip.cosine(images, [caption(s, rng) for s in shown])
+    turned = [replace(s, things=s.things[::-1]) for s in shown]
+    other = clip.cosine(images, [caption(s, rng) for s in turned])
+    assert (own > other).double().mean() >= 0.95
+
+
+def test_training_captions_name_the_second_thing_first_as_often_as_told() -> None:
+    rng = np.random.default_rng(16)
+    for share in (0, 0.2, 1):
+        turned = 0
+        for _ in range(300):
+            words = training_caption(Scene((RED, BLUE), "row", "grey"), rng, share).split()
+            turned += words.index("red") > words.index("blue")
+        assert turned / 300 == pytest.approx(share, abs=0.07)
+    assert "below" in training_caption(Scene((RED, BLUE, RED), "two above one", "grey"), rng, 0)
 
 
 def test_clip_knows_every_word_of_every_caption(clip: SceneClip) -> None:
