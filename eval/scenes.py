@@ -41,8 +41,8 @@ def score_scenes(
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """Score generated scenes against what was asked and against real ones.
 
-    The first half of the real pictures is the reference of the Frechet distance; the second half
-    gives its floor. Both sides are cut to the same n, the smaller of the generated pictures and
+    Every second real picture belongs to the reference of the Frechet distance; the others give its
+    floor. Both sides are cut to the same n, the smaller of the generated pictures and
     half of the real ones, since the distance falls with n.
 
     Args:
@@ -89,15 +89,13 @@ def score_scenes(
         scores[f"{name}/{part}"] = mean_score(parts[part], **chance, model=judge.name)
 
     real_features = judge.read(real_images)[1]
-    half = len(real_images) // 2
-    n = min(len(images), half)
-    base = FeatureStats.of(real_features[:half])
+    base_features, floor_features = real_features[0::2], real_features[1::2]
+    n = min(len(images), len(floor_features))
+    base = FeatureStats.of(base_features)
     space = {"model": judge.name, "resamples": max(2, resamples // 5), "seed": seed,
-             "reference": f"first {half} pictures of {reference}"}  # fmt: skip
+             "reference": f"{len(base_features)} pictures of {reference}"}  # fmt: skip
     scores[f"{prefix}/fd_scenes"] = frechet_score(features[:n], base, **space)
-    scores[f"{prefix}/fd_scenes_floor"] = frechet_score(
-        real_features[half : half + n], base, **space
-    )
+    scores[f"{prefix}/fd_scenes_floor"] = frechet_score(floor_features[:n], base, **space)
 
     cosines = clip.cosine(images, list(captions))
     real_cosines = clip.cosine(real_images, list(real_captions))

@@ -204,8 +204,8 @@ def test_best_assignment_equals_a_plain_search() -> None:
 
 
 def test_real_pictures_score_at_the_floor(judge: Judge, clip: SceneClip) -> None:
-    rng = np.random.default_rng(11)
-    shown = [sample_scene(rng) for _ in range(200)]
+    _, others, _ = fresh_scenes(400, JudgeConfig(), seed=32)
+    shown = [Scene.from_attributes(a) for a in others[::2]]
     scores, _ = score(judge, clip, shown, shown)
     assert scores["eval/scene_accuracy"]["value"] >= 0.98
     fd, floor = scores["eval/fd_scenes"], scores["eval/fd_scenes_floor"]
