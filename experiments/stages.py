@@ -41,7 +41,11 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
     data = stages[0].key
     if not isinstance(config, GeneratorRun):
         stages.append(Stage("tokenizer", _tokenizer_key(config, tokenizer_section(config), data)))
-        score = stage_key(config.eval, _judges(config), upstream=[data, stages[1].key])
+        e = config.eval
+        score = stage_key(
+            [e.prompts, e.bootstrap, e.seed, e.grid], _judges(config),
+            upstream=[data, stages[1].key],
+        )  # fmt: skip
         stages.append(Stage("score", score))
     else:
         tokenizer = _tokenizer_key(config, config.tokenizer, data)
@@ -62,7 +66,7 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
         sample = stage_key(
             _sampling(config), [e.prompts, e.heldout, e.seed, e.traces], upstream=[data, train]
         )
-        score = stage_key([e.bootstrap, e.seed], _judges(config), upstream=[sample])
+        score = stage_key([e.bootstrap, e.seed, e.grid], _judges(config), upstream=[sample])
         stages += [Stage("train", train), Stage("sample", sample), Stage("score", score)]
     report = stage_key(paper, resolved(config), upstream=[stages[-1].key])
     return [*stages, Stage("report", report)]
@@ -104,17 +108,21 @@ def _data_key(config: RunSettings) -> str:
         return stage_key({name: getattr(data, name) for name in names})
     from data.shards import expand_shards
 
-    try:
-        paths = expand_shards(data.shards or "") + expand_shards(data.val_shards or [])
-    except ValueError as error:
-        raise UserError(f"data.shards: {error}") from error
-    # a shard that was replaced is another shard
-    return stage_key([(os.path.abspath(p), os.path.getsize(p)) for p in paths], data.val_size)
+    shards = {}
+    for name in ("shards", "val_shards"):
+        try:
+            paths = expand_shards(getattr(data, name) or [])
+        except ValueError as error:
+            raise UserError(f"data.{name}: {error}") from error
+        # a shard that was replaced is another shard, also one of the same size
+        status = [(os.path.abspath(p), os.stat(p)) for p in paths]
+        shards[name] = [(path, s.st_size, s.st_mtime_ns) for path, s in status]
+    return stage_key(shards, data.val_size)
 
 
 def _pictures(config: RunSettings) -> dict[str, Any]:
-    """Settings that change which pixels a training sample has."""
-    left_out = {"workers", "max_skipped", "shuffle_buffer", "cache"}
+    """Settings, besides those of the data's own key, that change a training sample's pixels."""
+    left_out = {"workers", "max_skipped", "shuffle_buffer", "cache", "shards", "val_shards"}
     plain = dataclasses.asdict(config.data)
     return {k: v for k, v in plain.items() if k not in left_out}
 

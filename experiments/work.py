@@ -33,7 +33,7 @@ from experiments.stages import (
 )
 from experiments.store import Say, Store
 from experiments.training import CachedData, curves, device_of, fit, wandb_logger
-from lightning_modules.common.checkpoint import file_hash, save_weights
+from lightning_modules.common.checkpoint import file_hash, load_weights, save_weights
 from lightning_modules.registry import GENERATORS, generator_file, load_generator, load_tokenizer
 from lightning_modules.vqgan.module import VQGANModule
 
@@ -357,7 +357,10 @@ class Work:
         for name, path in files.items():
             _copy(folder / name, path)
         if generator is not None:
-            _copy(generator / CHECKPOINT, self.out / CHECKPOINT)
+            # whichever run trained it, the checkpoint samples as this one did
+            state, trained = load_weights(generator / CHECKPOINT)
+            sampling = resolved(self.config)["sampling"]
+            save_weights(self.out / CHECKPOINT, state, {**trained, "sampling": sampling})
         _copy(tokenizer, self.out / TOKENIZER)
         name = CHECKPOINT if generator is not None else TOKENIZER
         files["checkpoint"] = self.out / name
