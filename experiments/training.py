@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from data.tokens import TokenData
@@ -18,6 +19,23 @@ from experiments.config import RunSettings, TrainerConfig
 from experiments.progress import Say, TrainingProgress
 
 RESUME = "resume.ckpt"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints that appear whole or not at all.
+
+    Lightning's own writer moves them from the system's folder for temporary files, which is a copy
+    where that lies on another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write beside the target, then rename."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
 
 
 class CachedData(TokenData):
@@ -97,7 +115,9 @@ def fit(
     epochs, length = config.epochs
     strategy = config.strategy
     if strategy == "auto" and config.world_size > 1:
-        strategy = "ddp_find_unused_parameters_true" if two_players else "ddp"
+        strategy = "ddp"
+    if strategy == "ddp" and two_players:
+        strategy = "ddp_find_unused_parameters_true"
     precision = config.precision
     if precision == "auto":
         precision = "bf16-mixed" if device_of(config).type == "cuda" else "32-true"
@@ -129,6 +149,7 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
+        plugins=[WholeCheckpoints()],
     )  # fmt: skip
     resume = folder / RESUME
     trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
