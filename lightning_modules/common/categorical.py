@@ -22,6 +22,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         [n] int64 in 0..K-1.
     """
+    if logits.element_size() < 4:
+        logits = logits.float()  # sums over thousands of labels need more than 8 or 11 bits
     scale = 1 / temperature
     shifted = torch.add(logits.amax(dim=1, keepdim=True) * -scale, logits, alpha=scale)
     cdf = shifted.exp_().cumsum_(dim=1)  # [n, K]

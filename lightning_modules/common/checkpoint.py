@@ -107,7 +107,10 @@ def load_foreign(path: Path | str) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> Any:
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with open(path, "rb") as f:
+        zipped = f.read(4) == b"PK\x03\x04"
+    # files from before torch 1.6 (VGG16, LPIPS) are no zip; their classes cannot be listed
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     stubs = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
     with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
         return torch.load(path, map_location="cpu", weights_only=True)

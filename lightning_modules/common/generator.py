@@ -160,7 +160,7 @@ class GeneratorModule(LightningModule):
         if self.optim.ema > 0 and self.average is None:
             self.average = WeightAverage(self, self.optim.ema)
 
-    def on_before_zero_grad(self, optimizer: Any) -> None:
+    def on_train_batch_end(self, *args: Any) -> None:
         """Update the average once per optimizer step."""
         if self.average is not None and self.trainer.global_step > self.average.updates:
             self.average.update(self)

@@ -1,5 +1,6 @@
 """Text encoders: captions in, a Condition out. Frozen ones stay outside every state dict."""
 
+import logging
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,7 +40,7 @@ def ngram_ids(word: str, buckets: int) -> tuple[int, ...]:
         word: any non-empty text without spaces.
         buckets: number of rows; ids lie in 0..buckets-1.
     """
-    data = b"<" + word.encode() + b">"
+    data = b"<" + word.encode(errors="replace") + b">"  # JSON may hold half a surrogate pair
     grams = {data} | {data[i : i + n] for n in range(3, 7) for i in range(len(data) - n + 1)}
     return tuple(sorted(zlib.crc32(gram) % buckets for gram in grams))
 
@@ -104,7 +105,18 @@ class OpenClipEncoder:
     def _load(self, device: torch.device) -> None:
         import open_clip
 
-        model = open_clip.create_model(self.config.clip, self.config.clip_pretrained)
+        silenced = logging.root.manager.disable
+        logging.disable(logging.ERROR)  # open_clip also logs what it raises
+        try:
+            model = open_clip.create_model(self.config.clip, self.config.clip_pretrained)
+        except RuntimeError as error:
+            raise ValueError(
+                f"text.clip={self.config.clip} with text.clip_pretrained="
+                f"{self.config.clip_pretrained} is no model of open_clip whose weights lie here or "
+                "can be reached; download them and name the file"
+            ) from error
+        finally:
+            logging.disable(silenced)
         self._model = model.eval().requires_grad_(False).to(device)
         self._tokenizer = open_clip.get_tokenizer(self.config.clip)
 
