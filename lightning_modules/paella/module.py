@@ -82,12 +82,14 @@ class PaellaModule(GeneratorModule):
         pooled = image = None
         if self.config.model.clip_embd > 0:
             pooled = torch.where(hide_pooled[:, None], self._pooled([""]), self._pooled(captions))
-            if self.config.model.clip_image and not bool(hide_image.all()):
+            if self.config.model.clip_image:
                 if "image" not in batch:
                     raise ValueError(
                         "model.clip_image needs the pictures in training: add data.cache=false"
                     )
-                image = self.encode_images(batch["image"])
+                # hidden images pass the mapper too: DDP wants a gradient of every parameter
+                hidden = bool(hide_image.all())
+                image = torch.zeros_like(pooled) if hidden else self.encode_images(batch["image"])
         sequence, mask = self.network.condition(condition.tokens, pooled, image, condition.mask)
         if image is not None and bool(hide_image.any()):
             if mask is None:
