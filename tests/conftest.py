@@ -11,6 +11,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
+pytest_plugins = ["pytest_golden"]
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # the same examples every time in CI: a law that fails there can be looked at here
@@ -37,18 +38,10 @@ class GoldenCase:
         return self.case["tolerance"]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--golden",
-        default=str(Path(__file__).parent / "golden"),
-        help="folder TOPIC/CASE of reference cases",
-    )
-
-
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Callable[[str], GoldenCase]:
     """Load a case by "topic/case"; a missing folder fails the test that asks for it."""
-    root = Path(request.config.getoption("--golden"))
+    root = Path(request.config.getoption("--golden") or Path(__file__).parent / "golden")
 
     def load(name: str) -> GoldenCase:
         folder = root / name
