@@ -1,0 +1,175 @@
+"""The floors of the house: imports go down only, and nothing loads a file by running it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("experiments", "eval", "data", "lightning_modules", "tests", "sweeps")
+MODULES = ROOT / "lightning_modules"
+PAPERS = sorted(p.name for p in MODULES.iterdir() if (p / "config.py").exists())
+PAPERS.remove("common")
+
+# what the files of a room may import besides their own room; a prefix stands for all below it
+COMMON, DATA = "lightning_modules.common", "data"
+ALLOWED = {
+    "data": [],
+    "lightning_modules/common": [],
+    "lightning_modules": [COMMON, *(f"lightning_modules.{paper}" for paper in PAPERS)],
+    **{f"lightning_modules/{paper}": [COMMON] for paper in PAPERS},
+    "eval": [DATA, "lightning_modules"],
+    "experiments": [DATA, "eval", "lightning_modules"],
+}
+if "improved_vqd" in PAPERS:  # it is what a second paper changes in the first
+    ALLOWED["lightning_modules/improved_vqd"].append("lightning_modules.vq_diffusion")
+
+
+def files() -> list[Path]:
+    return [
+        path for room in ("experiments", "eval", "data", "lightning_modules")
+        for path in sorted((ROOT / room).rglob("*.py"))
+    ]  # fmt: skip
+
+
+def imports(path: Path, tree: ast.AST) -> Iterator[str]:
+    """Every module that a file imports, inside functions too; `from a import b` gives a.b."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return "/".join(parts[:2]) if parts[0] == "lightning_modules" and len(parts) > 2 else parts[0]
+
+
+def stands_under(name: str, allowed: str) -> bool:
+    return name == allowed or name.startswith(f"{allowed}.")
+
+
+def climbs(path: Path, source: str) -> list[str]:
+    """The imports of a file that its floor does not allow."""
+    room = room_of(path)
+    allowed = [*ALLOWED[room], room.replace("/", ".")]
+    ours = [n for n in imports(path, ast.parse(source)) if n.partition(".")[0] in OURS]
+    return [name for name in ours if not any(stands_under(name, a) for a in allowed)]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    assert climbs(path, path.read_text()) == []
+
+
+def test_every_paper_is_known() -> None:
+    folders = {p.name for p in MODULES.iterdir() if (p / "__init__.py").exists()}
+    assert folders == {*PAPERS, "common"} and {"paella", "vqgan"} <= folders
+    assert len(files()) > 40
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("data/x.py", "from eval.scenes import a"),
+        ("data/x.py", "def f():\n    import lightning_modules.common.text"),
+        ("eval/x.py", "from experiments import stages"),
+        ("lightning_modules/common/x.py", "from lightning_modules.paella.config import a"),
+        ("lightning_modules/common/x.py", "from data.scenes import draw"),
+        ("lightning_modules/common/x.py", "from ..paella import config"),
+        ("lightning_modules/paella/x.py", "from lightning_modules.vqgan.module import V"),
+        ("lightning_modules/paella/x.py", "from lightning_modules import registry"),
+        ("lightning_modules/paella/x.py", "from ..vqgan import module"),
+        ("lightning_modules/vqgan/x.py", "import data.webdata"),
+        ("experiments/x.py", "from tests.conftest import golden"),
+        ("lightning_modules/x.py", "import importlib\nimportlib.import_module('experiments.run')"),
+    ],
+)
+def test_a_climb_is_seen(path: str, source: str) -> None:
+    assert len(climbs(ROOT / path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("data/x.py", "import datasets\nfrom data import shards"),
+        ("lightning_modules/paella/x.py", "from lightning_modules.common import text"),
+        ("lightning_modules/paella/x.py", "from . import process\nfrom ..common import text"),
+        ("lightning_modules/x.py", "from lightning_modules.vqgan.module import V"),
+        ("experiments/x.py", "from lightning_modules.registry import a\nfrom eval import b"),
+    ],
+)
+def test_a_way_down_is_open(path: str, source: str) -> None:
+    assert climbs(ROOT / path, source) == []
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """Calls that would run what a file or a text says."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "weights_only":
+            if not (isinstance(node.value, ast.Constant) and node.value.value is True):
+                found.append(f"weights_only={ast.unparse(node.value)}")
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("eval", "exec", "builtins.eval", "builtins.exec", "__import__"):
+                found.append(name)
+            if name.partition(".")[0] in ("pickle", "dill", "joblib", "cloudpickle"):
+                found.append(name)
+            if name == "torch.load" and "weights_only" not in {k.arg for k in node.keywords}:
+                found.append("torch.load without weights_only")
+            if name.endswith("np.load") or name == "yaml.load":
+                found.append(name)
+        if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+            found += [a.name for a in node.names if not a.name.endswith("Error")]
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_loaded_by_running_it(path: Path) -> None:
+    assert unsafe(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(p, weights_only=False)",
+        "torch.load(p)",
+        "trainer.fit(m, weights_only=None)",
+        "eval('1')",
+        "exec(text)",
+        "pickle.load(f)",
+        "pickle.Unpickler(f).load()",
+        "from pickle import loads",
+        "yaml.load(f)",
+    ],
+)
+def test_running_what_a_file_says_is_seen(source: str) -> None:
+    assert unsafe(ast.parse(source))
+
+
+def test_safe_words_stay_allowed() -> None:
+    for source in (
+        "from pickle import UnpicklingError",
+        "module.eval()\nre.compile('x')",
+        "torch.load(p, weights_only=True)",
+    ):
+        assert unsafe(ast.parse(source)) == []
+
+
+def test_packages_hold_only_their_docstring() -> None:
+    for path in files():
+        if path.name == "__init__.py":
+            (only,) = ast.parse(path.read_text()).body
+            assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), path
+
+
+def test_tests_are_no_package() -> None:
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
