@@ -98,7 +98,8 @@ def load_foreign(path: Path | str) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    entries = content if isinstance(content, Mapping) else {}
+    state = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
     if not state:
         raise ValueError(f"{path} holds no tensors")
     if all(k.startswith("module.") for k in state):

@@ -1,0 +1,237 @@
+"""Text encoders: the trained one, and tiny stand-ins of the frozen ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from lightning_modules.common.config import TextConfig
+from lightning_modules.common.text import (
+    TEXT_ENCODERS,
+    ByT5Encoder,
+    ByteEncoder,
+    OpenClipEncoder,
+    ngram_ids,
+)
+
+CPU = torch.device("cpu")
+CAPTIONS = [
+    "a small red circle left of a large blue square",
+    "",
+    "red.",
+    "größer, 大きい 🙂 — «naïve»",
+    "one two three four five six seven",
+]
+
+
+def byte_encoder(**settings) -> ByteEncoder:
+    torch.manual_seed(0)
+    config = TextConfig(width=16, layers=2, heads=2, buckets=128, **settings)
+    return ByteEncoder(config).eval()
+
+
+def test_a_captions_encoding_does_not_depend_on_its_batch() -> None:
+    encoder = byte_encoder()
+    together = encoder(CAPTIONS, CPU)
+    assert together.mask is not None and together.pooled is None
+    lengths = [len(encoder.split(c)) or 1 for c in CAPTIONS]
+    assert together.mask.sum(1).tolist() == lengths
+    assert together.tokens.shape == (5, max(lengths), 16)
+    for i, caption in enumerate(CAPTIONS):
+        alone = encoder([caption], CPU)
+        assert alone.mask is not None and alone.mask.all()
+        assert torch.equal(together.mask[i], torch.arange(max(lengths)) < lengths[i])
+        torch.testing.assert_close(together.tokens[i, : lengths[i]], alone.tokens[0])
+
+
+def test_the_empty_caption_is_one_learned_token() -> None:
+    encoder = byte_encoder()
+    for empty in ("", "   ", "\n\t"):
+        assert encoder([empty], CPU).tokens.shape == (1, 1, 16)
+    encoder([""], CPU).tokens.square().sum().backward()
+    gradient = encoder.ngrams.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum(1).nonzero().flatten().tolist() == [128]
+
+
+def test_words_case_and_punctuation() -> None:
+    encoder = byte_encoder()
+    assert encoder.split("A red circle, left-most.") == [
+        "a",
+        "red",
+        "circle",
+        ",",
+        "left-most",
+        ".",
+    ]
+    assert encoder.split("it's (very)large") == ["it's", "(", "very", ")", "large"]
+    one, two = (encoder([c], CPU).tokens for c in ("A Red  circle.", "a red circle ."))
+    assert torch.equal(one, two)
+    for other in ("a red circle", "circle red a .", "a red circles ."):
+        tokens = encoder([other], CPU).tokens
+        assert tokens.shape != one.shape or not torch.allclose(tokens, one, atol=1e-3)
+
+
+def test_relatives_share_ngrams() -> None:
+    square, squares, circle = (set(ngram_ids(w, 4096)) for w in ("square", "squares", "circle"))
+    assert len(square & squares) > len(square) / 2 > len(square & circle)
+    assert all(0 <= i < 50 for i in ngram_ids("größer大きい", 50))
+    assert ngram_ids("a", 4096)
+
+
+def test_half_a_surrogate_pair_is_a_caption_too() -> None:
+    caption = json.loads('"a \\ud83d smile"')
+    assert byte_encoder()([caption], CPU).tokens.isfinite().all()
+
+
+def test_long_captions_are_cut() -> None:
+    encoder = byte_encoder(max_length=4)
+    long, short = (encoder([c], CPU) for c in ("one two three four five six", "one two three four"))
+    assert torch.equal(long.tokens, short.tokens)
+
+
+def test_it_is_trained_with_the_generator() -> None:
+    encoder = byte_encoder().train()
+    found = encoder(CAPTIONS, CPU)
+    found.tokens[found.mask].square().sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny T5 encoder of random weights."""
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                      feed_forward_proj="gated-gelu")  # fmt: skip
+    model = T5EncoderModel(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def byt5(path: str, **settings) -> ByT5Encoder:
+    return ByT5Encoder(TextConfig(**{"name": "byt5", "path": path, "clip": None, **settings}))
+
+
+def test_masked_padding_equals_encoding_one_by_one(t5: str) -> None:
+    encoder = byt5(t5)
+    together = encoder(CAPTIONS, CPU)
+    assert together.mask is not None and together.tokens.dtype == torch.float32
+    for i, caption in enumerate(CAPTIONS):
+        alone = encoder([caption], CPU)
+        length = min(len(caption.encode()), 63) + 1  # bytes and the end
+        assert alone.tokens.shape == (1, length, 16) and together.mask[i].sum() == length
+        torch.testing.assert_close(
+            together.tokens[i, :length], alone.tokens[0], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_attended_padding_is_a_setting(t5: str) -> None:
+    shown = byt5(t5, mask_padding=False)
+    together, alone = shown(CAPTIONS, CPU), shown(CAPTIONS[2:3], CPU)
+    assert together.mask is None and alone.mask is None
+    length = alone.tokens.shape[1]
+    assert not torch.allclose(together.tokens[2, :length], alone.tokens[0], atol=1e-3)
+    torch.testing.assert_close(alone.tokens, byt5(t5)(CAPTIONS[2:3], CPU).tokens)
+
+
+def test_byt5_cuts_at_max_length(t5: str) -> None:
+    found = byt5(t5, max_length=8)(CAPTIONS, CPU)
+    assert found.tokens.shape[1] == 8
+    torch.testing.assert_close(
+        byt5(t5, max_length=8)(["abcdefghij"], CPU).tokens,
+        byt5(t5, max_length=8)(["abcdefg"], CPU).tokens,
+    )
+
+
+def test_a_missing_t5_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        byt5(str(tmp_path / "none"))(["a"], CPU)
+    said = str(raised.value)
+    assert said.startswith(f"text.path={tmp_path}/none is neither") and "\n" not in said
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings of a tiny open_clip model whose random weights lie in a file."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 32, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    (folder / "tiny-text-tests.json").write_text(
+        json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": text})
+    )
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-text-tests")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return {"clip": "tiny-text-tests", "clip_pretrained": str(folder / "weights.pt")}
+
+
+def test_open_clip_gives_pooled_vectors_of_text_and_images(clip: dict[str, str]) -> None:
+    import open_clip
+
+    encoder = OpenClipEncoder(TextConfig(name="open_clip", **clip))
+    found = encoder(CAPTIONS[:3], CPU)
+    assert found.pooled is not None and found.mask is None and found.pooled.shape == (3, 12)
+    assert torch.equal(found.tokens, found.pooled[:, None])
+    model = open_clip.create_model(clip["clip"], clip["clip_pretrained"]).eval()
+    tokens = open_clip.get_tokenizer(clip["clip"])(CAPTIONS[:3])
+    with torch.no_grad():
+        torch.testing.assert_close(found.pooled, model.encode_text(tokens))
+    for i, caption in enumerate(CAPTIONS[:3]):
+        alone = encoder([caption], CPU).pooled
+        torch.testing.assert_close(found.pooled[i : i + 1], alone)
+
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (model.visual.image_mean, model.visual.image_std)
+    )
+    with torch.no_grad():
+        expected = model.encode_image(((images + 1) / 2 - mean) / std)
+    torch.testing.assert_close(encoder.encode_images(images), expected)
+    flat = torch.full((1, 3, 40, 56), 0.25)  # the whole picture is used, whatever its shape
+    torch.testing.assert_close(encoder.encode_images(flat), encoder.encode_images(flat[..., :9]))
+
+
+def test_byt5_with_open_clip(t5: str, clip: dict[str, str]) -> None:
+    encoder = byt5(t5, **clip)
+    found = encoder(CAPTIONS, CPU)
+    alone = OpenClipEncoder(TextConfig(name="open_clip", **clip))
+    torch.testing.assert_close(found.pooled, alone(CAPTIONS, CPU).pooled)
+    images = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(encoder.encode_images(images), alone.encode_images(images))
+    with pytest.raises(ValueError, match=r"image vectors need text\.clip"):
+        byt5(t5).encode_images(images)
+
+
+@pytest.mark.parametrize("wrong", ["clip", "clip_pretrained"])
+def test_a_missing_clip_is_named_in_one_line(
+    wrong: str, clip: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = OpenClipEncoder(TextConfig(name="open_clip", **{**clip, wrong: "/nowhere/x.pt"}))
+    with pytest.raises(ValueError) as raised:
+        encoder(["a"], CPU)
+    said = str(raised.value)
+    assert said.startswith("text.clip=") and "/nowhere/x.pt" in said and "\n" not in said
+    assert capfd.readouterr() == ("", "")
+
+
+def test_frozen_encoders_are_no_modules() -> None:
+    kinds = {name: isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+             for name, cls in TEXT_ENCODERS.items()}  # fmt: skip
+    assert kinds == {"bytes": True, "byt5": False, "open_clip": False}
+
+
+def test_frozen_encoders_have_no_gradient(t5: str, clip: dict[str, str]) -> None:
+    encoder = byt5(t5, **clip)
+    found = encoder(CAPTIONS[:1], CPU)
+    assert not found.tokens.requires_grad
+    assert found.pooled is not None and not found.pooled.requires_grad
+    assert not any(p.requires_grad for p in encoder._t5.parameters())
+    assert not encoder._t5.training
