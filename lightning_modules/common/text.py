@@ -102,6 +102,7 @@ class OpenClipEncoder:
         self.config = config
         self._model: Any = None
 
+    @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
     def _load(self, device: torch.device) -> None:
         import open_clip
 
@@ -154,6 +155,7 @@ class ByT5Encoder:
         self._t5: Any = None
         self._clip = OpenClipEncoder(config) if config.clip is not None else None
 
+    @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
     def _load(self, device: torch.device) -> None:
         from transformers import ByT5Tokenizer, T5EncoderModel
 
