@@ -57,3 +57,40 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], GoldenCase]:
         return GoldenCase(name, case, load_file(folder / "io.safetensors"), loaded)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a T5 encoder of random weights, 16 wide."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    model = T5EncoderModel(
+        T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                 feed_forward_proj="gated-gelu")
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=generator)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings of an open_clip model, 12 wide, whose random weights lie in a file."""
+    import open_clip
+    import torch
+
+    folder = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 32, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    (folder / "tiny-for-tests.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.create_model("tiny-for-tests")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return {"clip": "tiny-for-tests", "clip_pretrained": str(folder / "weights.pt")}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel
 
 from lightning_modules.common.config import TextConfig
 from lightning_modules.common.text import (
@@ -99,26 +98,12 @@ def test_it_is_trained_with_the_generator() -> None:
     assert all(p.grad is not None for p in encoder.parameters())
 
 
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny T5 encoder of random weights."""
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-                      feed_forward_proj="gated-gelu")  # fmt: skip
-    model = T5EncoderModel(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
 def byt5(path: str, **settings) -> ByT5Encoder:
     return ByT5Encoder(TextConfig(**{"name": "byt5", "path": path, "clip": None, **settings}))
 
 
-def test_masked_padding_equals_encoding_one_by_one(t5: str) -> None:
-    encoder = byt5(t5)
+def test_masked_padding_equals_encoding_one_by_one(tiny_t5: str) -> None:
+    encoder = byt5(tiny_t5)
     together = encoder(CAPTIONS, CPU)
     assert together.mask is not None and together.tokens.dtype == torch.float32
     for i, caption in enumerate(CAPTIONS):
@@ -130,21 +115,21 @@ def test_masked_padding_equals_encoding_one_by_one(t5: str) -> None:
         )
 
 
-def test_attended_padding_is_a_setting(t5: str) -> None:
-    shown = byt5(t5, mask_padding=False)
+def test_attended_padding_is_a_setting(tiny_t5: str) -> None:
+    shown = byt5(tiny_t5, mask_padding=False)
     together, alone = shown(CAPTIONS, CPU), shown(CAPTIONS[2:3], CPU)
     assert together.mask is None and alone.mask is None
     length = alone.tokens.shape[1]
     assert not torch.allclose(together.tokens[2, :length], alone.tokens[0], atol=1e-3)
-    torch.testing.assert_close(alone.tokens, byt5(t5)(CAPTIONS[2:3], CPU).tokens)
+    torch.testing.assert_close(alone.tokens, byt5(tiny_t5)(CAPTIONS[2:3], CPU).tokens)
 
 
-def test_byt5_cuts_at_max_length(t5: str) -> None:
-    found = byt5(t5, max_length=8)(CAPTIONS, CPU)
+def test_byt5_cuts_at_max_length(tiny_t5: str) -> None:
+    found = byt5(tiny_t5, max_length=8)(CAPTIONS, CPU)
     assert found.tokens.shape[1] == 8
     torch.testing.assert_close(
-        byt5(t5, max_length=8)(["abcdefghij"], CPU).tokens,
-        byt5(t5, max_length=8)(["abcdefg"], CPU).tokens,
+        byt5(tiny_t5, max_length=8)(["abcdefghij"], CPU).tokens,
+        byt5(tiny_t5, max_length=8)(["abcdefg"], CPU).tokens,
     )
 
 
@@ -155,33 +140,15 @@ def test_a_missing_t5_is_named_in_one_line(tmp_path: Path) -> None:
     assert said.startswith(f"text.path={tmp_path}/none is neither") and "\n" not in said
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Settings of a tiny open_clip model whose random weights lie in a file."""
+def test_open_clip_gives_pooled_vectors_of_text_and_images(tiny_clip: dict[str, str]) -> None:
     import open_clip
 
-    folder = tmp_path_factory.mktemp("clip")
-    vision = {"image_size": 32, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    (folder / "tiny-text-tests.json").write_text(
-        json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": text})
-    )
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    model = open_clip.create_model("tiny-text-tests")
-    torch.save(model.state_dict(), folder / "weights.pt")
-    return {"clip": "tiny-text-tests", "clip_pretrained": str(folder / "weights.pt")}
-
-
-def test_open_clip_gives_pooled_vectors_of_text_and_images(clip: dict[str, str]) -> None:
-    import open_clip
-
-    encoder = OpenClipEncoder(TextConfig(name="open_clip", **clip))
+    encoder = OpenClipEncoder(TextConfig(name="open_clip", **tiny_clip))
     found = encoder(CAPTIONS[:3], CPU)
     assert found.pooled is not None and found.mask is None and found.pooled.shape == (3, 12)
     assert torch.equal(found.tokens, found.pooled[:, None])
-    model = open_clip.create_model(clip["clip"], clip["clip_pretrained"]).eval()
-    tokens = open_clip.get_tokenizer(clip["clip"])(CAPTIONS[:3])
+    model = open_clip.create_model(tiny_clip["clip"], tiny_clip["clip_pretrained"]).eval()
+    tokens = open_clip.get_tokenizer(tiny_clip["clip"])(CAPTIONS[:3])
     with torch.no_grad():
         torch.testing.assert_close(found.pooled, model.encode_text(tokens))
     for i, caption in enumerate(CAPTIONS[:3]):
@@ -199,22 +166,22 @@ def test_open_clip_gives_pooled_vectors_of_text_and_images(clip: dict[str, str])
     torch.testing.assert_close(encoder.encode_images(flat), encoder.encode_images(flat[..., :9]))
 
 
-def test_byt5_with_open_clip(t5: str, clip: dict[str, str]) -> None:
-    encoder = byt5(t5, **clip)
+def test_byt5_with_open_clip(tiny_t5: str, tiny_clip: dict[str, str]) -> None:
+    encoder = byt5(tiny_t5, **tiny_clip)
     found = encoder(CAPTIONS, CPU)
-    alone = OpenClipEncoder(TextConfig(name="open_clip", **clip))
+    alone = OpenClipEncoder(TextConfig(name="open_clip", **tiny_clip))
     torch.testing.assert_close(found.pooled, alone(CAPTIONS, CPU).pooled)
     images = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(encoder.encode_images(images), alone.encode_images(images))
     with pytest.raises(ValueError, match=r"image vectors need text\.clip"):
-        byt5(t5).encode_images(images)
+        byt5(tiny_t5).encode_images(images)
 
 
 @pytest.mark.parametrize("wrong", ["clip", "clip_pretrained"])
 def test_a_missing_clip_is_named_in_one_line(
-    wrong: str, clip: dict[str, str], capfd: pytest.CaptureFixture[str]
+    wrong: str, tiny_clip: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    encoder = OpenClipEncoder(TextConfig(name="open_clip", **{**clip, wrong: "/nowhere/x.pt"}))
+    encoder = OpenClipEncoder(TextConfig(name="open_clip", **{**tiny_clip, wrong: "/nowhere/x.pt"}))
     with pytest.raises(ValueError) as raised:
         encoder(["a"], CPU)
     said = str(raised.value)
@@ -228,8 +195,8 @@ def test_frozen_encoders_are_no_modules() -> None:
     assert kinds == {"bytes": True, "byt5": False, "open_clip": False}
 
 
-def test_frozen_encoders_have_no_gradient(t5: str, clip: dict[str, str]) -> None:
-    encoder = byt5(t5, **clip)
+def test_frozen_encoders_have_no_gradient(tiny_t5: str, tiny_clip: dict[str, str]) -> None:
+    encoder = byt5(tiny_t5, **tiny_clip)
     found = encoder(CAPTIONS[:1], CPU)
     assert not found.tokens.requires_grad
     assert found.pooled is not None and not found.pooled.requires_grad
