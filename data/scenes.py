@@ -22,19 +22,18 @@ COLORS = {
     "cyan": (50, 200, 215),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 3.6 / 32, "large": 6.2 / 32}  # half width as a share of the picture
+SIZES = {"small": 4.4 / 32, "large": 6.2 / 32}  # half width as a share of the picture
 BACKGROUNDS = {"black": (18, 18, 18), "grey": (128, 128, 128), "white": (240, 240, 240)}
 
 # centres (x, y) of the things in reading order, as shares of the picture
 LAYOUTS = {
-    "row": ((9 / 32, 16 / 32), (23 / 32, 16 / 32)),
-    "column": ((16 / 32, 9 / 32), (16 / 32, 23 / 32)),
-    "two above one": ((9 / 32, 9 / 32), (23 / 32, 9 / 32), (16 / 32, 23 / 32)),
-    "one above two": ((16 / 32, 9 / 32), (9 / 32, 23 / 32), (23 / 32, 23 / 32)),
-    "two above two": ((9 / 32, 9 / 32), (23 / 32, 9 / 32), (9 / 32, 23 / 32), (23 / 32, 23 / 32)),
+    "row": ((8 / 32, 16 / 32), (24 / 32, 16 / 32)),
+    "column": ((16 / 32, 8 / 32), (16 / 32, 24 / 32)),
+    "two above one": ((8 / 32, 8 / 32), (24 / 32, 8 / 32), (16 / 32, 24 / 32)),
+    "one above two": ((16 / 32, 8 / 32), (8 / 32, 24 / 32), (24 / 32, 24 / 32)),
+    "two above two": ((8 / 32, 8 / 32), (24 / 32, 8 / 32), (8 / 32, 24 / 32), (24 / 32, 24 / 32)),
 }
-JITTER_ALONG = 0.75 / 32  # along the line that joins two neighbours: they never touch
-JITTER_ACROSS = 3.0 / 32  # across it, where the layout leaves room
+JITTER = 1  # whole steps of 1/32 that a centre may be off in x and in y; neighbours never touch
 SPLITS = ("train", "val", "heldout")
 
 
@@ -97,10 +96,8 @@ def sample_scene(rng: np.random.Generator, max_objects: int = 2) -> Scene:
 def place(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Return jittered centres [things, 2] as shares of the picture, x to the right, y down."""
     centres = np.array(LAYOUTS[scene.layout])
-    along, across = (rng.uniform(-1, 1, centres.shape[0]) for _ in range(2))
-    jitter_x = JITTER_ACROSS * across if scene.layout == "column" else JITTER_ALONG * along
-    jitter_y = JITTER_ACROSS * across if scene.layout == "row" else JITTER_ALONG * along
-    return centres + np.stack([jitter_x, jitter_y], axis=1)
+    jitter = rng.integers(-JITTER, JITTER + 1, centres.shape)
+    return centres + jitter / 32
 
 
 def draw_scene(scene: Scene, centres: np.ndarray, resolution: int = 32) -> np.ndarray:
