@@ -34,6 +34,7 @@ LAYOUTS = {
     "two above two": ((8 / 32, 8 / 32), (24 / 32, 8 / 32), (8 / 32, 24 / 32), (24 / 32, 24 / 32)),
 }
 JITTER = 1  # whole steps of 1/32 that a centre may be off in x and in y; neighbours never touch
+SWAPPED = 0.25  # share of captions that name the second thing first
 SPLITS = ("train", "val", "heldout")
 
 
@@ -135,13 +136,13 @@ def draw_scene(scene: Scene, centres: np.ndarray, resolution: int = 32) -> np.nd
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Say what a scene shows, in one of several phrasings.
 
-    Two things are named in either order ("left of" or "right of", "above" or "below").
+    Two things are named in either order: "left of" or, less often, "right of", "above" or "below".
     """
     named = [f"a {thing}" for thing in scene.things]
     if scene.layout in ("row", "column"):
         forth, back = {"row": (("left of", "to the left of"), ("right of", "to the right of")),
                        "column": (("above", "over"), ("below", "under"))}[scene.layout]  # fmt: skip
-        swap, variant = rng.integers(2), rng.integers(2)
+        swap, variant = int(rng.random() < SWAPPED), rng.integers(2)
         first, second = named[swap], named[1 - swap]
         body = f"{first} {(back if swap else forth)[variant]} {second}"
     elif scene.layout == "two above one":

@@ -12,10 +12,8 @@ class TextConfig:
     """bytes: trained with the generator; byt5: frozen ByT5 and open_clip; open_clip: it alone."""
     width: int = 128
     """bytes: width of the encoder and of its output vectors."""
-    layers: int = 2
-    """bytes: transformer layers."""
-    heads: int = 4
-    """bytes: attention heads."""
+    layers: int = 1
+    """bytes: layers of the bidirectional GRU."""
     buckets: int = 4096
     """bytes: rows of the table that byte n-grams are hashed into."""
     max_length: int = 64
@@ -30,11 +28,11 @@ class TextConfig:
     """byt5, open_clip: tag or weights file of the open_clip model."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "buckets", "max_length"):
+        for name in ("layers", "buckets", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.width < 2 or self.width % 2:
+            raise ValueError(f"width must be even and at least 2, got {self.width}")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_modules.common.config import TextConfig
 
@@ -48,9 +49,10 @@ def ngram_ids(word: str, buckets: int) -> tuple[int, ...]:
 class ByteEncoder(nn.Module):
     """A small text encoder over bytes, trained together with the generator.
 
-    A word is the mean of the embeddings of its hashed byte n-grams; a transformer of a few layers
-    relates the words. No vocabulary and no files are needed, and an unseen word shares the
-    n-grams of its relatives. The empty caption is one learned token.
+    A word is the mean of the embeddings of its hashed byte n-grams; a bidirectional GRU relates
+    the words, which learns who stands left of whom from far fewer captions than attention does.
+    No vocabulary and no files are needed, and an unseen word shares the n-grams of its relatives.
+    The empty caption is one learned token.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -59,12 +61,9 @@ class ByteEncoder(nn.Module):
         self.width = config.width
         # row `buckets` is the empty caption
         self.ngrams = nn.EmbeddingBag(config.buckets + 1, config.width, mode="mean")
-        self.position = nn.Parameter(torch.randn(config.max_length, config.width) * 0.5)
-        layer = nn.TransformerEncoderLayer(
-            config.width, config.heads, 4 * config.width, 0.0, "gelu", batch_first=True,
-            norm_first=True,
-        )  # fmt: skip
-        self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.gru = nn.GRU(
+            config.width, config.width // 2, config.layers, batch_first=True, bidirectional=True
+        )
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, captions: list[str], device: torch.device) -> Condition:
@@ -75,14 +74,15 @@ class ByteEncoder(nn.Module):
         ]
         lengths = torch.tensor([len(w) for w in words])
         flat = [ids for caption in words for ids in caption]
-        offsets = torch.tensor([0] + [len(ids) for ids in flat[:-1]]).cumsum(0)
+        offsets = torch.tensor([0] + [len(ids) for ids in flat[:-1]], device=device).cumsum(0)
         ids = torch.tensor([i for ids in flat for i in ids], device=device)
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)  # [B, L]
-        x = self.position.new_zeros(*mask.shape, self.width)  # [B, L, D]
-        x[mask] = self.ngrams(ids, offsets.to(device)).to(x.dtype)
-        x = x + self.position[: x.shape[1]]
-        x = self.layers(x, src_key_padding_mask=~mask)
-        return Condition(self.norm(x), mask)
+        bags = self.ngrams(ids, offsets)  # [words, D]
+        x = bags.new_zeros(*mask.shape, self.width)  # [B, L, D]
+        x[mask] = bags
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        related, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        return Condition(self.norm(x + related), mask)
 
     def split(self, caption: str) -> list[str]:
         """Split a caption at spaces and around punctuation, cut to max_length words."""

@@ -59,7 +59,7 @@ def test_unknown_keys_are_named_with_their_section() -> None:
 @pytest.mark.parametrize(
     ("cls", "wrong", "said"),
     [
-        (TextConfig, {"width": 10, "heads": 4}, "width 10 must be a multiple of heads 4"),
+        (TextConfig, {"width": 9}, "width must be even and at least 2, got 9"),
         (TextConfig, {"max_length": 0}, "max_length must be at least 1, got 0"),
         (OptimConfig, {"lr": 0.0}, "lr must be positive"),
         (OptimConfig, {"betas": [0.9]}, "betas must be two numbers"),

@@ -27,7 +27,7 @@ CAPTIONS = [
 
 def byte_encoder(**settings) -> ByteEncoder:
     torch.manual_seed(0)
-    config = TextConfig(width=16, layers=2, heads=2, buckets=128, **settings)
+    config = TextConfig(width=16, layers=2, buckets=128, **settings)
     return ByteEncoder(config).eval()
 
 

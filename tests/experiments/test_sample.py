@@ -21,7 +21,7 @@ TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions"
 MODEL = {"c_in": 8, "c_out": 8, "num_labels": 12, "c_r": 8, "patch_size": 1, "c_cond": 8,
          "c_hidden": [8, 8], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
          "clip_embd": 0, "clip_image": False, "byt5_embd": 8, "dropout": 0.0}  # fmt: skip
-TEXT = {"name": "bytes", "width": 8, "layers": 1, "heads": 2, "buckets": 64}
+TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
 # two pixels per token, grids in multiples of two: sides are multiples of 4; trained on 16x16
 SIDE = 16

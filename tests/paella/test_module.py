@@ -24,7 +24,7 @@ V3 = {"c_in": 8, "c_out": 8, "num_labels": K, "c_r": 8, "patch_size": 1, "c_cond
       "clip_embd": 0, "clip_image": False, "byt5_embd": 16, "dropout": 0.1}  # fmt: skip
 V1 = {"num_labels": K, "c_hidden": 16, "c_clip": 12, "c_r": 8, "down_levels": [1, 1],
       "up_levels": [1, 1]}  # fmt: skip
-BYTES = {"name": "bytes", "width": 16, "layers": 1, "heads": 2, "buckets": 64}
+BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 4, "guidance_start": 3.0, "guidance_end": 2.0}
 CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
 BATCHES = 3
