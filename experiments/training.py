@@ -2,12 +2,16 @@
 
 import csv
 import os
+import signal
+import threading
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -19,6 +23,9 @@ from experiments.config import RunSettings, TrainerConfig
 from experiments.progress import Say, TrainingProgress
 
 RESUME = "resume.ckpt"
+
+# DDP doubts the layout of channels-last gradients; it copies them, which is what is meant here
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -36,6 +43,36 @@ class WholeCheckpoints(TorchCheckpointIO):
         temporary = path.with_name(f".{path.name}.tmp")
         torch.save(checkpoint, temporary)
         os.replace(temporary, path)
+
+
+class PlainSignals(Callback):
+    """Leaves SIGTERM to the handler that was there before the trainer.
+
+    Lightning's own waits for the other ranks inside the signal, where they may wait for this one.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it back; the trainer registered its own just before."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+
+def end_with_parent(pause: float = 1.0) -> None:
+    """End this process soon after the one that started it.
+
+    A rank that another started would otherwise wait for ever for one that was killed.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(pause)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class CachedData(TokenData):
@@ -144,6 +181,7 @@ def fit(
                 save_on_train_epoch_end=True, enable_version_counter=False,
             ),
             TrainingProgress(what, epochs * length, say, config.progress),
+            PlainSignals(),
         ],
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,14 @@ from experiments.stages import (
     tokenizer_trainer,
 )
 from experiments.store import Say, Store
-from experiments.training import CachedData, curves, device_of, fit, wandb_logger
+from experiments.training import (
+    CachedData,
+    curves,
+    device_of,
+    end_with_parent,
+    fit,
+    wandb_logger,
+)
 from lightning_modules.common.checkpoint import file_hash, load_weights, save_weights
 from lightning_modules.registry import GENERATORS, generator_file, load_generator, load_tokenizer
 from lightning_modules.vqgan.module import VQGANModule
@@ -68,6 +76,16 @@ class Work:
 
     def everything(self) -> Outcome:
         """Do all stages in order and publish their results in the run folder."""
+        if self.store.leader:
+            return self._everything()
+        end_with_parent()
+        try:
+            return self._everything()
+        except Exception:
+            time.sleep(3)  # where the leader was interrupted, this process ends here, quietly
+            raise
+
+    def _everything(self) -> Outcome:
         self.data()
         tokenizer = self.tokenizer() / TOKENIZER
         generator = None
