@@ -72,6 +72,7 @@ class Work:
         logger = wandb_logger(config, paper, scale, out)
         self.loggers = [] if logger is None else [logger]
         self.notes: list[str] = []
+        self.noted = 0.0
         self.reused: set[str] = set()
 
     def everything(self) -> Outcome:
@@ -114,7 +115,11 @@ class Work:
         self.splits = prepare(self.config.data, self._stage("data", work))
 
     def _note(self, text: str) -> None:
-        self.say(f"      {text}")
+        """Say what a stage does, but not more often than somebody reads."""
+        now = time.monotonic()
+        if now - self.noted >= 5:
+            self.noted = now
+            self.say(f"      {text}")
 
     def web(self, batch_size: int, epoch_batches: int) -> WebData:
         """Make the DataModule over pictures."""
