@@ -49,6 +49,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="width and height of a patch")
     parser.add_argument("--per-shard", type=int, default=250, help="patches in a shard")
     arguments = parser.parse_args()
+    if not 8 <= arguments.size <= 427:
+        parser.error(
+            f"--size must be between 8 and 427, the photographs' height, not {arguments.size}"
+        )
+    if arguments.per_shard < 1:
+        parser.error(f"--per-shard must be at least 1, not {arguments.per_shard}")
     shards = write_shards(photos(arguments.size), arguments.out, arguments.per_shard, "jpg")
     print(f"wrote {len(shards)} shards: {shards[0]} ... {shards[-1]}")
 

@@ -83,7 +83,12 @@ def write_shards(
 
     Returns:
         The paths of the shards.
+
+    Raises:
+        ValueError: no sample per shard.
     """
+    if per_shard < 1:
+        raise ValueError(f"a shard needs at least 1 sample, got per_shard={per_shard}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stream = iter(samples)
@@ -283,6 +288,7 @@ def parse(raw: Sample) -> Sample:
         raise SampleError("no image")
     caption = raw.get("txt", b"").decode(errors="replace").strip()
     caption = caption or str(meta.get("caption") or "").strip()
+    caption = caption.encode(errors="replace").decode()  # half a surrogate pair is no text
     if not caption:
         raise SampleError("no caption")
     sample = {"key": raw["__key__"], "url": raw["__url__"], "caption": caption}

@@ -165,8 +165,9 @@ class RunSettings:
             ValueError: they do not; the message begins with the setting.
         """
         _at_least(self, "seed", 0)
-        if self.data.name == "scenes":
-            for name, size in (("prompts", "val_size"), ("heldout", "heldout_size")):
+        if self.data.name != "digits":  # which has the samples that it has
+            sizes = [("prompts", "val_size"), ("heldout", "heldout_size")]
+            for name, size in sizes if self.data.name == "scenes" else sizes[:1]:
                 wanted, there = getattr(self.eval, name), getattr(self.data, size)
                 if wanted > there:
                     raise ValueError(
@@ -251,6 +252,13 @@ class PaellaRun(PaellaConfig, GeneratorRun):
             self.check_tokens(self.v1.num_labels, "v1.num_labels", self.v1.grid_multiple)
             if text.name == "bytes" or text.clip is None:
                 raise ValueError("network=v1 needs one CLIP vector per caption: add text=open_clip")
+        schedule = "cosine" if self.network == "v1" else "linear"
+        if self.sampling.schedule != schedule:
+            raise ValueError(
+                f"sampling.schedule must be {schedule} with network={self.network}, whose time "
+                f"runs the other way, got {self.sampling.schedule}"
+            )
+        if self.network == "v1":
             return
         self.check_tokens(model.num_labels, "model.num_labels", model.grid_multiple)
         if text.name == "bytes" and model.byt5_embd != text.width:

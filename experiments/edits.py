@@ -15,6 +15,8 @@ from experiments.pictures import to_pixels
 from experiments.settings import ConfigError
 from lightning_modules.common.generator import GeneratorModule
 
+LARGEST = 4096  # pixels of a side: attention over more tokens than that fits no machine
+
 
 @dataclass
 class Edit:
@@ -74,6 +76,8 @@ def parse_size(module: GeneratorModule, text: str | None) -> tuple[int, int] | N
         raise ConfigError(
             f"--size: sides must be multiples of {unit}, got {text} (near: {near[0]}x{near[1]})"
         )
+    if max(width, height) > LARGEST:
+        raise ConfigError(f"--size: sides must be at most {LARGEST}, got {text}")
     return width, height
 
 
@@ -166,6 +170,8 @@ def image_condition(module: GeneratorModule, images: Tensor) -> dict[str, Tensor
     model = module.config.model
     if not (getattr(model, "clip_image", False) and getattr(model, "clip_embd", 0)):
         return {}
+    if getattr(module.config, "network", None) == "v1":
+        return {}  # it has one vector for text or image, and only a fine-tuned v1 reads an image's
     try:
         return {"image_condition": module.encode_images(images)}
     except ValueError:  # this text encoder has no image branch: the tokens must do

@@ -102,6 +102,9 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         show_plan(args.paper, config, out)
         return 0
+    # threads that wait for each other should not do so by spinning for long: beside any other
+    # process a training on all cores would crawl
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from experiments import stages  # torch and lightning come with it, seconds of start-up
 
     quiet()

@@ -140,7 +140,7 @@ def _tokenizer_key(config: RunSettings, section: TokenizerSection, data: str) ->
 
 def tokenizer_trainer(config: RunSettings, section: TokenizerSection) -> TrainerConfig:
     """Return how long the section says, on the devices of the run's own trainer section."""
-    machine = ("precision", "accelerator", "devices", "num_nodes", "strategy", "progress")
+    machine = ("accelerator", "devices", "num_nodes", "strategy", "progress")
     return dataclasses.replace(
         section.trainer, **{name: getattr(config.trainer, name) for name in machine}
     )

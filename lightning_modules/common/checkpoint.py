@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def save_weights(path: Path | str, state: Mapping[str, Tensor], config: dict[str
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     save_file(tensors, temporary, metadata={"config": json.dumps(config)})
+    temporary.chmod(0o644)  # safetensors keeps files from everybody else
     os.replace(temporary, path)
 
 
@@ -50,7 +52,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path} holds no settings of this suite; make it with experiments.convert"
             )
         return load_file(path), json.loads(config)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = _load_pickle(path)
     if not isinstance(content, dict) or "config" not in content.get("hyper_parameters", {}):
         raise ValueError(
             f"{path} is not a checkpoint of this suite; experiments.convert reads official files"
@@ -111,10 +113,13 @@ def _load_pickle(path: Path) -> Any:
     with open(path, "rb") as f:
         zipped = f.read(4) == b"PK\x03\x04"
     # files from before torch 1.6 (VGG16, LPIPS) are no zip; their classes cannot be listed
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    stubs = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
-    with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        stubs = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
+        with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, IndexError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint that can be read safely") from error
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

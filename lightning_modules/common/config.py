@@ -1,5 +1,6 @@
 """Settings that several papers share; light to import."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,9 +58,12 @@ class OptimConfig:
     """Decay of the exponential moving average of the weights; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive, got {self.lr}")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {self.betas}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("weight_decay", "warmup_steps", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")

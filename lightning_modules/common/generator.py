@@ -61,8 +61,9 @@ class GeneratorModule(LightningModule):
         return self
 
     def encode_text(self, captions: list[str]) -> Condition:
-        """Encode captions on this module's device."""
-        return self._attached["text"](captions, self.device)
+        """Encode captions on this module's device, in full precision whatever the trainer's."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._attached["text"](captions, self.device)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to pooled image vectors of the text encoder's CLIP.
@@ -75,7 +76,8 @@ class GeneratorModule(LightningModule):
                 f"text.name={self.config.text.name} has no image vectors; a variation starts from "
                 "the image's tokens instead"
             )
-        return self._attached["text"].encode_images(images)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._attached["text"].encode_images(images)
 
     @abstractmethod
     def loss(
@@ -112,7 +114,8 @@ class GeneratorModule(LightningModule):
         """Return the batch's tokens [B, h, w], encoding its images where no cache gave them."""
         if "tokens" in batch:
             return batch["tokens"]
-        with torch.no_grad():
+        # bf16 would flip the nearest codes of a cache that was made in full precision
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.encode(batch["image"])
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -156,7 +159,9 @@ class GeneratorModule(LightningModule):
             self.clip_gradients(optimizer, self.optim.clip, "norm")
 
     def on_fit_start(self) -> None:
-        """Start the average from the present weights unless a checkpoint brought one."""
+        """Move the tokenizer here; start the average unless a checkpoint brought one."""
+        if isinstance(self._attached["tokenizer"], nn.Module):
+            self._attached["tokenizer"].to(self.device)
         if self.optim.ema > 0 and self.average is None:
             self.average = WeightAverage(self, self.optim.ema)
 

@@ -57,6 +57,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         levels = len(self.c_hidden)
         _require(levels >= 1, "c_hidden must name at least one level")
+        _require(min(self.c_hidden + self.blocks) >= 1, "c_hidden and blocks must be at least 1")
         for name in ("nhead", "blocks", "level_config"):
             count = len(getattr(self, name))
             _require(

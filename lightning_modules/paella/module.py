@@ -63,7 +63,8 @@ class PaellaModule(GeneratorModule):
             reduction="none",
             label_smoothing=objective.label_smoothing,
         ).view(tokens.shape)
-        weight = process.loss_weight(mask, t, objective.eta)
+        eta = 1.0 if self.config.network == "v1" else objective.eta  # v1 takes the plain mean
+        weight = process.loss_weight(mask, t, eta)
         accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
         return process.sample_loss(ce, weight).mean(), {"accuracy": accuracy}
 

@@ -323,7 +323,8 @@ def nearest(rows: Tensor, codes: Tensor) -> Tensor:
     rows, codes = rows.float(), codes.float()
     norms = codes.square().sum(1)  # |z|^2 is the same for all codes and is left out
     chunks = rows.split(max(1, MAX_DISTANCES // codes.shape[0]))
-    return torch.cat([torch.addmm(norms, r, codes.T, alpha=-2).argmin(1) for r in chunks])
+    with torch.autocast(rows.device.type, enabled=False):  # it would flip near ties
+        return torch.cat([torch.addmm(norms, r, codes.T, alpha=-2).argmin(1) for r in chunks])
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
