@@ -294,7 +294,7 @@ def test_tokenizer_preset_fills_its_section():
     alone = load("vqgan", "micro")
     for section in ("model", "objective", "optim", "trainer"):
         assert getattr(config.tokenizer, section) == getattr(alone, section)
-    other = load("paella", "micro", ["tokenizer.preset=tiny", "model.num_labels=256"])
+    other = load("paella", "micro", ["tokenizer.preset=tiny", "model.num_labels=512"])
     assert other.tokenizer.model == load("vqgan", "tiny").model
     assert load("paella", "micro", ["tokenizer.model.ch=24"]).tokenizer.model.ch == 24
 

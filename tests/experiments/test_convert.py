@@ -195,7 +195,7 @@ WRONG: list[tuple[list[str], str]] = [
     ([*with_(), "data.resolution=30"], "data.resolution must be a multiple of 4"),
     ([*with_(), "tokenizer.model.num_codes=5"], "model.num_codes is 24 in the file, not 5"),
     (with_("--from", "none.pt"), "there is no file none.pt"),
-    (with_("--from", "@text.pt"), "text.pt: Expected input to be a checkpoint"),
+    (with_("--from", "@text.pt"), "text.pt is no checkpoint that can be read safely"),
     (with_("--from", "@strange.safetensors"), "is no Paella checkpoint"),
     (with_("--from", "@vqgan_f4.pt"), "is no Paella checkpoint"),
     (with_("--from", "@prior_v1.pt"), "prior"),

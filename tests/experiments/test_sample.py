@@ -269,7 +269,7 @@ def test_wrong_words_are_one_line(
         ("tokenizer.safetensors", "is a checkpoint of vqgan"),
         ("bare.safetensors", "experiments.convert"),
         ("text.safetensors", "is no readable checkpoint"),
-        ("text.pt", "is no readable checkpoint"),
+        ("text.pt", "is no checkpoint that can be read safely"),
         ("middle.safetensors", "names no 'tokenizer'"),
         ("alone.safetensors", "not beside it"),
         ("odd.safetensors", "is not the tokenizer that"),

@@ -186,7 +186,7 @@ def test_lpips_trains_and_never_enters_a_checkpoint(tmp_path: Path) -> None:
 def test_without_a_file_the_run_says_that_the_perceptual_term_is_off(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         _, t = fit(tmp_path, 1, module())
     said = [r for r in caplog.records if "perceptual term is off" in r.message]
     assert len(said) == 1
