@@ -151,9 +151,9 @@ def test_the_trainer_writes_with_it(tmp_path: Path, monkeypatch) -> None:
     written: list[str] = []
     save = WholeCheckpoints.save_checkpoint
 
-    def note(self: Any, checkpoint: dict, path: Any, *rest: Any) -> None:
+    def note(self: Any, checkpoint: dict, path: Any, **rest: Any) -> None:
         written.append(Path(path).name)
-        save(self, checkpoint, path, *rest)
+        save(self, checkpoint, path, **rest)
 
     monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", note)
     train(Line(), tmp_path)
