@@ -27,6 +27,11 @@ class PaellaModule(GeneratorModule):
         v1 = self.config.network == "v1"
         self.network = DenoiseUNet(self.config.v1) if v1 else Paella(self.config.model)
         self.num_codes: int = self.network.config.num_labels
+        if config["num_codes"] != self.num_codes:
+            raise ValueError(
+                f"{'v1' if v1 else 'model'}.num_labels must be the tokenizer's "
+                f"{config['num_codes']} codes, got {self.num_codes}"
+            )
 
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
