@@ -246,18 +246,18 @@ FOREIGN: dict[str, Callable[[Mapping[str, Tensor], Pairs], Foreign]] = {"paella"
 
 def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_codes: int) -> None:
     """Check that the tensors fit the module and the tokenizer, without memory for a second copy."""
-    try:
-        with torch.device("meta"):
-            module = GENERATORS[paper](plain)
-        load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
-    except ValueError as error:
-        raise ConfigError(first_line(error)) from error
     labels = next(v for k, v in found.pairs if k.endswith(".num_labels"))
     if labels != num_codes:
         raise ConfigError(
             f"{source} was trained on {labels} codes and the tokenizer has {num_codes}; "
             "they do not belong together"
         )
+    try:
+        with torch.device("meta"):
+            module = GENERATORS[paper](plain)
+        load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def _section(pairs: Pairs, name: str) -> dict[str, Any]:
