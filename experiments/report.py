@@ -101,7 +101,11 @@ METRICS = {
     "codebook_perplexity": Metric("Codebook perplexity", "codes in effective use"),
 }
 COMPANIONS = {"_floor": "floor", "_real": "real pictures"}
-SPLITS = {"val": "Val", "heldout": "Heldout: combinations never seen in training"}
+SPLITS = {
+    "val": "Val",
+    "heldout": "Heldout: combinations never seen in training",
+    "tokenizer": "Tokenizer: reconstructions of val",
+}
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -449,8 +453,9 @@ def _metric(name: str) -> Metric:
 
 
 def _split(name: str) -> str:
-    """Return heldout for eval/heldout/x and val for eval/x."""
-    return " ".join(name.split("/")[1:-1]) or "val"
+    """Return heldout for eval/heldout/x, val for eval/x and tokenizer for tokenizer/x."""
+    head, *between = name.split("/")[:-1] or ["eval"]
+    return " ".join(between if head == "eval" else [head, *between]) or "val"
 
 
 def _shown(name: str, value: Any) -> str:

@@ -186,6 +186,18 @@ def test_empty_report_has_only_what_there_is() -> None:
     assert found.text["h1"] == ["Only a title"]
 
 
+def test_scores_of_the_tokenizer_stand_apart() -> None:
+    """Its parts have the names of those of the samples, and must not take their place."""
+    scores = {}
+    for prefix, value in (("eval", 0.5), ("tokenizer", 0.75)):
+        scores[f"{prefix}/scene_accuracy"] = {"value": value}
+        scores[f"{prefix}/scene_accuracy/shape"] = {"value": value + 0.125}
+    text = page(Report(title="t", paper="p", scale="micro", command="c", machine="m", scores=scores))
+    said = Page(text).said()
+    assert "62.5" in said and "87.5" in said
+    assert "Val" in said and "Tokenizer: reconstructions of val" in said
+
+
 def test_tokenizer_scores_keep_their_units() -> None:
     scores = {
         "eval/psnr": score(27.123456),
