@@ -40,7 +40,7 @@ class ModelConfig:
     condition_dim: int = 512
     """text: width of the text encoder's token vectors."""
     class_number: int = 1000
-    """class: rows of the class tables; a label beyond them means the mean of all (zero-shot null)."""
+    """class: rows of the class tables; a label beyond them means their mean (zero-shot null)."""
     class_type: Literal["adalayernorm", "adainsnorm"] = "adalayernorm"
     """class: norm that the class modulates, LayerNorm or InstanceNorm over the tokens."""
     attn_dropout: float = 0.0
