@@ -203,7 +203,7 @@ class GeneratorRun(RunSettings):
     def check(self) -> None:
         """Check that the sections fit each other."""
         super().check()
-        _no_accumulation("tokenizer.trainer", self.tokenizer.trainer)
+        _two_players("tokenizer.trainer", self.tokenizer.trainer)
 
     def check_tokens(self, num_codes: int, name: str, grid_multiple: int) -> None:
         """Check that the generator fits the tokenizer that the tokenizer section describes.
@@ -230,7 +230,7 @@ class VQGANRun(VQGANConfig, RunSettings):
         """Check that the sections fit each other."""
         super().check()
         _multiple("data.resolution", self.data.resolution, self.model.factor)
-        _no_accumulation("trainer", self.trainer)
+        _two_players("trainer", self.trainer)
 
 
 @dataclass
@@ -361,9 +361,13 @@ def _multiple(name: str, value: int, factor: int) -> None:
         raise ValueError(f"{name} must be a multiple of {factor}, got {value} (near: {near})")
 
 
-def _no_accumulation(section: str, trainer: TrainerConfig) -> None:
-    # two players in manual optimization: Lightning refuses to accumulate for them
+def _two_players(section: str, trainer: TrainerConfig) -> None:
+    # in manual optimization Lightning does not accumulate, and would clip scaled gradients
     if trainer.accumulate != 1:
         raise ValueError(
             f"{section}.accumulate must be 1 for a tokenizer, got {trainer.accumulate}"
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            f"{section}.precision must not be 16-mixed for a tokenizer; take bf16-mixed or 32-true"
         )

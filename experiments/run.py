@@ -193,6 +193,9 @@ def paper_help(paper: str, scale: str, config: RunSettings) -> str:
     """Text of `--paper NAME --help`: every setting with its type, value at this scale, meaning."""
     lines = [f"{paper}: {_about(paper)}", "", "scales"]
     lines += _columns({name: _first(paper, name) for name in scales(paper)})
+    lines += ["", "presets, written section=name"]
+    presets = {section: ", ".join(names) for section, names in RUNS[paper].PRESETS.items()}
+    lines += _columns(presets)
     lines += ["", f"settings, with their values at scale {scale}"]
     section = None
     for row in describe(config):

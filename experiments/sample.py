@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from experiments.config import RUNS
 from experiments.edits import (
     Edit,
     describe_edit,
@@ -39,9 +40,9 @@ MAX_IN_GRID = 100
 PLACES = ("text.path", "text.clip_pretrained")
 
 EPILOG = f"""settings:
-  sampling.KEY=VALUE words change how the checkpoint samples, e.g. sampling.steps=8;
-  --ckpt PATH --help lists the settings of that checkpoint. text.path=DIR and
-  text.clip_pretrained=FILE say where frozen text encoders lie on this machine.
+  sampling.KEY=VALUE words change how the checkpoint samples, e.g. sampling.steps=8, and
+  sampling=NAME takes a preset; --ckpt PATH --help lists the settings of that checkpoint.
+  text.path=DIR and text.clip_pretrained=FILE say where frozen text encoders lie here.
 
 examples:
   {COMMAND} --ckpt runs/x --prompt "a small red circle above a large blue square"
@@ -240,6 +241,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ConfigError(f"--prompts {args.prompts} holds no prompt")
+    for prompt in filter(None, [*prompts, args.negative]):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"--prompt {prompt!r} is no valid text") from error
     if args.interpolate and len(prompts) != 2:
         raise ConfigError(f"--interpolate needs exactly two prompts, got {len(prompts)}")
     if not prompts and args.image is None:
@@ -301,12 +307,15 @@ def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
         ConfigError: an unknown setting, one out of range, or one that is fixed by the training.
     """
     text, sampling = module.config.text, module.config.sampling
+    paper = module.hparams["config"].get("paper")
+    presets = RUNS[paper].PRESETS.get("sampling", {}) if paper in RUNS else {}
     holder = dataclasses.make_dataclass(
         "Settings",
         [
             ("sampling", type(sampling), field(default_factory=lambda: sampling)),
             ("text", type(text), field(default_factory=lambda: text)),
         ],
+        namespace={"PRESETS": {"sampling": presets}},
     )
     changed = override(holder(), words)
     for name, value in resolved(changed.text).items():

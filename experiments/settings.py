@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -330,6 +331,8 @@ def _wrong(hint: Any, value: Any) -> str | None:
         near = _near(str(value), [str(w) for w in words])
         expected = f"expected one of {', '.join(map(str, words))}; got {value!r}"
         return f"{expected}; {near}" if near else expected
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number, got {value}"
     if options[0] is str and not isinstance(value, str):
         return f"expected {_type_name(hint)}, got {value!r}"
     return None

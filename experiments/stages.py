@@ -188,9 +188,11 @@ def run(
     """
     from experiments.work import Work
 
-    work = Work(paper, scale, config, out, command, say)
     try:
-        return work.everything()
-    except (ValueError, FileNotFoundError) as error:
+        return Work(paper, scale, config, out, command, say).everything()
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(f"{error.strerror or error}{where}") from error
+    except ValueError as error:
         # a worker process passes its error on with a traceback in front
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from data.tokens import TokenData
 from data.webdata import WebData
-from experiments.config import RunSettings, TrainerConfig
+from experiments.config import RunSettings, TrainerConfig, UserError
 from experiments.progress import Say, TrainingProgress
 
 RESUME = "resume.ckpt"
@@ -89,8 +89,15 @@ class CachedData(TokenData):
 
 
 def device_of(config: TrainerConfig) -> torch.device:
-    """Return where a single process samples and scores."""
+    """Return where a single process samples and scores.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     wanted = config.accelerator
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted, True):
+        raise UserError(f"trainer.accelerator={wanted}: this machine shows none; use cpu or auto")
     if wanted in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda")
     if wanted in ("auto", "mps") and torch.backends.mps.is_available():

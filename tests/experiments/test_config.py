@@ -316,6 +316,8 @@ def test_tokenizer_preset_fills_its_section():
         (["network=v1"], "v1.num_labels must be the tokenizer's 32 codes, got 8192"),
         (["eval.prompts=17"], "eval.prompts must be at most data.val_size (16), got 17"),
         (["tokenizer.trainer.accumulate=2"], "tokenizer.trainer.accumulate must be 1"),
+        (["tokenizer.trainer.precision=16-mixed"], "tokenizer.trainer.precision must not be"),
+        (["sampling.guidance_start=.inf"], "sampling.guidance_start: must be a finite number"),
         (["data=digits", "data.shards=a.tar"], "data=digits and data.shards=a.tar exclude each"),
     ],
 )

@@ -192,8 +192,7 @@ def test_scores_of_the_tokenizer_stand_apart() -> None:
     for prefix, value in (("eval", 0.5), ("tokenizer", 0.75)):
         scores[f"{prefix}/scene_accuracy"] = {"value": value}
         scores[f"{prefix}/scene_accuracy/shape"] = {"value": value + 0.125}
-    text = page(Report(title="t", paper="p", scale="micro", command="c", machine="m", scores=scores))
-    said = Page(text).said()
+    said = Page(page(Report("t", "p", "micro", "c", scores=scores))).said()
     assert "62.5" in said and "87.5" in said
     assert "Val" in said and "Tokenizer: reconstructions of val" in said
 

@@ -97,6 +97,13 @@ def test_batches_change_no_picture(run_folder: Path) -> None:
     assert load_png("a/00001.png")[1]["prompt"] == "a longer prompt of words"
 
 
+def test_a_preset_of_sampling(run_folder: Path) -> None:
+    words = ["--prompt", "a", "--out", "a", "sampling=demo", "sampling.steps=26"]
+    assert sample(run_folder, *words) == 0
+    settings = json.loads(load_png(Path("a/00000.png"))[1]["settings"])["sampling"]
+    assert settings["guided_steps"] == 20 and settings["temperature_start"] == 1.2
+
+
 def test_default_folders_are_numbered_and_given_ones_never_overwritten(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +226,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--prompt", "a", "steps=3"], "did you mean sampling.steps?"),
     (["--prompt", "a", "sampling.steps=0"], "sampling.steps must be at least 1"),
     (["--prompt", "a", "sampling.steps=few"], "sampling.steps: expected int"),
+    (["--prompt", "a", "sampling=none"], "not one of paper, released"),
+    (["--prompt", "\ud800"], "is no valid text"),
     (["--prompt", "a", "text.width=16"], "text.width is part of the checkpoint"),
     (["--prompt", "a", "junk"], "'junk' is not a setting"),
     (["--prompts", "none.txt"], "none.txt"),

@@ -544,6 +544,13 @@ def test_wrong_tokenizers_are_refused(first: Run, tmp_path: Path) -> None:
     assert "multiple" in said(own, "data.resolution=36")
 
 
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"exists|directory") as raised:
+        go("paella", tmp_path / "out", tmp_path / "file" / "cache")
+    assert str(tmp_path / "file") in str(raised.value)
+
+
 def test_pictures_encoded_in_every_step(first: Run, tmp_path: Path) -> None:
     run = go("paella", tmp_path / "out", first.cache, "data.cache=false", "data.workers=1")
     assert list(run.fate()) == [s for s in STAGES["paella"] if s != "cache"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from experiments import progress, training
-from experiments.config import TrainerConfig, load
+from experiments.config import TrainerConfig, UserError, load
 from experiments.progress import Counter, clock
 from experiments.training import RESUME, WholeCheckpoints, curves, device_of, fit, wandb_logger
 
@@ -267,6 +267,12 @@ def test_device_of_a_single_process() -> None:
         "mps",
         "cpu",
     )
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="accelerator=cuda: this machine shows none"):
+        device_of(TrainerConfig(accelerator="cuda"))
 
 
 def test_wandb_logger_of_a_run(tmp_path: Path, monkeypatch) -> None:
