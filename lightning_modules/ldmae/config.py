@@ -1,0 +1,279 @@
+"""Every setting of LDMAE: latent diffusion on the latents of an autoencoder (arXiv 2507.09984)."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_modules.common.config import OptimConfig, TextConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class DiTConfig:
+    """Velocity predictor (`LightningDiT`), fields by their released names; defaults: B/1."""
+
+    input_size: int = 32
+    """Side of the latent grid."""
+    patch_size: int = 1
+    """Side of the square of latents that is one position; divides input_size."""
+    in_channels: int = 16
+    """Channels of a latent; must be the autoencoder's."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    depth: int = 12
+    """Blocks."""
+    num_heads: int = 12
+    """Attention heads; divides hidden_size."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward part per hidden_size (SwiGLU takes two thirds of it)."""
+    num_classes: int = 1000
+    """Rows of the label table without the null label; 1 where all samples are of one kind."""
+    text_width: int = 0
+    """Width of the text encoder's tokens; 0 leaves out the cross-attention to them."""
+    class_dropout_prob: float = 0.1
+    """Share of training samples whose label or caption is hidden; 0 leaves out the null label."""
+    learn_sigma: bool = False
+    """Twice as many output channels, the second half unused (a leftover of DiT)."""
+    use_qknorm: bool = True
+    """Normalise queries and keys of every head before they are rotated."""
+    use_swiglu: bool = True
+    """SwiGLU feed-forward parts instead of GELU (tanh)."""
+    use_rope: bool = True
+    """Rotate queries and keys by row and column, besides adding the absolute positions."""
+    use_rmsnorm: bool = True
+    """RMSNorm with weights instead of LayerNorm without."""
+    wo_shift: bool = False
+    """Modulate the blocks by scale and gate alone, without a shift."""
+    use_checkpoint: bool = False
+    """Compute the blocks again in the backward pass instead of keeping their activations."""
+
+    def __post_init__(self) -> None:
+        names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+        for name in names:
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        _require(self.mlp_ratio > 0, f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+        for name in ("num_classes", "text_width"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must be at least 0, got {value}")
+        _require(
+            (self.num_classes > 0) != (self.text_width > 0),
+            "text_width must be 0 with labels and num_classes 0 with text (no condition is "
+            f"num_classes 1), got text_width {self.text_width} and num_classes {self.num_classes}",
+        )
+        _require(
+            0 <= self.class_dropout_prob <= 1,
+            f"class_dropout_prob must be between 0 and 1, got {self.class_dropout_prob}",
+        )
+        _require(
+            self.input_size % self.patch_size == 0,
+            f"input_size must be a multiple of patch_size ({self.patch_size}), "
+            f"got {self.input_size}",
+        )
+        width, heads = self.hidden_size, self.num_heads
+        _require(
+            width % 4 == 0 and width % heads == 0,
+            f"hidden_size must be a multiple of 4 and of num_heads ({heads}), got {width}",
+        )
+        _require(
+            not self.use_rope or width // heads % 4 == 0,
+            "hidden_size must be a multiple of 4 num_heads with use_rope: half of a head rotates "
+            f"by the row and half by the column, got {width} and {heads} heads",
+        )
+
+    @property
+    def grid_multiple(self) -> int:
+        """What height and width of the latent grid must be multiples of."""
+        return self.patch_size
+
+
+@dataclass
+class DiffusionConfig:
+    """What the latent diffusion model learns to predict, and at which times."""
+
+    kind: Literal["flow", "ddpm"] = "flow"
+    """flow: velocity of the straight path; ddpm: noise of a variance-preserving chain (LDM)."""
+    t_law: Literal["lognormal", "uniform"] = "lognormal"
+    """flow: law of the time in training; lognormal is the sigmoid of a standard normal."""
+    cosine_loss: bool = False
+    """flow: add the velocity-direction term, 1 - cosine along the channels."""
+    train_steps: int = 1000
+    """ddpm: steps of the chain."""
+    beta_schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
+    """ddpm: betas spaced evenly, or the square roots of betas (LDM)."""
+    beta_start: float = 0.00085
+    """ddpm: first beta."""
+    beta_end: float = 0.012
+    """ddpm: last beta."""
+
+    def __post_init__(self) -> None:
+        _require(self.train_steps >= 1, f"train_steps must be at least 1, got {self.train_steps}")
+        _require(
+            0 < self.beta_start <= self.beta_end < 1,
+            "beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
+            f"got {self.beta_start} and {self.beta_end}",
+        )
+
+
+@dataclass
+class SamplingConfig:
+    """Every setting of the sampling loop; defaults are those of the released ImageNet setting."""
+
+    solver: Literal["euler", "heun", "dopri5", "ddim"] = "euler"
+    """euler, heun, dopri5 (adaptive) with objective.kind=flow; ddim with ddpm."""
+    steps: int = 249
+    """Updates of the loop (num_sampling_steps - 1 of the released code); dopri5 has its own."""
+    timestep_shift: float = 0.3
+    """euler, heun: s of t' = s t / (1 + (s - 1) t), small steps near the noise; 1 is even steps."""
+    guidance: float = 10.0
+    """Guidance scale; 1 is no guidance."""
+    guidance_channels: int | None = 3
+    """Guide only the first channels, as the released code does; null guides all."""
+    guidance_start: float = 0.1
+    """No guidance before this time (0 = noise, 1 = data)."""
+    guidance_end: float = 1.0
+    """No guidance after this time."""
+    atol: float = 1e-6
+    """dopri5: absolute error per step that is accepted."""
+    rtol: float = 1e-3
+    """dopri5: relative error per step that is accepted."""
+    eta: float = 0.0
+    """ddim: share of fresh noise; 0 is deterministic, 1 is DDPM's ancestral sampling."""
+    first_step: int = 0
+    """euler, heun, ddim: skip so many steps: start from given latents, noised to that time."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        for name in ("timestep_shift", "atol", "rtol"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be above 0, got {value}")
+        _require(
+            self.guidance_channels is None or self.guidance_channels >= 1,
+            f"guidance_channels must be at least 1, got {self.guidance_channels}",
+        )
+        _require(
+            0 <= self.guidance_start <= self.guidance_end <= 1,
+            "guidance_start and guidance_end must satisfy 0 <= guidance_start <= guidance_end <= "
+            f"1, got {self.guidance_start} and {self.guidance_end}",
+        )
+        _require(0 <= self.eta <= 1, f"eta must be between 0 and 1, got {self.eta}")
+        _require(
+            0 <= self.first_step < self.steps,
+            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
+        )
+
+
+@dataclass
+class LDMAEConfig:
+    """Everything that makes a latent diffusion model on an autoencoder's latents."""
+
+    condition: Literal["text", "label", "none"] = "text"
+    """What the pictures are asked for by: captions, class labels, or nothing."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the labels in order: a prompt asks for the one that it names (or a number)."""
+    model: DiTConfig = field(
+        default_factory=lambda: DiTConfig(num_classes=0, text_width=TextConfig.width)
+    )
+    """Sizes of the network."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text encoder, with condition=text."""
+    objective: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """What is learnt."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(**LIGHTNING_DIT_OPTIM))
+    """Optimizer."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling loop."""
+
+    def check_diffusion(self) -> None:
+        """Check that the sections of the latent diffusion model fit each other.
+
+        Raises:
+            ValueError: they do not; the message begins with the setting.
+        """
+        model, sampling, text = self.model, self.sampling, self.text
+        if self.condition == "text":
+            _require(
+                model.text_width > 0,
+                "model.text_width must be the width of the text encoder with condition=text, got 0 "
+                f"(and model.num_classes={model.num_classes}, which must be 0)",
+            )
+            _require(
+                text.name != "bytes" or model.text_width == text.width,
+                f"model.text_width must be text.width ({text.width}) with text.name=bytes, "
+                f"got {model.text_width}",
+            )
+        else:
+            _require(
+                model.num_classes > 0,
+                f"model.num_classes must be at least 1 with condition={self.condition}, got 0 "
+                f"(and model.text_width={model.text_width}, which must be 0)",
+            )
+        if self.condition == "none":
+            _require(
+                model.num_classes == 1 and model.class_dropout_prob == 0,
+                "model.num_classes must be 1 and model.class_dropout_prob 0 with condition=none, "
+                f"got {model.num_classes} and {model.class_dropout_prob}",
+            )
+        _require(
+            self.condition != "label" or len(self.classes) in (0, model.num_classes),
+            f"classes must name all of model.num_classes ({model.num_classes}) or none, "
+            f"got {len(self.classes)}",
+        )
+        check_sampling(sampling, self)
+
+
+def check_sampling(sampling: SamplingConfig, config: LDMAEConfig) -> None:
+    """Check that a model of `config` can be sampled in this way.
+
+    Raises:
+        ValueError: it cannot; the message begins with the setting.
+    """
+    flow = config.objective.kind == "flow"
+    _require(
+        (sampling.solver == "ddim") != flow,
+        f"sampling.solver must be {'euler, heun or dopri5' if flow else 'ddim'} with "
+        f"objective.kind={config.objective.kind}, got {sampling.solver}",
+    )
+    _require(
+        flow or sampling.steps <= config.objective.train_steps,
+        f"sampling.steps must be at most objective.train_steps ({config.objective.train_steps}), "
+        f"got {sampling.steps}",
+    )
+    _require(
+        sampling.guidance == 1 or config.model.class_dropout_prob > 0,
+        f"sampling.guidance must be 1 without model.class_dropout_prob, got {sampling.guidance}",
+    )
+    _require(
+        sampling.first_step == 0 or sampling.solver != "dopri5",
+        f"sampling.first_step must be 0 with sampling.solver=dopri5, got {sampling.first_step}",
+    )
+
+
+# LDMAE section 4 and LightningDiT's yaml: constant rate, no decay, no clipping
+LIGHTNING_DIT_OPTIM: dict[str, Any] = {
+    "lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip": 0.0, "ema": 0.9999,
+}  # fmt: skip
+
+# LightningDiT-B/1 and XL/1 with the flags of LDMAE's ImageNet and CelebA-HQ settings (trainable
+# parameters: 130,336,528; 674.9 M; 129.57 M). `text` is ours: B/1 with cross-attention.
+DIT_MODELS = {
+    "paper": DiTConfig(),
+    "xl1": DiTConfig(hidden_size=1152, depth=28, num_heads=16),
+    "celebahq": DiTConfig(num_classes=1, class_dropout_prob=0.0, use_qknorm=False),
+    "text": DiTConfig(num_classes=0, text_width=1024),
+}
+
+# `released` is the ImageNet setting of isno0907/ldmae, whose guidance reaches 3 of 16 channels by
+# a slip inherited from GLIDE and has the scale 10 for it. `paper` guides all channels, with the
+# scale 4 at which users of LightningDiT report about the same pictures. `celebahq` has no guidance.
+DIT_SAMPLING = {
+    "paper": SamplingConfig(guidance=4.0, guidance_channels=None),
+    "released": SamplingConfig(),
+    "celebahq": SamplingConfig(guidance=1.0),
+    "ddim": SamplingConfig(
+        solver="ddim", steps=50, guidance=4.0, guidance_channels=None, guidance_start=0.0
+    ),
+}
