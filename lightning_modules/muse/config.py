@@ -4,8 +4,17 @@ Sizes of Tables 4 and 6 are the paper's. What the paper leaves open (heads, norm
 block size) is a setting whose default is ours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from lightning_modules.common.config import OptimConfig, TextConfig
+
+Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt", "exp", "log", "arccos"]
+Counting = Literal["strict", "maskgit", "halton", "halton_confidence", "lucidrains"]
+Order = Literal["confidence", "random", "halton", "critic"]
+Confidence = Literal["logp", "tempered", "logit"]
+ChoiceLaw = Literal["ratio", "linspace", "compound"]
+GuidanceLaw = Literal["linspace", "ratio", "cosine"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -95,8 +104,8 @@ class SuperResConfig(ModelConfig):
         _require(self.low_layers >= 0, f"low_layers must be at least 0, got {self.low_layers}")
         _require(self.heads % 2 == 0, f"heads must be even, got {self.heads}")
         _require(
-            not (self.drop_low and self.null_text == "masked"),
-            "drop_low must be false with null_text=masked: nothing would be left to attend to",
+            not self.drop_low or self.null_text == "learned",
+            f"drop_low needs null_text=learned, got {self.null_text}: something must be left",
         )
 
     @property
@@ -196,4 +205,233 @@ SUPERRES_MODELS: dict[str, SuperResConfig] = {
 UVIT_MODELS: dict[str, UViTConfig] = {
     "amused-256": UViTConfig(),
     "amused-512": UViTConfig(downsample=True),
+}
+
+
+@dataclass
+class CriticConfig:
+    """Token-Critic (arXiv 2209.04439): a second net that tells sampled tokens from real ones."""
+
+    layers: int = 0
+    """Blocks of the critic, whose other sizes are the base's; 0 trains none."""
+    weight: float = 1.0
+    """Weight of its loss beside the generator's; the two networks share no parameters."""
+
+    def __post_init__(self) -> None:
+        _require(self.layers >= 0, f"layers must be at least 0, got {self.layers}")
+        _require(self.weight > 0, f"weight must be above 0, got {self.weight}")
+
+
+@dataclass
+class ObjectiveConfig:
+    """Masking, loss and how often a caption is hidden in training."""
+
+    mask_law: Schedule = "cosine"
+    """Masked share r = schedule(u), u uniform: cosine is the paper's density 2/(pi sqrt(1-r^2))."""
+    min_rate: float = 0.0
+    """Least masked share (MaskGIT's released settings have 0.5)."""
+    rectangle: float = 0.0
+    """Share of samples whose masked tokens form a rectangle (aMUSEd-512: 0.15)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross entropy over the codes."""
+    reduction: Literal["tokens", "samples"] = "tokens"
+    """Mean over all masked tokens of the batch, or per sample first (MaskGIT)."""
+    visible_weight: float = 0.0
+    """Loss weight of a token that is not masked; 0 leaves them out."""
+    visible_law: Literal["constant", "rate"] = "constant"
+    """rate: the weight rises from visible_weight at r = 0 to 1 at r = 1 (open-muse: 0.3)."""
+    text_drop: float = 0.1
+    """Share of training captions that are hidden (section 2.7)."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_rate", "rectangle", "visible_weight", "text_drop"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must be between 0 and 1, got {value}")
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+
+
+@dataclass
+class DecodeConfig:
+    """Every setting of parallel decoding (section 2.8; MaskGIT) in which the references differ."""
+
+    steps: int = 12
+    """Number of decoding steps."""
+    schedule: Schedule = "cosine"
+    """Share of tokens that is still masked at ratio r of the steps."""
+    counting: Counting = "strict"
+    """strict: every step opens a token, and none is drawn twice; others as their code counts."""
+    order: Order = "confidence"
+    """Which tokens open first: the surest, random ones, a Halton sequence, or a critic's choice."""
+    frozen: bool = True
+    """Tokens that were opened stay; false masks the least sure of all decoded ones again."""
+    confidence: Confidence = "logp"
+    """log p of the drawn token; log p at the token temperature (tempered); or its raw logit."""
+    choice_temperature: float = 4.5
+    """Factor of the Gumbel noise on the confidence, at the first step."""
+    choice_end: float = 0.0
+    """Factor of the Gumbel noise on the confidence, at the last step."""
+    choice_law: ChoiceLaw = "ratio"
+    """Towards choice_end: by (s+1)/T, by s/(T-1), or multiplied by 1-(s+1)/T at every step."""
+    temperature_start: float = 1.0
+    """Temperature of the token draw at the first step; 0 takes the likeliest."""
+    temperature_end: float = 1.0
+    """Temperature of the token draw at the last step (linear in between)."""
+    tie_temperatures: bool = False
+    """Draw tokens at the temperature of the choice, as 1d-tokenizer and MUSE-Pytorch do."""
+    top_k: int | None = None
+    """Draw among so many of the likeliest codes; null is all."""
+    guidance_start: float = 1.0
+    """Guidance scale s of the first step, u + s (c - u); the paper's t is s - 1; 1 is none."""
+    guidance_end: float = 4.0
+    """Guidance scale of the last step; equal to guidance_start it is constant."""
+    guidance_law: GuidanceLaw = "linspace"
+    """From start to end: linear by s/(T-1), linear by s/T, or cosine by (s/T)^guidance_power."""
+    guidance_power: float = 1.0
+    """Exponent of the cosine law."""
+    halton_roll: bool = True
+    """Shift the Halton order by a random offset per image."""
+    first_step: int = 0
+    """Skip this many steps: the loop then starts from given tokens, masked as they would be."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        names = ("choice_temperature", "choice_end", "temperature_start", "temperature_end")
+        for name in names:
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must be at least 0, got {value}")
+        _require(
+            self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"
+        )
+        _require(
+            0 <= self.first_step < self.steps,
+            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
+        )
+        _require(
+            self.guidance_power > 0, f"guidance_power must be above 0, got {self.guidance_power}"
+        )
+        _require(
+            self.frozen or self.order in ("confidence", "critic"),
+            f"frozen must be true with order={self.order}, which opens every token once",
+        )
+
+
+@dataclass
+class EditConfig:
+    """Editing without a mask (section 3.3): tokens are drawn again and again under the new text."""
+
+    iterations: int = 50
+    """How often a share of the tokens is drawn again; the paper shows 100 and likes 50 to 75."""
+    share: float = 0.08
+    """Share of the tokens drawn at once."""
+    top_k: int | None = 3
+    """Draw among so many of the likeliest codes; null is all."""
+    guidance: float = 4.0
+    """Guidance scale."""
+    temperature: float = 1.0
+    """Temperature of the draw; 0 takes the likeliest."""
+
+    def __post_init__(self) -> None:
+        _require(self.iterations >= 0, f"iterations must be at least 0, got {self.iterations}")
+        _require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
+        _require(
+            self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"
+        )
+        _require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
+
+
+@dataclass
+class SamplingConfig(DecodeConfig):
+    """How the base decodes, the super-resolution stage on top of it, and edits without a mask."""
+
+    superres: DecodeConfig = field(default_factory=lambda: DecodeConfig(steps=8))
+    """Decoding of the super-resolution stage."""
+    edit: EditConfig = field(default_factory=EditConfig)
+    """Editing without a mask."""
+
+
+@dataclass
+class SuperResStage:
+    """The super-resolution stage (section 2.4): its own network, trained on top of the base."""
+
+    on: bool = False
+    """Train it and draw pictures with it; false draws the base's."""
+    factor: int = 2
+    """Pixels of its pictures per pixel of the base's, along a side."""
+    low: Literal["real", "predicted"] = "real"
+    """Low-res tokens in training: the picture's, or with some masked and predicted by the base."""
+    low_rate: float = 0.5
+    """predicted: largest share of low-res tokens that the base predicts in one step."""
+    tokenizer: str | None = None
+    """File of its own tokenizer; null takes the base's."""
+    model: SuperResConfig = field(default_factory=SuperResConfig)
+    """Sizes of the network."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Masking and loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 2, f"factor must be at least 2, got {self.factor}")
+        _require(0 < self.low_rate <= 1, f"low_rate must be in (0, 1], got {self.low_rate}")
+
+
+@dataclass
+class MuseConfig:
+    """Everything that makes a Muse: networks, text encoder, objective, optimizer, sampling."""
+
+    network: Literal["muse", "uvit"] = "muse"
+    """muse is the paper's transformer (section model); uvit is aMUSEd's (section uvit)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the base transformer."""
+    uvit: UViTConfig = field(default_factory=UViTConfig)
+    """Sizes of aMUSEd's U-ViT."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text encoder."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Masking and loss."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """Token-Critic beside the base."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Decoding loop."""
+    superres: SuperResStage = field(default_factory=SuperResStage)
+    """Super-resolution stage."""
+
+
+# The combinations of the references. The paper gives steps, schedule, frozen tokens and rising
+# guidance; its temperatures and final guidance are not published: MaskGIT's and 4 stand for them.
+# maskgit: google-research/maskgit. amused: diffusers' AmusedScheduler and pipeline. open_muse: its
+# generate2, whose guidance rises from nothing. halton: valeoai/Halton-MaskGIT.
+PRESETS = {
+    "paper": SamplingConfig(steps=24, guidance_end=4.0),
+    "maskgit": SamplingConfig(steps=12, counting="maskgit", guidance_end=1.0),
+    "amused": SamplingConfig(
+        steps=12,
+        counting="maskgit",
+        choice_temperature=2.0,
+        choice_law="linspace",
+        guidance_start=10.0,
+        guidance_end=10.0,
+    ),
+    "open_muse": SamplingConfig(
+        steps=12,
+        counting="maskgit",
+        choice_temperature=2.0,
+        choice_law="linspace",
+        guidance_start=0.0,
+        guidance_end=8.0,
+    ),
+    "halton": SamplingConfig(
+        steps=32,
+        schedule="arccos",
+        counting="halton",
+        order="halton",
+        choice_temperature=0.0,
+        guidance_start=1.5,
+        guidance_end=1.5,
+    ),
 }
