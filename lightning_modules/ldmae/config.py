@@ -11,6 +11,12 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= least, f"{name} must be at least {least}, got {value}")
+
+
 @dataclass
 class DiTConfig:
     """Velocity predictor (`LightningDiT`), fields by their released names; defaults: B/1."""
@@ -251,6 +257,184 @@ def check_sampling(sampling: SamplingConfig, config: LDMAEConfig) -> None:
         f"sampling.first_step must be 0 with sampling.solver=dopri5, got {sampling.first_step}",
     )
 
+
+@dataclass
+class ViTConfig:
+    """Sizes of the masked autoencoder (`MaskedAutoencoderViT`); defaults: VMAE-f8d16."""
+
+    image_size: int = 256
+    """Side that the position tables are made for; they are resized for other images."""
+    patch_size: int = 8
+    """Pixels per latent position along each side."""
+    embed_dim: int = 192
+    """Width of the encoder."""
+    depth: int = 12
+    """Blocks of the encoder."""
+    num_heads: int = 12
+    """Attention heads of the encoder."""
+    decoder_embed_dim: int = 192
+    """Width of the decoder."""
+    decoder_depth: int = 12
+    """Blocks of the decoder."""
+    decoder_num_heads: int = 12
+    """Attention heads of the decoder."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's perceptron as a multiple of its width."""
+    head: Literal["smooth", "conv", "linear"] = "smooth"
+    """smooth: linear, then a 3x3 convolution of the image; conv: 2x2 over tokens; linear: alone."""
+    down_nonlinear: bool = False
+    """Two layers around the latent instead of one."""
+
+    def __post_init__(self) -> None:
+        names = ("image_size", "patch_size", "depth", "num_heads", "decoder_depth")
+        _at_least(self, 1, *names, "decoder_num_heads")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size ({self.patch_size}), "
+                f"got {self.image_size}"
+            )
+        for side in ("", "decoder_"):
+            width, heads = getattr(self, f"{side}embed_dim"), getattr(self, f"{side}num_heads")
+            if width < 4 or width % 4 or width % heads:
+                raise ValueError(
+                    f"{side}embed_dim must be a multiple of 4 and of {side}num_heads ({heads}), "
+                    f"got {width}"
+                )
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+
+
+@dataclass
+class ConvConfig:
+    """Sizes of the convolutional autoencoder of the other four kinds; defaults: SD3's."""
+
+    in_channels: int = 3
+    """Channels of an image."""
+    ch: int = 128
+    """Base width."""
+    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    """Width of each level as a multiple of ch; one level fewer halvings than entries."""
+    num_res_blocks: int = 2
+    """Residual blocks per level (the decoder has one more)."""
+    attn_resolutions: list[int] = field(default_factory=list)
+    """Feature map sizes that get attention, counted from `resolution` when building."""
+    attn_type: Literal["vanilla", "none"] = "vanilla"
+    """none removes the attention in the middle too."""
+    resolution: int = 256
+    """Image size that attn_resolutions refers to."""
+    norm_groups: int = 32
+    """Groups of GroupNorm; every width must be a multiple."""
+    dropout: float = 0.0
+    """Dropout inside the residual blocks."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "in_channels", "ch", "num_res_blocks", "resolution", "norm_groups")
+        if not self.ch_mult:
+            raise ValueError("ch_mult must name at least one level, got []")
+        odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]
+        if odd:
+            raise ValueError(
+                f"norm_groups must divide every width, got {self.norm_groups} at {odd}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass
+class AutoencoderObjective:
+    """The losses, each switched off by weight 0; what belongs to some kinds says so.
+
+    L = L_R + lambda_M L_M + lambda_P L_P + lambda_reg L_reg for vmae; the others have no L_M.
+    """
+
+    mask_ratio: float = 0.6
+    """vmae: share of the patches hidden from the encoder; 0 encodes the whole image."""
+    pixel_loss: Literal["l1", "l2"] = "l2"
+    """Norm of all pixel differences."""
+    visible_weight: float = 1.0
+    """Weight of L_R, the reconstruction of what the encoder saw."""
+    masked_weight: float = 1.0
+    """vmae: lambda_M of L_M, the prediction of hidden patches."""
+    perceptual_weight: float = 1.0
+    """vmae, sdvae: lambda_P of L_P, LPIPS of the whole image; without lpips_path it is off."""
+    lpips_path: str | None = None
+    """File of VGG16 and LPIPS weights, a checkpoint that holds them, or a folder of both."""
+    kl_weight: float | None = None
+    """lambda_reg of L_reg per latent position; null: vmae 2e-6, vae 1e-4, sdvae 5e-9."""
+    fixed_std: float | None = None
+    """vmae: standard deviation that L_reg pulls to; null is 1."""
+    norm_pix_loss: bool = False
+    """vmae: compare with each patch at mean 0 and variance 1."""
+    sample: bool = True
+    """vmae, vae, sdvae: decode a draw from the posterior; false decodes its mean."""
+    noise: float = 0.25
+    """dae: standard deviation of the noise on the encoder's input, in pixels of [-1, 1]."""
+    freeze_encoder: bool = False
+    """Train the decoder alone."""
+
+    disc_start: int = 0
+    """sdvae: batches before the discriminator takes part."""
+    disc_weight: float = 0.5
+    """sdvae: weight of the adversarial term; 0 builds no discriminator."""
+    disc_layers: int = 3
+    """sdvae: strided convolutions of the PatchGAN."""
+    disc_width: int = 64
+    """sdvae: width of its first convolution."""
+    disc_loss: Literal["hinge", "vanilla"] = "hinge"
+    """sdvae: loss of the discriminator."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        weights = ("visible_weight", "masked_weight", "perceptual_weight", "disc_weight")
+        _at_least(self, 0, *weights, "noise", "disc_start")
+        _at_least(self, 1, "disc_layers", "disc_width")
+        if self.kl_weight is not None:
+            _at_least(self, 0, "kl_weight")
+        if self.fixed_std is not None and self.fixed_std <= 0:
+            raise ValueError(f"fixed_std must be positive or null, got {self.fixed_std}")
+
+
+@dataclass
+class AutoencoderConfig:
+    """Everything that `AutoencoderModule` is built from."""
+
+    kind: Literal["vmae", "ae", "dae", "vae", "sdvae"] = "vmae"
+    """vmae, or on one convolutional network: ae, dae (noisy input), vae (KL), sdvae (SD3's)."""
+    channels: int = 16
+    """Channels of the latent."""
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    """Sizes of vmae."""
+    conv: ConvConfig = field(default_factory=ConvConfig)
+    """Sizes of the others."""
+    objective: AutoencoderObjective = field(default_factory=AutoencoderObjective)
+    """The losses."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "channels")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent position along each side."""
+        return self.vit.patch_size if self.kind == "vmae" else 2 ** (len(self.conv.ch_mult) - 1)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the encoder gives a variance too."""
+        return self.kind in ("vmae", "vae", "sdvae")
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the regularisation: the objective's, or that of the kind."""
+        given = self.objective.kl_weight
+        return KL_WEIGHTS[self.kind] if given is None else given
+
+
+# Weight of the regularisation where the settings name none. vmae: 1e-6 beside a reconstruction of
+# weight 0.5 in the released script. vae: ours, a Gaussian likelihood of standard deviation 0.1
+# over the 192 pixel values behind a token. sdvae: LDM's 1e-6 beside summed pixels, as a mean.
+# The paper gives none of the three.
+KL_WEIGHTS: dict[str, float] = {"vmae": 2e-6, "vae": 1e-4, "sdvae": 5e-9, "ae": 0.0, "dae": 0.0}
 
 # LDMAE section 4 and LightningDiT's yaml: constant rate, no decay, no clipping
 LIGHTNING_DIT_OPTIM: dict[str, Any] = {

@@ -1,0 +1,249 @@
+"""The convolutional encoder and decoder of VQGAN, LDM and the SD3 autoencoder.
+
+Attribute names are those of the released state dicts (CompVis/taming-transformers,
+taming/modules/diffusionmodules/model.py; Esser et al. 2021, table 7).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConvSettings(Protocol):
+    """What `Encoder` and `Decoder` are built from."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        ...
+
+    @property
+    def ch(self) -> int:
+        """Base width."""
+        ...
+
+    @property
+    def ch_mult(self) -> Sequence[int]:
+        """Width of each level as a multiple of ch; the map is halved between levels."""
+        ...
+
+    @property
+    def num_res_blocks(self) -> int:
+        """Residual blocks per level; the decoder has one more."""
+        ...
+
+    @property
+    def attn_resolutions(self) -> Sequence[int]:
+        """Feature map sizes that get attention, counted from `resolution`."""
+        ...
+
+    @property
+    def attn_type(self) -> str:
+        """Of vanilla and none; none removes all attention, also the one in the middle."""
+        ...
+
+    @property
+    def resolution(self) -> int:
+        """Image size that attn_resolutions refers to."""
+        ...
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of GroupNorm."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """Dropout inside the residual blocks."""
+        ...
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions behind GroupNorm and swish, added to the input."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c_in, H, W] to [B, c_out, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """One head of self-attention over all positions, added to the input."""
+
+    def __init__(self, c: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c, H, W] to the same shape."""
+        h = self.norm(x)
+        q, k, v = (  # each [B, 1, H*W, c]
+            f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the map; the padding is on the right and at the bottom only."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c, H, W] to [B, c, H/2, W/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the map by nearest neighbours and smooth it."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c, H, W] to [B, c, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution and the change to the next.
+
+    Args:
+        c_in: channels of the input.
+        c_out: channels after the first block.
+        blocks: number of residual blocks.
+        attention: whether each block is followed by attention.
+        resize: `Downsample`, `Upsample`, or None on the last level.
+        config: groups and dropout.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        blocks: int,
+        attention: bool,
+        resize: type[Downsample] | type[Upsample] | None,
+        config: ConvSettings,
+    ) -> None:
+        super().__init__()
+        groups = config.norm_groups
+        self.block = nn.ModuleList(
+            ResidualBlock(c_in if j == 0 else c_out, c_out, groups, config.dropout)
+            for j in range(blocks)
+        )
+        self.attn = nn.ModuleList(
+            AttentionBlock(c_out, groups) for _ in range(blocks if attention else 0)
+        )
+        self.downsample = Downsample(c_out) if resize is Downsample else nn.Identity()
+        self.upsample = Upsample(c_out) if resize is Upsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c_in, H, W] to [B, c_out, H', W']."""
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[j](x)
+        return self.upsample(self.downsample(x))
+
+
+class Middle(nn.Module):
+    """The bottleneck, with attention whatever attn_resolutions says."""
+
+    def __init__(self, c: int, config: ConvSettings) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(c, c, config.norm_groups, config.dropout)
+        self.attn_1 = (
+            nn.Identity() if config.attn_type == "none" else AttentionBlock(c, config.norm_groups)
+        )
+        self.block_2 = ResidualBlock(c, c, config.norm_groups, config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, c, H, W] to the same shape."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images to maps of c_out channels."""
+
+    def __init__(self, config: ConvSettings, c_out: int) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        blocks, last = config.num_res_blocks, len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.Sequential(
+            *(
+                Level(
+                    widths[i - 1] if i > 0 else config.ch,
+                    width,
+                    blocks,
+                    _has_attention(config, i),
+                    Downsample if i < last else None,
+                    config,
+                )
+                for i, width in enumerate(widths)
+            )
+        )
+        self.mid = Middle(widths[-1], config)
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to [B, c_out, H/f, W/f]."""
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Maps of c_in channels to images; `up.i` is level i, so up.0 runs last."""
+
+    def __init__(self, config: ConvSettings, c_in: int) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        blocks, last = config.num_res_blocks + 1, len(widths) - 1
+        self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config)
+        self.up = nn.ModuleList(
+            Level(
+                widths[min(i + 1, last)],
+                width,
+                blocks,
+                _has_attention(config, i),
+                Upsample if i > 0 else None,
+                config,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map [B, c_in, h, w] to images [B, 3, h*f, w*f]."""
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def _has_attention(config: ConvSettings, level: int) -> bool:
+    size = config.resolution // 2**level
+    return config.attn_type != "none" and size in config.attn_resolutions

@@ -1,0 +1,78 @@
+"""Posterior arithmetic and the losses of the autoencoders (arXiv 2507.09984, section 4)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_modules.ldmae.vmae import patchify
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def split_moments(moments: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Split [..., 2C, ...] into mean and log variance, the latter clamped to [-30, 20]."""
+    mean, logvar = moments.chunk(2, dim)
+    return mean, logvar.clamp(*LOGVAR_RANGE)
+
+
+def draw_latents(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Return mean + exp(logvar / 2) * noise, all of one shape."""
+    return torch.addcmul(mean, (0.5 * logvar).exp(), noise)
+
+
+def variance_kl(logvar: Tensor, fixed_std: float | None = None) -> Tensor:
+    """L_reg: the KL of N(mean, var) from N(mean, s^2); it leaves the mean free.
+
+    0.5 (var / s^2 - 1 - logvar + 2 ln s), elementwise; s = 1 where fixed_std is None.
+    """
+    if fixed_std is None:
+        return 0.5 * (logvar.exp() - 1 - logvar)
+    return 0.5 * (logvar.exp() / fixed_std**2 - 1 - logvar + 2 * math.log(fixed_std))
+
+
+def normal_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The KL of N(mean, var) from N(0, 1), elementwise (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+
+
+def patch_errors(
+    prediction: Tensor, images: Tensor, side: int, norm: str = "l2", norm_pix: bool = False
+) -> Tensor:
+    """Mean error of every patch.
+
+    Args:
+        prediction: [B, 3, H, W].
+        images: what it should be, the same shape.
+        side: of a patch, in pixels.
+        norm: l2 (squared) or l1.
+        norm_pix: compare with each patch at mean 0 and (unbiased) variance 1, as MAE may.
+
+    Returns:
+        [B, L], patches row-major.
+    """
+    target = patchify(images, side)
+    if norm_pix:
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        target = (target - mean) / (var + 1e-6).sqrt()
+    difference = patchify(prediction, side) - target
+    return (difference.square() if norm == "l2" else difference.abs()).mean(-1)
+
+
+def visible_and_masked(errors: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """L_R and L_M: the mean errors over all visible and over all hidden patches of a batch.
+
+    Args:
+        errors: [B, L].
+        mask: [B, L], 1 = hidden; None or no hidden patch gives L_M = 0.
+    """
+    if mask is None:
+        return errors.mean(), errors.new_zeros(())
+    hidden, seen = mask.sum(), (1 - mask).sum()
+    return (errors * (1 - mask)).sum() / seen, (errors * mask).sum() / hidden.clamp_min(1)
+
+
+def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased standard deviation [C] of latents [N, C, h, w]."""
+    rows = latents.transpose(0, 1).flatten(1)  # [C, N h w]
+    return rows.mean(1), rows.std(1)
