@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass
 class ModelConfig:
-    """Base transformer (section 2.3); defaults: the 3B of Table 4, 3,270,541,312 parameters."""
+    """Base transformer (section 2.3); defaults: the 3B of Table 4, 3,267,737,600 parameters."""
 
     num_codes: int = 8192
     """Number of codes of the tokenizer; the mask is one id more."""
@@ -73,7 +73,7 @@ class ModelConfig:
 
 @dataclass
 class SuperResConfig(ModelConfig):
-    """Super-resolution network (section 2.4); defaults: Table 6, 762,429,440 parameters."""
+    """Super-resolution network (section 2.4); defaults: Table 6, 768,913,408 parameters."""
 
     hidden: int = 1024
     """Width of the residual stream, also of the low-res encoder."""
@@ -151,9 +151,9 @@ class UViTConfig:
     layer_norm_eps: float = 1e-6
     """Added to the mean square in every norm."""
     hidden_dropout: float = 0.0
-    """Dropout after the parts of the blocks."""
+    """Dropout after the parts of the transformer and of the convolutional blocks."""
     attention_dropout: float = 0.0
-    """Dropout of the attention of the convolutional blocks."""
+    """Dropout after the convolutional blocks' attention to the text."""
 
     def __post_init__(self) -> None:
         names = ("hidden_size", "num_attention_heads", "intermediate_size", "in_channels")
@@ -193,7 +193,8 @@ class UViTConfig:
 
 
 # 3b and superres: Tables 4 and 6. The paper names a 632M base and a 268M super-resolution net for
-# CC3M and gives no shapes: 632m and superres-268m are ours. The aMUSEd networks are the released.
+# CC3M and gives no shapes: 632m (626,154,496) and 268m (268,169,216) are ours. aMUSEd's networks
+# are the released ones (603,537,664 and 608,257,792 parameters).
 MODELS: dict[str, ModelConfig] = {
     "3b": ModelConfig(),
     "632m": ModelConfig(hidden=1024, mlp=4096, layers=36),

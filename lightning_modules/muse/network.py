@@ -1,0 +1,367 @@
+"""Muse's base transformer: masked image tokens that see each other and the caption (section 2.3).
+
+The same class with one output per token is a Token-Critic, and `superres.py` builds on it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.muse.config import ModelConfig
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, heads * d] -> [B, heads, N, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def norm(width: int) -> nn.LayerNorm:
+    """LayerNorm with a gain and without a bias."""
+    return nn.LayerNorm(width, eps=1e-6, bias=False)
+
+
+def all_equal(x: Tensor) -> bool:
+    """Whether a batch of several holds one and the same thing: then one pass serves all."""
+    return len(x) > 1 and bool((x == x[:1]).all())
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What one cross-attention reads of one condition."""
+
+    keys: Tensor  # [B, heads, L, d]
+    values: Tensor  # [B, heads, L, d]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Everything of one condition that does not depend on the image tokens.
+
+    Attributes:
+        blocks: keys and values of every block; none where there is nothing to attend to.
+        batch: images it is for; 1 may serve any number.
+        mask: [batch, L] bool, True where a key is real; None if all are.
+        shown: [batch] bool, False where an image sees no key at all; None if all see.
+    """
+
+    blocks: list[KeysValues] = field(default_factory=list)
+    batch: int = 1
+    mask: Tensor | None = None
+    shown: Tensor | None = None
+
+
+class Heads(nn.Module):
+    """What both attentions share: heads, their optional norms, the output layer and dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        width = config.hidden // config.heads
+        self.q_norm = nn.RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.out = nn.Linear(config.hidden, config.hidden, bias=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map queries [B, heads, N, d], keys and values [B, heads, L, d] to [B, heads, N, d]."""
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class SelfAttention(Heads):
+    """The image tokens attend to each other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x: [B, h * w, D] -> [B, h * w, D]."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        attended = self.attend_grid(self.q_norm(q), self.k_norm(k), v, grid)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def attend_grid(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend over the whole grid; all are [B, heads, h * w, d]."""
+        return self.attend(q, k, v)
+
+
+class CrossAttention(Heads):
+    """The image tokens attend to the condition."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.q = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.kv = nn.Linear(config.hidden, 2 * config.hidden, bias=False)
+
+    def keys_values(self, sequence: Tensor) -> KeysValues:
+        """sequence: [B, L, D]."""
+        k, v = (split_heads(part, self.heads) for part in self.kv(sequence).chunk(2, dim=-1))
+        return KeysValues(self.k_norm(k), v)
+
+    def forward(
+        self, x: Tensor, sides: Sequence[Side], counts: Sequence[int], block: int
+    ) -> Tensor:
+        """Attend to `block`'s keys of each side.
+
+        Args:
+            x: [rows, N, D], the images of one side after those of the other.
+            sides: those that have keys, first of all.
+            counts: rows of each; what follows after them attends to nothing and gets zeros.
+            block: number of the block.
+
+        Returns:
+            [rows, N, D].
+        """
+        seeing = sum(counts)
+        if not seeing:
+            return torch.zeros_like(x)
+        queries = self.q_norm(split_heads(self.q(x[:seeing]), self.heads))
+        attended = []
+        for q, side in zip(queries.split(list(counts)), sides, strict=True):
+            own = side.blocks[block]
+            k, v = (t.expand(len(q), -1, -1, -1) for t in (own.keys, own.values))
+            mask = None if side.mask is None else side.mask[:, None, None]
+            out = self.attend(q, k, v, mask)
+            attended.append(out if side.shown is None else out * side.shown[:, None, None, None])
+        merged = attended[0] if len(attended) == 1 else torch.cat(attended)
+        out = self.out(merged.transpose(1, 2).flatten(2))
+        return F.pad(out, (0, 0, 0, 0, 0, len(x) - seeing)) if seeing < len(x) else out
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the condition, MLP (Figure 3), each with its residual."""
+
+    def __init__(self, config: ModelConfig, own: SelfAttention, cross: bool = True) -> None:
+        super().__init__()
+        width = config.hidden
+        self.pre = config.norm == "pre"
+        self.own_norm, self.own = norm(width), own
+        if cross:
+            self.cross_norm, self.cross = norm(width), CrossAttention(config)
+        self.mlp_norm = norm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.mlp, bias=False),
+            nn.GELU(),
+            nn.Linear(config.mlp, width, bias=False),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attend_own(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x: [B, h * w, D] -> [B, h * w, D]."""
+        if self.pre:
+            return x + self.dropout(self.own(self.own_norm(x), grid))
+        return self.own_norm(x + self.dropout(self.own(x, grid)))
+
+    def attend_condition(
+        self, x: Tensor, sides: Sequence[Side], counts: Sequence[int], block: int
+    ) -> Tensor:
+        """x: [rows, N, D] -> [rows, N, D]; arguments as in `CrossAttention`."""
+        if self.pre:
+            if not counts:
+                return x
+            return x + self.dropout(self.cross(self.cross_norm(x), sides, counts, block))
+        return self.cross_norm(x + self.dropout(self.cross(x, sides, counts, block)))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> [..., D]."""
+        if self.pre:
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class TokenGrid(nn.Module):
+    """Tokens with learned 2D positions.
+
+    Args:
+        config: its `hidden`, `positions`, `norm` and `dropout`.
+        ids: rows of the table.
+        max_side: longest side of a grid.
+    """
+
+    def __init__(self, config: ModelConfig, ids: int, max_side: int) -> None:
+        super().__init__()
+        self.max_side = max_side
+        width = config.hidden
+        self.table = nn.Embedding(ids, width)
+        self.factorised = config.positions == "factorised"
+        if self.factorised:
+            self.rows = nn.Parameter(torch.empty(max_side, width))
+            self.columns = nn.Parameter(torch.empty(max_side, width))
+        else:
+            self.cells = nn.Parameter(torch.empty(max_side, max_side, width))
+        self.norm = norm(width) if config.norm == "post" else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, h, w] int64 -> [B, h * w, D].
+
+        Raises:
+            ValueError: a grid longer than max_side.
+        """
+        h, w = x.shape[1:]
+        if max(h, w) > self.max_side:
+            raise ValueError(
+                f"the network has positions for {self.max_side} tokens a side, got {h}x{w}; "
+                "set max_side and train again"
+            )
+        if self.factorised:
+            positions = self.rows[:h, None] + self.columns[:w]  # [h, w, D]
+        else:
+            positions = self.cells[:h, :w]
+        return self.dropout(self.norm(self.table(x) + positions)).flatten(1, 2)
+
+
+class MaskedTransformer(nn.Module):
+    """Predicts the masked tokens of an image from the others and the caption.
+
+    Args:
+        config: sizes; `MODELS` has the paper's.
+        outputs: numbers per token; None is one logit per code, 1 makes a Token-Critic.
+    """
+
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig, outputs: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_id = config.num_codes
+        width = config.hidden
+        self.tied = config.tied_head and outputs is None
+        outputs = config.num_codes if outputs is None else outputs
+        self.text = nn.Linear(config.text_width, width, bias=False)
+        if config.null_text == "learned":
+            self.null = nn.Parameter(torch.empty(1, 1, width))
+        self.embed = TokenGrid(config, config.num_codes + 1, config.max_side)
+        self.blocks = nn.ModuleList(
+            Block(config, self.own_attention(config)) for _ in range(config.layers)
+        )
+        self.norm = norm(width) if config.norm == "pre" else nn.Identity()
+        self.head_mlp = (
+            nn.Sequential(nn.Linear(width, width, bias=False), nn.GELU(), norm(width))
+            if config.head_mlp
+            else nn.Identity()
+        )
+        if not self.tied:
+            self.table = nn.Parameter(torch.empty(outputs, width))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self._initialise()
+
+    def own_attention(self, config: ModelConfig) -> SelfAttention:
+        """Make the attention of the image tokens among themselves."""
+        return SelfAttention(config)
+
+    def _initialise(self) -> None:
+        """Normal of deviation 0.02, cut at two deviations (MaskGIT); norms 1, bias 0."""
+        for weight in self.parameters():
+            if weight.ndim > 1:
+                nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+
+    def prepare(
+        self, text: Tensor | None, mask: Tensor | None = None, drop: Tensor | None = None
+    ) -> Side:
+        """Keys and values of every block: once per prompt instead of once per step.
+
+        Args:
+            text: [B, L, text_width] states of the text encoder; None is the dropped caption for
+                any number of images.
+            mask: [B, L] bool, True where text holds a real token; None = all real.
+            drop: [B] bool, True where the caption is dropped (in training).
+
+        Raises:
+            ValueError: a dropped caption with null_text=empty, whose text is that of ''.
+        """
+        sequence, mask, shown = self._text(text, mask, drop)
+        if sequence is None:
+            return Side()
+        blocks = [block.cross.keys_values(sequence) for block in self._blocks()]
+        return Side(blocks, len(sequence), mask, shown)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _text(
+        self, text: Tensor | None, mask: Tensor | None, drop: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The projected text [B, L, D] (None: dropped for all), its mask, and who sees it."""
+        null = self.config.null_text
+        if null == "empty" and (text is None or drop is not None):
+            raise ValueError("with null_text=empty a dropped caption is the text of ''; encode it")
+        if text is None:
+            return (self.null, None, None) if null == "learned" else (None, None, None)
+        sequence = self.text(text)
+        if drop is None:
+            return sequence, mask, None
+        if mask is None:
+            mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=text.device)
+        if null == "learned":
+            sequence = torch.where(drop[:, None, None], self.null, sequence)
+            first = torch.arange(sequence.shape[1], device=text.device) == 0
+            return sequence, torch.where(drop[:, None], first, mask), None
+        return sequence, mask | drop[:, None], ~drop  # a row without keys would give no number
+
+    def mixed_rows(
+        self, x: Tensor, sides: Sequence[Side], shares: Sequence[float], keep: Tensor
+    ) -> Tensor:
+        """Features of the kept tokens under several conditions, weighted and summed.
+
+        Guidance is sides (cond, null) with shares (s, 1 - s). The head is affine, so that with
+        shares that sum to 1 mixing in front of it equals mixing the logits. All sides run as one
+        batch, in one pass up to the first cross-attention, and images that are still all masks
+        (the first step) share one pass per condition.
+
+        Args:
+            x: [B, h, w] int64, `mask_id` where a token is masked.
+            sides: from `prepare`, each for B images or one for all of them.
+            shares: one weight per side, summing to 1.
+            keep: [B, h, w] bool.
+
+        Returns:
+            [keep.sum(), hidden], in the order of keep.nonzero(); `head` makes logits of them.
+        """
+        rows = self.rows(x, sides, keep)
+        return torch.einsum("snd,s->nd", rows, rows.new_tensor(shares))
+
+    def rows(self, x: Tensor, sides: Sequence[Side], keep: Tensor) -> Tensor:
+        """Features [sides, keep.sum(), hidden] in front of the head; arguments as `mixed_rows`."""
+        grid = (x.shape[1], x.shape[2])
+        same = not self.training and all_equal(x)
+        own = [side.batch if same else len(x) for side in sides]
+        # those that attend to something come first, so that one slice holds all of them
+        order = sorted(range(len(sides)), key=lambda i: not sides[i].blocks)
+        seeing = [sides[i] for i in order if sides[i].blocks]
+        counts = [own[i] for i in order if sides[i].blocks]
+        hidden = self.embed(x[:1] if same else x)
+        blocks = self._blocks()
+        for i, block in enumerate(blocks):
+            hidden = block.attend_own(hidden, grid)
+            if i == 0:  # up to here no condition was seen
+                hidden = torch.cat([hidden.expand(own[j], -1, -1) for j in order])
+            hidden = block.attend_condition(hidden, seeing, counts, i)
+            if i < len(blocks) - 1:
+                hidden = block.transform(hidden)
+        # what is left is done token by token
+        parts = dict(zip(order, hidden.split([own[j] for j in order]), strict=True))
+        flat = keep.flatten(1)
+        kept = [parts[j].expand(len(x), -1, -1)[flat] for j in range(len(sides))]
+        return self.head_mlp(self.norm(blocks[-1].transform(torch.stack(kept))))
+
+    def head(self, rows: Tensor) -> Tensor:
+        """[n, hidden] features -> [n, outputs] logits."""
+        table = self.embed.table.weight[: self.config.num_codes] if self.tied else self.table
+        return F.linear(rows, table, self.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, h, w, outputs] of every token; arguments as in `prepare`."""
+        everywhere = torch.ones_like(x, dtype=torch.bool)
+        rows = self.mixed_rows(x, [self.prepare(text, mask, drop)], [1.0], everywhere)
+        return self.head(rows).view(*x.shape, -1)

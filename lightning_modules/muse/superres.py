@@ -1,0 +1,166 @@
+"""Muse's super-resolution network: high-res tokens from low-res tokens and the caption (2.4).
+
+A self-attention encoder reads the low-res tokens; its output and the projected text, one after
+the other, are what the high-res tokens attend to. Among themselves these attend along two axes.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.muse.config import SuperResConfig
+from lightning_modules.muse.network import (
+    Block,
+    MaskedTransformer,
+    SelfAttention,
+    Side,
+    TokenGrid,
+    norm,
+)
+
+
+class MultiAxisAttention(SelfAttention):
+    """Half of the heads attend within local blocks, half across them (arXiv 2106.07631, 3.1).
+
+    A local block is `block` x `block` neighbours; the other heads see one token of every block,
+    those at the same place within it. A grid of n tokens costs n * (block^2 + n / block^2) / 2
+    scores a head instead of n^2.
+    """
+
+    def __init__(self, config: SuperResConfig) -> None:
+        super().__init__(config)
+        self.block = config.block
+
+    def attend_grid(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend along both axes; all are [B, heads, h * w, d].
+
+        Raises:
+            ValueError: a grid that the blocks do not tile.
+        """
+        (h, w), b = grid, self.block
+        if h % b or w % b:
+            raise ValueError(f"the high-res grid must be a multiple of {b}, got {h}x{w}")
+        batch, heads, n, d = q.shape
+        # [B, heads / 2, h / b, w / b, b, b, d] for either half
+        parts = [
+            t.view(batch, heads, h // b, b, w // b, b, d).transpose(3, 4).chunk(2, dim=1)
+            for t in (q, k, v)
+        ]
+        local, dilated = zip(*parts, strict=True)
+        near = self.attend(*(self._sequences(t, (2, 3)) for t in local))
+        far = self.attend(*(self._sequences(t, (4, 5)) for t in dilated))
+        near = near.view(batch, h // b, w // b, heads // 2, b, b, d).permute(0, 3, 1, 4, 2, 5, 6)
+        far = far.view(batch, b, b, heads // 2, h // b, w // b, d).permute(0, 3, 4, 1, 5, 2, 6)
+        return torch.cat([near, far], dim=1).reshape(batch, heads, n, d)
+
+    @staticmethod
+    def _sequences(x: Tensor, apart: tuple[int, int]) -> Tensor:
+        """[B, heads, ...] -> [B * those of the axes `apart`, heads, the others, d]."""
+        together = tuple(axis for axis in (2, 3, 4, 5) if axis not in apart)
+        y = x.permute(0, *apart, 1, *together, 6)
+        return y.flatten(4, 5).flatten(0, 2)
+
+
+class LowResEncoder(nn.Module):
+    """Self-attention over the low-res tokens, with a table and positions of its own."""
+
+    def __init__(self, config: SuperResConfig) -> None:
+        super().__init__()
+        self.embed = TokenGrid(config, config.low_num_codes, config.low_max_side)
+        self.blocks = nn.ModuleList(
+            Block(config, SelfAttention(config), cross=False) for _ in range(config.low_layers)
+        )
+        self.norm = norm(config.hidden) if config.norm == "pre" else nn.Identity()
+
+    def forward(self, low: Tensor) -> Tensor:
+        """low: [B, h, w] int64 -> [B, h * w, D]."""
+        x = self.embed(low)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block.transform(block.attend_own(x, (low.shape[1], low.shape[2])))
+        return self.norm(x)
+
+
+class SuperRes(MaskedTransformer):
+    """Predicts the masked high-res tokens from the others, the low-res tokens and the caption.
+
+    Args:
+        config: sizes; `SUPERRES_MODELS` has the paper's.
+        outputs: numbers per token; None is one logit per code.
+    """
+
+    config: SuperResConfig
+
+    def __init__(self, config: SuperResConfig, outputs: int | None = None) -> None:
+        super().__init__(config, outputs)
+        self.low = LowResEncoder(config)
+        self._initialise()
+
+    def own_attention(self, config: SuperResConfig) -> SelfAttention:  # type: ignore[override]
+        """Make the attention of the high-res tokens among themselves."""
+        return MultiAxisAttention(config)
+
+    def encode_low(self, low: Tensor) -> Tensor:
+        """[B, h, w] int64 tokens of the low-res tokenizer -> [B, h * w, hidden], for `prepare`."""
+        return self.low(low)
+
+    def prepare(
+        self,
+        text: Tensor | None,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        low: Tensor | None = None,
+    ) -> Side:
+        """Keys and values of every block, of the low-res tokens and of the text behind them.
+
+        Args:
+            text: [B or 1, L, text_width] states of the text encoder; None is the dropped caption.
+            mask: [B or 1, L] bool, True where text holds a real token; None = all real.
+            drop: [B] bool, True where the caption is dropped (in training).
+            low: [B, n, hidden] from `encode_low`; both sides of a guidance may take the same.
+
+        Raises:
+            ValueError: without `low`; a dropped caption with null_text=empty.
+        """
+        if low is None:
+            raise ValueError("the super-resolution network needs low, the encoded low-res tokens")
+        sequence, mask, shown = self._text(text, mask, drop)
+        batch, n = low.shape[:2]
+        hide_low = self.config.drop_low and (text is None or drop is not None)
+        if sequence is None:
+            sequence, mask = low, None
+        else:
+            length = sequence.shape[1]
+            if mask is None and (shown is not None or hide_low):
+                mask = torch.ones(1, length, dtype=torch.bool, device=low.device)
+            if mask is not None:
+                seen = torch.ones(batch, n, dtype=torch.bool, device=low.device)
+                if hide_low:
+                    seen = seen & (~drop[:, None] if drop is not None else False)
+                mask = mask if shown is None else mask & shown[:, None]
+                mask = torch.cat([seen, mask.expand(batch, -1)], dim=1)
+            sequence = torch.cat([low, sequence.expand(batch, -1, -1)], dim=1)
+        side = Side([block.cross.keys_values(sequence) for block in self._blocks()], batch)
+        return dataclasses.replace(side, mask=mask)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        low: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, h, w, outputs] of every high-res token.
+
+        Args:
+            x: [B, h, w] int64 high-res tokens.
+            text: as in `prepare`.
+            mask: as in `prepare`.
+            drop: as in `prepare`.
+            low: [B, h', w'] int64 low-res tokens.
+        """
+        side = self.prepare(text, mask, drop, None if low is None else self.encode_low(low))
+        everywhere = torch.ones_like(x, dtype=torch.bool)
+        return self.head(self.mixed_rows(x, [side], [1.0], everywhere)).view(*x.shape, -1)
