@@ -31,8 +31,8 @@ from lightning_modules.vqgan.config import PRESETS as VQGAN_PRESETS
 from lightning_modules.vqgan.config import (
     ModelConfig,
     ObjectiveConfig,
+    PlayersConfig,
     VQGANConfig,
-    VQGANOptimConfig,
 )
 
 __all__ = [
@@ -187,7 +187,7 @@ class TokenizerSection:
     """Network and quantizer."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
-    optim: VQGANOptimConfig = field(default_factory=VQGANOptimConfig)
+    optim: PlayersConfig = field(default_factory=PlayersConfig)
     """Optimizers."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long; the machine's settings are those of the run's own trainer section."""

@@ -67,3 +67,76 @@ class OptimConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+
+
+@dataclass
+class AdversarialConfig:
+    """The discriminator against which an autoencoder is trained (Esser et al. 2021)."""
+
+    disc_start: int = 10000
+    """batches before the discriminator takes part"""
+    disc_weight: float = 0.8
+    """weight of the adversarial term; 0 builds no discriminator"""
+    disc_factor: float = 1.0
+    """further factor on both players' adversarial losses; 0 builds no discriminator"""
+    disc_layers: int = 3
+    """strided convolutions of the PatchGAN"""
+    disc_width: int = 64
+    """width of its first convolution"""
+    disc_loss: Literal["hinge", "vanilla"] = "hinge"
+    """loss of the discriminator"""
+    use_actnorm: bool = False
+    """ActNorm instead of BatchNorm in the discriminator"""
+    adaptive_weight: bool = True
+    """scale the adversarial term to the reconstruction's gradient at the last layer"""
+    adaptive_max: float = 1e4
+    """upper bound of that scale"""
+
+    def __post_init__(self) -> None:
+        for name in ("disc_layers", "disc_width"):
+            _at_least(self, name, 1)
+        for name in ("disc_start", "disc_weight", "disc_factor", "adaptive_max"):
+            _at_least(self, name, 0)
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator at all."""
+        return self.disc_weight > 0 and self.disc_factor > 0
+
+
+@dataclass
+class PlayersConfig:
+    """Optimizers of an autoencoder and its discriminator: one schedule, counted in batches."""
+
+    lr: float = 1e-4
+    """learning rate of the autoencoder after warm-up"""
+    disc_lr: float | None = None
+    """learning rate of the discriminator; null: as lr"""
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    """Adam's betas"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    decay_all: bool = True
+    """decay every parameter; false exempts biases and norms"""
+    warmup_batches: int = 0
+    """batches of the linear warm-up"""
+    decay_batches: int = 0
+    """batch at which a cosine decay reaches lr_end; 0 keeps the rate constant after warm-up"""
+    lr_end: float = 0.0
+    """learning rate at the end of the decay, as a share of lr"""
+    clip: float = 0.0
+    """largest gradient norm of each player; 0 does not clip"""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or (self.disc_lr is not None and self.disc_lr <= 0):
+            raise ValueError(f"lr must be positive, got {min(self.lr, self.disc_lr or self.lr)}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("weight_decay", "warmup_batches", "decay_batches", "lr_end", "clip"):
+            _at_least(self, name, 0)
+
+
+def _at_least(config: object, name: str, least: float) -> None:
+    value = getattr(config, name)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_modules.common.config import AdversarialConfig, PlayersConfig
+
 
 @dataclass
 class ModelConfig:
@@ -123,7 +125,7 @@ class ModelConfig:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(AdversarialConfig):
     """The reconstruction and adversarial losses (Esser et al. 2021, section 3.1)."""
 
     pixel_loss: Literal["l1", "l2"] = "l1"
@@ -136,72 +138,10 @@ class ObjectiveConfig:
     """file of VGG16 and LPIPS weights, a taming checkpoint that holds them, or a folder of both"""
     codebook_weight: float = 1.0
     """weight of the quantizer's loss"""
-    disc_start: int = 10000
-    """batches before the discriminator takes part"""
-    disc_weight: float = 0.8
-    """weight of the adversarial term; 0 builds no discriminator"""
-    disc_factor: float = 1.0
-    """further factor on both players' adversarial losses; 0 builds no discriminator"""
-    disc_layers: int = 3
-    """strided convolutions of the PatchGAN"""
-    disc_width: int = 64
-    """width of its first convolution"""
-    disc_loss: Literal["hinge", "vanilla"] = "hinge"
-    """loss of the discriminator"""
-    use_actnorm: bool = False
-    """ActNorm instead of BatchNorm in the discriminator"""
-    adaptive_weight: bool = True
-    """scale the adversarial term to the reconstruction's gradient at the last layer"""
-    adaptive_max: float = 1e4
-    """upper bound of that scale"""
 
     def __post_init__(self) -> None:
-        for name in ("disc_layers", "disc_width"):
-            _at_least(name, getattr(self, name), 1)
-        for name in (
-            "pixel_weight",
-            "perceptual_weight",
-            "codebook_weight",
-            "disc_start",
-            "disc_weight",
-            "disc_factor",
-            "adaptive_max",
-        ):
-            _at_least(name, getattr(self, name), 0)
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether there is a discriminator at all."""
-        return self.disc_weight > 0 and self.disc_factor > 0
-
-
-@dataclass
-class VQGANOptimConfig:
-    """Two Adam optimizers with one schedule, counted in batches."""
-
-    lr: float = 1e-4
-    """learning rate of encoder, quantizer and decoder after warm-up"""
-    disc_lr: float | None = None
-    """learning rate of the discriminator; null: as lr"""
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    """Adam's betas"""
-    weight_decay: float = 0.0
-    """decoupled weight decay"""
-    warmup_batches: int = 0
-    """batches of the linear warm-up"""
-    decay_batches: int = 0
-    """batch at which a cosine decay reaches lr_end; 0 keeps the rate constant after warm-up"""
-    lr_end: float = 0.0
-    """learning rate at the end of the decay, as a share of lr"""
-    clip: float = 0.0
-    """largest gradient norm of each player; 0 does not clip"""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or (self.disc_lr is not None and self.disc_lr <= 0):
-            raise ValueError(f"lr must be positive, got {min(self.lr, self.disc_lr or self.lr)}")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "warmup_batches", "decay_batches", "lr_end", "clip"):
+        super().__post_init__()
+        for name in ("pixel_weight", "perceptual_weight", "codebook_weight"):
             _at_least(name, getattr(self, name), 0)
 
 
@@ -213,7 +153,7 @@ class VQGANConfig:
     """the autoencoder and its quantizer"""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """the losses"""
-    optim: VQGANOptimConfig = field(default_factory=VQGANOptimConfig)
+    optim: PlayersConfig = field(default_factory=PlayersConfig)
     """the optimizers"""
 
 
@@ -230,12 +170,12 @@ PRESETS: dict[str, VQGANConfig] = {
     "imagenet-f16-1024": VQGANConfig(
         ModelConfig(num_codes=1024, legacy_beta=True),
         ObjectiveConfig(disc_start=250001),
-        VQGANOptimConfig(lr=1.08e-4),
+        PlayersConfig(lr=1.08e-4),
     ),
     "imagenet-f16-16384": VQGANConfig(
         ModelConfig(num_codes=16384, legacy_beta=True),
         ObjectiveConfig(disc_start=0, disc_weight=0.75, disc_layers=2),
-        VQGANOptimConfig(lr=1.08e-4),
+        PlayersConfig(lr=1.08e-4),
     ),
     # the loss settings of the Gumbel model were never published: kl weight and temperatures were
     "openimages-gumbel-f8": VQGANConfig(
@@ -251,7 +191,7 @@ PRESETS: dict[str, VQGANConfig] = {
             sample_tokens=True,
         ),
         ObjectiveConfig(disc_start=250001),
-        VQGANOptimConfig(lr=1.08e-4),
+        PlayersConfig(lr=1.08e-4),
     ),
     "ldm-vq-f4": VQGANConfig(
         ModelConfig(
@@ -263,7 +203,7 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=0, disc_weight=0.75),
-        VQGANOptimConfig(lr=3.6e-5),
+        PlayersConfig(lr=3.6e-5),
     ),
     "ldm-vq-f4-noattn": VQGANConfig(
         ModelConfig(
@@ -276,7 +216,7 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=0, disc_weight=0.75),
-        VQGANOptimConfig(lr=3.6e-5),
+        PlayersConfig(lr=3.6e-5),
     ),
     "ldm-vq-f8": VQGANConfig(
         ModelConfig(
@@ -288,7 +228,7 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=1, disc_weight=0.6, disc_layers=2),
-        VQGANOptimConfig(lr=4.5e-5),
+        PlayersConfig(lr=4.5e-5),
     ),
     "ldm-vq-f8-n256": VQGANConfig(
         ModelConfig(
@@ -300,12 +240,12 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=250001, disc_weight=0.75),
-        VQGANOptimConfig(lr=4.5e-5),
+        PlayersConfig(lr=4.5e-5),
     ),
     "ldm-vq-f16": VQGANConfig(
         ModelConfig(num_codes=16384, z_channels=8, embed_dim=8, legacy_beta=True),
         ObjectiveConfig(disc_start=250001, disc_weight=0.75, disc_layers=2),
-        VQGANOptimConfig(lr=6.3e-5),
+        PlayersConfig(lr=6.3e-5),
     ),
     "paella-f4": VQGANConfig(
         ModelConfig(network="paella", num_codes=8192, scale_factor=0.3764),

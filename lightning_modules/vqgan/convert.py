@@ -50,7 +50,8 @@ def convert(
     """Turn a tokenizer checkpoint of any known layout into our tensors and settings.
 
     Known: taming and LDM (nearest code and Gumbel, also inside a transformer's checkpoint under
-    first_stage_model.*), Paella's vqgan_f4, and diffusers' VQModel and PaellaVQModel.
+    first_stage_model.* or a VQ-Diffusion's under content_codec.*), Paella's vqgan_f4, and
+    diffusers' VQModel and PaellaVQModel.
 
     Args:
         state: foreign tensors, as `load_foreign` returns them.
@@ -68,6 +69,8 @@ def convert(
         prefix = "first_stage_model."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         return convert(state, hints)
+    if any(k.startswith("content_codec.") for k in keys):
+        return taming(_vq_diffusion(state), hints)
     if "vquantizer.embedding.weight" in keys or "vquantizer.codebook.weight" in keys:
         return paella(state, hints)
     if any(k.startswith("encoder.down_blocks.") for k in keys):
@@ -167,51 +170,6 @@ def diffusers_vqmodel(
     return taming(own, hints)
 
 
-def lpips(state: Mapping[str, Tensor]) -> tuple[State, tuple[int, ...]]:
-    """Pick the LPIPS weights out of a file of VGG16 and linear weights.
-
-    Accepts the joint layout of taming and the lpips package (net.slice*, lin*), the same inside a
-    taming checkpoint (loss.perceptual_loss.*) or under perceptual_loss.*, and torchvision's VGG16
-    (features.*) beside lin*.
-
-    Returns:
-        The state of `LPIPS` and its widths.
-
-    Raises:
-        ValueError: a part is missing.
-    """
-    inside = {
-        k.split("perceptual_loss.", 1)[1]: v for k, v in state.items() if "perceptual_loss." in k
-    }
-    own = {}
-    for key, value in (inside or state).items():
-        match = re.fullmatch(r"features\.(\d+)\.(weight|bias)", key)
-        if match:
-            stage = sum(int(match[1]) >= start for start in (0, 4, 9, 16, 23))
-            key = f"net.slice{stage}.{match[1]}.{match[2]}"
-        if re.match(r"net\.slice\d\.|lin\d\.", key):
-            own[key] = value
-    for part in ("net.slice1.0.weight", "lin0.model.1.weight"):
-        if part not in own:
-            raise ValueError(
-                f"the LPIPS file has no {part}: it must hold both the VGG16 trunk and the linear "
-                "weights, or be a folder of two such files"
-            )
-    widths = tuple(own[f"lin{i}.model.1.weight"].shape[1] for i in range(5))
-    return own, widths
-
-
-def load_lpips(path: Path | str) -> tuple[State, tuple[int, ...]]:
-    """Read LPIPS weights from a file, or from all weight files of a folder together."""
-    path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    state: State = {}
-    for file in files:
-        if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors") or file == path:
-            state |= load_foreign(file)
-    return lpips(state)
-
-
 def discriminator(state: Mapping[str, Tensor]) -> tuple[State, dict[str, Any]]:
     """Read the arguments of `NLayerDiscriminator` from its tensors (main.*)."""
     _only(state, ("main.",), "a discriminator")
@@ -224,6 +182,27 @@ def discriminator(state: Mapping[str, Tensor]) -> tuple[State, dict[str, Any]]:
         "layers": len(convolutions) - 2,
         "use_actnorm": any(k.endswith(".loc") for k in own),
     }
+
+
+def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
+    """Pick the tokenizer out of a VQ-Diffusion checkpoint, by taming's names.
+
+    Encoder and decoder carry the same quantizer. ITHQ's codes are a buffer beside their running
+    statistics, which only training needs.
+    """
+    own: State = {}
+    for key, value in state.items():
+        if not key.startswith("content_codec."):
+            continue
+        new = re.sub(r"^content_codec\.((enc|dec)\.)?", "", key)
+        if new in own and not torch.equal(own[new], value):
+            raise ValueError(f"encoder and decoder have another {new}")
+        own[new] = value
+    if "quantize.embedding" in own:
+        own["quantize.embedding.weight"] = own.pop("quantize.embedding")
+        for name in ("cluster_size", "embedding_avg"):
+            own.pop(f"quantize.{name}", None)
+    return own
 
 
 def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, dict[str, Any]]:

@@ -1,40 +1,24 @@
 """VQGAN as a LightningModule: the tokenizer that generators meet, and its training."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
+from lightning_modules.common.adversarial import DISC_LOSSES, disc_factor
 from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.common.seeding import mix_seed
+from lightning_modules.common.players import TwoPlayerModule, cosine, image_psnr
 from lightning_modules.common.settings import build, plain
-from lightning_modules.vqgan import convert
 from lightning_modules.vqgan.config import VQGANConfig
-from lightning_modules.vqgan.losses import (
-    DISC_LOSSES,
-    LPIPS,
-    NLayerDiscriminator,
-    disc_factor,
-    generator_loss,
-    reconstruction_loss,
-)
+from lightning_modules.vqgan.losses import generator_loss, reconstruction_loss
 from lightning_modules.vqgan.network import NETWORKS
 from lightning_modules.vqgan.quantizer import Quantized, code_counts, perplexity, usage
 
 
-class VQGANModule(L.LightningModule):
+class VQGANModule(TwoPlayerModule):
     """The tokenizer: images [-1, 1] to codes and back, and the GAN training that makes it.
-
-    Two departures from the released training loop: a batch passes the autoencoder once (generator
-    step first, then the discriminator on the same, detached reconstructions), and the
-    discriminator is not run before disc_start. Both players and all schedules count batches
-    (`batches_seen`), not optimizer steps, of which Lightning sees two per batch.
 
     Args:
         config: plain dict with the sections of `VQGANConfig`, and optionally `seed` (0), from
@@ -45,29 +29,15 @@ class VQGANModule(L.LightningModule):
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.save_hyperparameters({"config": config})
-        self.seed = int(config.get("seed", 0))
-        self.config = build(
+        settings = build(
             VQGANConfig, {k: v for k, v in config.items() if k not in ("seed", "paper")}
         )
-        model, objective = self.config.model, self.config.objective
+        model = settings.model
+        super().__init__(config, settings.optim)
+        self.config = settings
         self.autoencoder = NETWORKS[model.network](model)
-        self.discriminator = (
-            NLayerDiscriminator(
-                model.in_channels,
-                objective.disc_width,
-                objective.disc_layers,
-                objective.use_actnorm,
-            )
-            if objective.adversarial
-            else None
-        )
-        self.automatic_optimization = False
-        self.batches_seen = 0
+        self.add_discriminator(settings.objective, model.in_channels)
         self.factor: int = model.factor
-        # in a list, so that neither checkpoints nor optimizers nor DDP see the frozen network
-        self._lpips: list[LPIPS] = []
         self._val_counts = torch.zeros(model.num_codes, dtype=torch.int64)
 
     @property
@@ -168,76 +138,43 @@ class VQGANModule(L.LightningModule):
         load_strict(module.autoencoder, state, "the tokenizer file")
         return module.eval()
 
+    def player(self) -> nn.Module:
+        """Return encoder, quantizer and decoder."""
+        return self.autoencoder
+
     def setup(self, stage: str) -> None:
         """Load LPIPS for training or validation, or say once that it is off."""
         objective = self.config.objective
-        if self._lpips or objective.perceptual_weight == 0 or stage not in ("fit", "validate"):
-            return
-        if objective.lpips_path is None:
-            rank_zero_info(
-                "vqgan: the perceptual term is off, because objective.lpips_path names no file"
-            )
-            return
-        state, widths = convert.load_lpips(objective.lpips_path)
-        lpips = LPIPS(widths)
-        load_strict(lpips, state, objective.lpips_path)
-        self._lpips = [lpips]
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        """Make one Adam for the autoencoder and, where there is one, one for the discriminator."""
-        optim = self.config.optim
-        players: list[tuple[nn.Module, float]] = [(self.autoencoder, optim.lr)]
-        if self.discriminator is not None:
-            players.append((self.discriminator, optim.disc_lr or optim.lr))
-        b1, b2 = optim.betas
-        return [
-            AdamW(
-                [p for p in player.parameters() if p.requires_grad],
-                lr=lr,
-                betas=(b1, b2),
-                weight_decay=optim.weight_decay,
-            )
-            for player, lr in players
-        ]
-
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Make the random numbers of an epoch a function of (seed, epoch, rank).
-
-        A run resumed at an epoch border then draws what an uninterrupted one draws. This waits for
-        the first batch because a data loader's iterator, made before or after
-        on_train_epoch_start depending on resuming, takes a number from the same generator.
-        """
-        if batch_idx == 0:
-            torch.manual_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
+        self.use_lpips(objective.lpips_path, objective.perceptual_weight, stage)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
         images = batch["image"]
         objective, last_layer = self.config.objective, self.autoencoder.last_layer
-        players = self._players()
+        players = self.players()
         self._set_schedules(players)
         factor = disc_factor(objective, self.batches_seen)
 
-        self._freeze_discriminator(True)
+        self.freeze_discriminator(True)
         reconstructions, quantized, z = self(images)
-        nll, logs = reconstruction_loss(images, reconstructions, objective, self._perceptual())
+        nll, logs = reconstruction_loss(images, reconstructions, objective, self.perceptual())
         loss, extra = generator_loss(
             nll,
             quantized.loss,
             objective,
             factor=factor,
-            fake_logits=self._judge(reconstructions) if factor else None,
+            fake_logits=self.judge(reconstructions) if factor else None,
             last_layer=last_layer,
         )
-        self._step(players[0], loss)
+        self.step(players[0], loss)
         self.autoencoder.quantize.update(z, quantized.tokens)
-        self._freeze_discriminator(False)
+        self.freeze_discriminator(False)
 
         logs |= extra | {"loss": loss.detach(), "codebook": quantized.loss.detach()}
         if factor:
-            real, fake = self._judge(images), self._judge(reconstructions.detach())
+            real, fake = self.judge(images), self.judge(reconstructions.detach())
             disc_loss = factor * DISC_LOSSES[objective.disc_loss](real.float(), fake.float())
-            self._step(players[1], disc_loss)
+            self.step(players[1], disc_loss)
             logs |= {
                 "disc_loss": disc_loss.detach(),
                 "logits_real": real.detach().mean(),
@@ -264,14 +201,12 @@ class VQGANModule(L.LightningModule):
         images = batch["image"]
         reconstructions, quantized, _ = self(images)
         loss, logs = reconstruction_loss(
-            images, reconstructions, self.config.objective, self._perceptual()
+            images, reconstructions, self.config.objective, self.perceptual()
         )
-        error = (reconstructions.float().clamp(-1, 1) - images.float()).square().mean((1, 2, 3))
         logs |= {
             "loss": loss + self.config.objective.codebook_weight * quantized.loss,
             "codebook": quantized.loss,
-            # range 2, hence 4 / mse; the mean of per-image values
-            "psnr": (10 * (4 / error.clamp_min(1e-12)).log10()).mean(),
+            "psnr": image_psnr(images, reconstructions),
         }
         for name, value in logs.items():
             self.log(f"val/{name}", value, sync_dist=True, batch_size=len(images))
@@ -284,62 +219,17 @@ class VQGANModule(L.LightningModule):
         self.log("val/usage", usage(counts), sync_dist=True)
         self.log("val/perplexity", perplexity(counts), sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the batch counter."""
-        checkpoint["batches_seen"] = self.batches_seen
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the batch counter."""
-        self.batches_seen = checkpoint["batches_seen"]
-
-    def _players(self) -> list[LightningOptimizer]:
-        optimizers = self.optimizers()
-        players = optimizers if isinstance(optimizers, list) else [optimizers]
-        return [p for p in players if isinstance(p, LightningOptimizer)]
-
     def _set_schedules(self, players: list[LightningOptimizer]) -> None:
         """Set learning rates and the Gumbel temperature of this batch."""
-        optim, model = self.config.optim, self.config.model
-        share = 1.0
-        if self.batches_seen < optim.warmup_batches:
-            share = (self.batches_seen + 1) / optim.warmup_batches
-        elif optim.decay_batches:
-            done = self.batches_seen - optim.warmup_batches
-            share = _cosine(1.0, optim.lr_end, done, optim.decay_batches - optim.warmup_batches)
-        rates = (optim.lr, optim.disc_lr or optim.lr)
-        for player, lr in zip(players, rates, strict=False):
-            for group in player.param_groups:
-                group["lr"] = lr * share
+        self.set_rates(players)
+        model = self.config.model
         if model.temperature_batches:
-            self.autoencoder.quantize.temperature = _cosine(
+            self.autoencoder.quantize.temperature = cosine(
                 model.temperature,
                 model.temperature_end,
                 self.batches_seen,
                 model.temperature_batches,
             )
-
-    def _step(self, player: LightningOptimizer, loss: Tensor) -> None:
-        player.zero_grad()
-        self.manual_backward(loss)
-        if self.config.optim.clip:
-            self.clip_gradients(player, self.config.optim.clip, "norm")  # type: ignore[arg-type]
-        player.step()
-
-    def _freeze_discriminator(self, frozen: bool) -> None:
-        """Keep the generator's backward pass from computing the discriminator's gradients."""
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(not frozen)
-
-    def _judge(self, images: Tensor) -> Tensor:
-        assert isinstance(self.discriminator, nn.Module)
-        return self.discriminator(images)
-
-    def _perceptual(self) -> LPIPS | None:
-        """Return LPIPS on this module's device, or None where it is off."""
-        if not self._lpips:
-            return None
-        self._lpips[0] = self._lpips[0].to(self.device)
-        return self._lpips[0]
 
     def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
@@ -348,9 +238,3 @@ class VQGANModule(L.LightningModule):
                 f"the tokenizer needs sides that are multiples of {self.factor}, "
                 f"got {height} x {width}"
             )
-
-
-def _cosine(start: float, end: float, done: int, total: int) -> float:
-    """Return the value after `done` of `total` batches of a half cosine from start to end."""
-    share = min(1.0, done / total) if total > 0 else 1.0
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

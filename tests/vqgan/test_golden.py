@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.vqgan import convert
-from lightning_modules.vqgan.config import ModelConfig, ObjectiveConfig
-from lightning_modules.vqgan.losses import (
+from lightning_modules.common.adversarial import (
     DISC_LOSSES,
-    LPIPS,
     NLayerDiscriminator,
     adaptive_weight,
     disc_factor,
-    generator_loss,
-    reconstruction_loss,
 )
+from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.common.perceptual import LPIPS, lpips_state
+from lightning_modules.vqgan import convert
+from lightning_modules.vqgan.config import ModelConfig, ObjectiveConfig
+from lightning_modules.vqgan.losses import generator_loss, reconstruction_loss
 from lightning_modules.vqgan.module import VQGANModule
 from lightning_modules.vqgan.quantizer import (
     QUANTIZERS,
@@ -265,7 +264,7 @@ def test_discriminator(golden: Golden) -> None:
 def test_lpips_mini(golden: Golden) -> None:
     case = golden("vqgan/lpips_mini")
     check, io = closeness(case), case.io
-    state, widths = convert.lpips(case.weights)
+    state, widths = lpips_state(case.weights)
     assert list(widths) == case.config["widths"]
     net = LPIPS(widths)
     load_strict(net, state, case.name)
@@ -299,7 +298,7 @@ def test_losses(golden: Golden) -> None:
         disc_loss=settings["disc_loss"],
         use_actnorm=settings["use_actnorm"],
     )
-    state, widths = convert.lpips(case.weights)
+    state, widths = lpips_state(case.weights)
     assert list(widths) == settings["lpips_widths"]
     lpips = LPIPS(widths)
     load_strict(lpips, state, case.name)

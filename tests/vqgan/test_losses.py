@@ -6,19 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.vqgan import convert
-from lightning_modules.vqgan.config import ObjectiveConfig
-from lightning_modules.vqgan.losses import (
-    LPIPS,
+from lightning_modules.common.adversarial import (
     ActNorm,
     NLayerDiscriminator,
     adaptive_weight,
     disc_factor,
-    generator_loss,
-    reconstruction_loss,
-    unit_length,
 )
+from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.common.perceptual import LPIPS, read_lpips, unit_length
+from lightning_modules.vqgan.config import ObjectiveConfig
+from lightning_modules.vqgan.losses import generator_loss, reconstruction_loss
 
 WIDTHS = (2, 3, 4, 4, 5)
 
@@ -84,13 +81,13 @@ def test_lpips_weights_from_every_layout(tmp_path: Path) -> None:
     torch.save(state | duplicates, tmp_path / "joint.pth")
 
     for path in (folder, tmp_path / "taming.ckpt", tmp_path / "joint.pth"):
-        own, widths = convert.load_lpips(path)
+        own, widths = read_lpips(path)
         assert widths == WIDTHS
         copy = LPIPS(widths)
         load_strict(copy, own, path.name)
         assert all(torch.equal(copy.state_dict()[k], v) for k, v in state.items())
     with pytest.raises(ValueError, match=r"net\.slice1\.0\.weight"):
-        convert.load_lpips(folder / "vgg.pth")
+        read_lpips(folder / "vgg.pth")
 
 
 def test_full_size_lpips_has_the_published_shapes() -> None:

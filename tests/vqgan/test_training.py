@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.vqgan.losses import LPIPS
+from lightning_modules.common.perceptual import LPIPS
 from lightning_modules.vqgan.module import VQGANModule
 
 BATCHES = 3
@@ -150,7 +150,7 @@ def test_schedules_follow_batches_and_not_optimizer_steps(tmp_path: Path) -> Non
     trained, t = fit(tmp_path, 1, module(optim=optim, objective={"disc_start": 0}))
     assert t.global_step == 2 * BATCHES  # Lightning's count, which nothing here may use
     seen = []
-    players = trained._players()
+    players = trained.players()
     for trained.batches_seen in (0, 1, 2, 4, 6, 100):
         trained._set_schedules(players)
         seen.append([p.param_groups[0]["lr"] for p in players])
