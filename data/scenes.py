@@ -118,19 +118,57 @@ def draw_scene(scene: Scene, centres: np.ndarray, resolution: int = 32) -> np.nd
     axis = np.arange(resolution) + 0.5
     image = np.full((resolution, resolution, 3), BACKGROUNDS[scene.background], float)
     for thing, centre in zip(scene.things, centres, strict=True):
-        half = SIZES[thing.size] * resolution
         x = axis[None, :] - centre[0] * resolution  # [1, W]
         y = axis[:, None] - centre[1] * resolution  # [H, 1]
-        if thing.shape == "circle":
-            distance = np.hypot(x, y) - half
-        elif thing.shape == "square":
-            distance = np.maximum(np.abs(x), np.abs(y)) - 0.9 * half
-        else:  # triangle with its tip up: the base at y = half, the tip at y = -half
-            slope = np.hypot(1, 0.5)
-            distance = np.maximum(y - half, (np.abs(x) - 0.5 * (y + half)) / slope)
+        distance = edge_distance(thing.shape, x, y, SIZES[thing.size] * resolution)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # [H, W, 1]
         image += coverage * (np.array(COLORS[thing.color]) - image)
     return np.rint(image).astype(np.uint8)
+
+
+def edge_distance(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray:
+    """Return the signed distance to the edge of a shape, negative inside.
+
+    Args:
+        shape: one of SHAPES.
+        x: to the right of its centre, in pixels; broadcasts with `y`.
+        y: below its centre.
+        half: half width in pixels.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - half
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.9 * half
+    # triangle with its tip up: the base at y = half, the tip at y = -half
+    slope = np.hypot(1, 0.5)
+    return np.maximum(y - half, (np.abs(x) - 0.5 * (y + half)) / slope)
+
+
+def scene_masks(
+    attributes: dict[str, Any], resolution: int, side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say what every cell of a grid over a scene shows, by the centre of the cell.
+
+    Args:
+        attributes: as a sample holds them, with centre and half width of each thing in pixels.
+        resolution: width and height of the picture in pixels.
+        side: cells along a side.
+
+    Returns:
+        things [side, side] int64, 0 = background, k = thing k of the reading order; and halves
+        [side, side] int64, 0 = background, 1 = upper and 2 = lower half of a thing, cut at its
+        centre.
+    """
+    axis = (np.arange(side) + 0.5) * resolution / side
+    things = np.zeros((side, side), np.int64)
+    halves = np.zeros((side, side), np.int64)
+    for number, thing in enumerate(attributes["things"], 1):
+        x = axis[None, :] - thing["centre"][0]  # [1, side]
+        y = axis[:, None] - thing["centre"][1]  # [side, 1]
+        inside = edge_distance(thing["shape"], x, y, thing["half"]) <= 0
+        things[inside] = number
+        halves = np.where(inside, np.where(y < 0, 1, 2), halves)
+    return things, halves
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -1,15 +1,17 @@
-"""Shards encoded to tokens once, and the DataModule that reads them.
+"""Shards encoded once, to tokens or to moments of latents, and the DataModule that reads them.
 
 For every training shard 00000.tokens.safetensors holds `tokens` [N, h, w] (and `tokens_flip`, the
 tokens of the mirrored images) and 00000.tokens.parquet key, caption and label of the same rows.
-cache.json says what made them and is written last.
+Continuous autoencoders have `moments` [N, 2C, h, w] in place of tokens: the mean and the logarithm
+of the variance of the posterior, of which a latent is drawn anew at every read. cache.json says
+what made them and is written last.
 """
 
 import json
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ import pyarrow.parquet
 import torch
 from lightning import LightningDataModule
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -43,18 +45,24 @@ SETTINGS = (
     "max_pwatermark",
     "max_punsafe",
 )
+WIDE = {"tokens": np.int64, "moments": np.float32}  # in a batch
 SCHEMA = pyarrow.schema(
     [("key", pyarrow.string()), ("caption", pyarrow.string()), ("label", pyarrow.int64())]
 )
 
 
-def cache_settings(config: DataConfig, sha256: str, num_codes: int) -> dict[str, Any]:
+def content(num_codes: int | None) -> str:
+    """Return what a cache holds under this name: tokens of a codebook, or moments without one."""
+    return "moments" if num_codes is None else "tokens"
+
+
+def cache_settings(config: DataConfig, sha256: str, num_codes: int | None) -> dict[str, Any]:
     """Return what a cache must have been made with to stand for this configuration.
 
     Args:
         config: the settings of the data.
         sha256: of the tokenizer's file.
-        num_codes: size of its codebook.
+        num_codes: size of its codebook; None where it has none and gives moments.
     """
     made_with = {name: getattr(config, name) for name in SETTINGS}
     return {"tokenizer": sha256, "num_codes": num_codes, **made_with}
@@ -67,7 +75,7 @@ def write_token_cache(
     folder: Path,
     *,
     sha256: str,
-    num_codes: int,
+    num_codes: int | None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] | None = None,
@@ -78,12 +86,14 @@ def write_token_cache(
     `flip` the mirrored image is encoded too.
 
     Args:
-        encode: images [B, 3, H, W] in [-1, 1] on `device` -> tokens [B, h, w] int64.
+        encode: images [B, 3, H, W] in [-1, 1] on `device` -> tokens [B, h, w] int64, or moments
+            [B, 2C, h, w] float.
         config: the settings of the data.
         splits: what `data.webdata.prepare` returned.
         folder: where to write.
         sha256: of the tokenizer's file.
-        num_codes: size of its codebook; above 65,536 tokens take 4 bytes.
+        num_codes: size of its codebook, above 65,536 of which tokens take 4 bytes; None where
+            `encode` gives moments, which are kept in half precision.
         batch_size: images encoded at once.
         device: where `encode` works.
         progress: is told in words what happens.
@@ -92,7 +102,8 @@ def write_token_cache(
         What cache.json holds: `cache_settings`, "shards" and "count".
 
     Raises:
-        ValueError: too many bad samples, a token outside the codebook, or no sample at all.
+        ValueError: too many bad samples, a token outside the codebook, a moment that half
+            precision cannot hold, or no sample at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = cache_settings(config, sha256, num_codes)
@@ -100,7 +111,7 @@ def write_token_cache(
     skips = SkipCounter(config.max_skipped)
     urls, count = splits["train"], 0
     for index, url in enumerate(urls):
-        path = folder / f"{index:05d}.tokens.safetensors"
+        path = folder / f"{index:05d}.{content(num_codes)}.safetensors"
         source = {"shard": os.path.abspath(url), "bytes": os.path.getsize(url), "holdout": holdout}
         stamp = json.dumps({**settings, **source})
         rows = _rows_of(path, stamp)
@@ -133,25 +144,23 @@ def _write_shard(
     encode: Callable[[Tensor], Tensor],
     stamp: str,
     flip: bool,
-    num_codes: int,
+    num_codes: int | None,
     batch_size: int,
     device: str | torch.device,
 ) -> int:
     """Encode one shard; its tokens appear after its captions, and stand for the whole."""
-    dtype = np.uint16 if num_codes <= 2**16 else np.int32
-    grids: dict[str, list[np.ndarray]] = {"tokens": [], "tokens_flip": []}
+    name = content(num_codes)
+    grids: dict[str, list[np.ndarray]] = {name: [], f"{name}_flip": []}
     rows: list[dict[str, Any]] = []
 
     def flush(batch: list[Sample]) -> None:
         images = to_tensor(np.stack([s["pixels"] for s in batch])).to(device)
-        for name, view in {"tokens": images, "tokens_flip": images.flip(-1)}.items():
-            if name == "tokens" or flip:
+        for key, view in {name: images, f"{name}_flip": images.flip(-1)}.items():
+            if key == name or flip:
                 with torch.no_grad():
-                    tokens = encode(view).cpu().numpy()  # [B, h, w]
-                if tokens.min() < 0 or tokens.max() >= num_codes:
-                    raise ValueError(f"a token of {path} is outside the {num_codes} codes")
-                grids[name].append(tokens.astype(dtype))
-        rows.extend({name: s.get(name) for name in SCHEMA.names} for s in batch)
+                    encoded = encode(view).cpu().numpy()
+                grids[key].append(_packed(encoded, num_codes, path))
+        rows.extend({column: s.get(column) for column in SCHEMA.names} for s in batch)
 
     batch: list[Sample] = []
     for sample in samples:
@@ -166,10 +175,32 @@ def _write_shard(
         path.with_suffix(".parquet"),
         lambda p: pyarrow.parquet.write_table(table, p, compression="zstd"),
     )
-    tensors = {name: np.concatenate(parts) for name, parts in grids.items() if parts}
+    tensors = {
+        # what comes from a channels-last tensor is not laid out as a file holds it
+        key: np.ascontiguousarray(np.concatenate(parts))
+        for key, parts in grids.items()
+        if parts
+    }
     metadata = {"made_with": stamp, "rows": str(len(rows))}
     _atomically(path, lambda p: save_file(tensors, p, metadata))
     return len(rows)
+
+
+def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarray:
+    """Return tokens in 2 or 4 bytes, moments in half precision.
+
+    Raises:
+        ValueError: a token outside the codebook, or a moment that is no number of that precision.
+    """
+    if num_codes is None:
+        with np.errstate(over="ignore"):
+            moments = encoded.astype(np.float16)  # [B, 2C, h, w]
+        if not np.isfinite(moments).all():
+            raise ValueError(f"a moment of {path} is no finite number of half precision")
+        return moments
+    if encoded.min() < 0 or encoded.max() >= num_codes:
+        raise ValueError(f"a token of {path} is outside the {num_codes} codes")
+    return encoded.astype(np.uint16 if num_codes <= 2**16 else np.int32)  # [B, h, w]
 
 
 def _rows_of(path: Path, stamp: str) -> int | None:
@@ -186,6 +217,33 @@ def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+class StoredRows:
+    """Rows of one tensor that lies in several safetensors files, read when they are asked for.
+
+    The files are mapped, so that a set larger than the memory can be trained on; what fits is kept
+    by the operating system.
+
+    Args:
+        paths: the files.
+        name: of the tensor; a file without rows may lack it.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: str):
+        files = [safe_open(path, "numpy") for path in paths]
+        self.parts = [file.get_slice(name) for file in files if name in file.keys()]
+        lengths = [part.get_shape()[0] for part in self.parts]
+        self.starts = np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of these numbers [B] as [B, ...]."""
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        places = zip(which, (rows - self.starts[which]).tolist(), strict=True)
+        return np.concatenate([self.parts[part][row : row + 1] for part, row in places])
 
 
 class TokenStream(IterableDataset):
@@ -211,8 +269,9 @@ class TokenStream(IterableDataset):
 class TokenData(LightningDataModule):
     """Batches {"tokens" [B, h, w] int64, "caption" list, "key" list, "label" [B] if given}.
 
-    The trainer must be made with `reload_dataloaders_every_n_epochs=1`. Everything is held in
-    memory, so no worker processes are needed.
+    A cache of moments gives "moments" [B, 2C, h, w] float32 in place of tokens. The trainer must be
+    made with `reload_dataloaders_every_n_epochs=1`. Rows are small and mapped from their files, so
+    no worker processes are needed.
 
     Args:
         folder: what `write_token_cache` wrote.
@@ -247,20 +306,24 @@ class TokenData(LightningDataModule):
                     f"the token cache {folder} was made with {name}={made_with.get(name)!r}, "
                     f"not {value!r}: encode again in another folder, or use data.cache=false"
                 )
-        paths = [folder / f"{i:05d}.tokens.safetensors" for i in range(made_with["shards"])]
-        shards = [tensors for tensors in map(load_file, paths) if tensors]
-        self.tokens = np.concatenate([tensors["tokens"] for tensors in shards])  # [N, h, w]
-        flip = "tokens_flip" in shards[0]
-        self.mirrored = np.concatenate([s["tokens_flip"] for s in shards]) if flip else None
+        self.content = content(made_with["num_codes"])
+        paths = [folder / f"{i:05d}.{self.content}.safetensors" for i in range(made_with["shards"])]
+        self.stored = StoredRows(paths, self.content)
+        self.mirrored = StoredRows(paths, f"{self.content}_flip") if made_with["flip"] else None
         tables = [pyarrow.parquet.read_table(path.with_suffix(".parquet")) for path in paths]
         self.rows = pyarrow.concat_tables(tables)
-        if not len(self.rows) == len(self.tokens) == made_with["count"]:
+        if not len(self.rows) == len(self.stored) == made_with["count"]:
             raise ValueError(f"the token cache {folder} is damaged: delete it and encode again")
         self.labelled = self.rows["label"].null_count == 0
         self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.stored)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens [N, h, w] (or moments [N, 2C, h, w]) as they are stored, not mirrored."""
+        return self.stored[np.arange(len(self))]
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order [N] of the samples in a pass, and which of them are mirrored."""
@@ -280,11 +343,11 @@ class TokenData(LightningDataModule):
             order, coins = self._pass(int(number))
             here = passes == number
             where[here], mirror[here] = order[offsets[here]], coins[offsets[here]]
-        tokens = self.tokens[where]  # [B, h, w]
-        if self.mirrored is not None:
-            tokens[mirror] = self.mirrored[where[mirror]]
+        values = self.stored[where]  # [B, h, w], or [B, 2C, h, w]
+        if self.mirrored is not None and mirror.any():
+            values[mirror] = self.mirrored[where[mirror]]
         rows = self.rows.take(where).to_pydict()
-        batch = {"tokens": torch.from_numpy(tokens.astype(np.int64))}
+        batch: dict[str, Any] = {self.content: torch.from_numpy(values.astype(WIDE[self.content]))}
         batch |= {"caption": rows["caption"], "key": rows["key"]}
         if self.labelled:
             batch["label"] = torch.tensor(rows["label"])

@@ -18,6 +18,7 @@ from data.scenes import (
     is_heldout,
     place,
     sample_scene,
+    scene_masks,
     scenes,
 )
 
@@ -90,3 +91,31 @@ def test_wrong_arguments_are_named():
         next(scenes("test", 1))
     with pytest.raises(ValueError, match="max_objects must be 2, 3 or 4, got 5"):
         sample_scene(np.random.default_rng(0), 5)
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_masks_are_where_the_things_are(resolution: int):
+    """At the resolution of the picture: the colour of the thing inside, of the ground outside."""
+    for sample in scenes("val", 30, resolution=resolution, max_objects=4):
+        shown, image = sample["attributes"], sample["image"].astype(int)
+        owner, half = scene_masks(shown, resolution, resolution)
+        assert owner.shape == (resolution, resolution)
+        colors = [BACKGROUNDS[shown["background"]], *(COLORS[t["color"]] for t in shown["things"])]
+        for number, color in enumerate(colors):
+            wrong = np.abs(image - color).max(axis=2)[owner == number]
+            # pixels on the edge are mixed; a pixel whose centre is inside is mostly the thing's
+            assert (wrong == 0).mean() > 0.5 and wrong.size > 10
+            for other in (c for c in colors if c != color):
+                assert np.abs(image - other).max(axis=2)[owner == number].min() > 0
+        assert ((half > 0) == (owner > 0)).all()
+        for number, thing in enumerate(shown["things"], 1):
+            rows = np.nonzero((owner == number) & (half == 1))[0]
+            assert (rows + 0.5 < thing["centre"][1]).all()
+            rows = np.nonzero((owner == number) & (half == 2))[0]
+            assert (rows + 0.5 >= thing["centre"][1]).all()
+
+
+def test_masks_on_a_coarser_grid_are_those_of_the_cell_centres():
+    shown = next(iter(scenes("val", 1)))["attributes"]
+    fine, _ = scene_masks(shown, 32, 96)  # cell centres of 32 are among those of 96
+    assert np.array_equal(scene_masks(shown, 32, 32)[0], fine[1::3, 1::3])

@@ -250,3 +250,47 @@ def test_training_resumes_exactly_at_the_border_of_an_epoch(cache: Path, tmp_pat
     assert len(whole.seen) == 12
     assert first.seen + second.seen == whole.seen
     assert torch.equal(whole.weight, second.weight)
+
+
+def moments(images: Tensor) -> Tensor:
+    """Moments [B, 4, 4, 4]: red and green of every other pixel, and logarithms of variances."""
+    means = images[:, :2, ::2, ::2]
+    return torch.cat([means, means * 10 - 20], dim=1)
+
+
+def test_moments_are_kept_in_half_precision(config: DataConfig, tmp_path: Path) -> None:
+    flipped = replace(config, flip=True)
+    summary = write(flipped, tmp_path, moments, num_codes=None)
+    assert summary["num_codes"] is None and summary["count"] == COUNT
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors"))[0] == "00000.moments.safetensors"
+    data = TokenData(
+        tmp_path, batch_size=COUNT, epoch_batches=4, expect=cache_settings(flipped, "abc", None)
+    )
+    web = WebData(flipped, prepare(flipped, tmp_path), batch_size=1)
+    truth = {s["key"]: s["image"][None] for s in web.samples("val")}
+    mirrored = 0
+    for batch in batches(data):
+        assert "tokens" not in batch and batch["moments"].dtype == torch.float32
+        for key, found in zip(batch["key"], batch["moments"], strict=True):
+            plain, other = (moments(x)[0].half().float() for x in (truth[key], truth[key].flip(-1)))
+            assert torch.equal(found, plain) or torch.equal(found, other)
+            mirrored += torch.equal(found, other)
+    assert 0.3 * 4 * COUNT < mirrored < 0.7 * 4 * COUNT
+    with pytest.raises(ValueError, match="made with num_codes=None, not 256"):
+        TokenData(tmp_path, batch_size=1, expect=cache_settings(flipped, "abc", 256))
+
+
+def test_moments_that_half_precision_cannot_hold_are_refused(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    for wrong in (1e6, float("nan")):
+        with pytest.raises(ValueError, match="no finite number of half precision"):
+            write(config, tmp_path, lambda x, w=wrong: moments(x) * w, num_codes=None)
+
+
+def test_rows_are_read_across_files(config: DataConfig, cache: Path) -> None:
+    data = TokenData(cache, batch_size=1)
+    everything = data.tokens  # [23, 4, 4] of four files
+    assert everything.shape == (COUNT, 4, 4)
+    where = np.array([22, 0, 5, 6, 6, 18])
+    np.testing.assert_array_equal(data.stored[where], everything[where])
