@@ -1,13 +1,21 @@
-"""How well a tokenizer gives pictures back: PSNR, SSIM, codebook usage and perplexity."""
+"""How well a tokenizer or a continuous autoencoder gives pictures back, and its codebook's use."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eval.interval import Score, mean_score
-from lightning_modules.common.interfaces import Tokenizer
+from lightning_modules.common.interfaces import Codec
+
+MEANS = {
+    "psnr": "PSNR, dB, 8 bit, at most 100",
+    "ssim": "SSIM, 7x7 uniform window",
+    "l1": "mean absolute error, pictures in [0, 1], 8 bit",
+    "mse": "mean squared error, pictures in [0, 1], 8 bit",
+    "lpips": "LPIPS (VGG16), pictures in [-1, 1]",
+}
 
 
 def psnr(real: Tensor, made: Tensor, data_range: float = 1.0) -> Tensor:
@@ -88,9 +96,10 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def score_reconstructions(
-    tokenizer: Tokenizer,
+    codec: Codec,
     batches: Iterable[Tensor],
     *,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
     resamples: int = 1000,
     seed: int = 0,
@@ -98,55 +107,73 @@ def score_reconstructions(
 ) -> dict[str, Score]:
     """Encode and decode pictures and score what comes back.
 
-    Both sides are rounded to 8 bit and scaled to [0, 1] first, as when a picture is saved. PSNR
-    and SSIM are means of per-picture values.
+    Both sides are rounded to 8 bit and scaled to [0, 1] first, as when a picture is saved; LPIPS
+    sees them as they are. All scores but the codebook's are means of per-picture values.
 
     Args:
-        tokenizer: encodes [B, 3, H, W] in [-1, 1] to tokens and decodes them.
+        codec: encodes [B, 3, H, W] in [-1, 1] and decodes what comes out; with tokens of a
+            codebook it has `num_codes`.
         batches: pictures [B, 3, H, W] float in [-1, 1], batch by batch.
-        device: where the tokenizer lives.
+        lpips: pictures [B, 3, H, W] and reconstructions in [-1, 1] to the distance [B]; None
+            leaves LPIPS out.
+        device: where the codec and LPIPS live.
         resamples: bootstrap draws of the intervals.
         seed: seed of the bootstrap.
         prefix: put before the names.
 
     Returns:
-        Scores `prefix`/psnr, /ssim, /codebook_usage, /codebook_perplexity.
+        Scores `prefix`/psnr, /ssim, /l1, /mse, with `lpips` /lpips, and with a codebook
+        /codebook_usage, /codebook_perplexity.
 
     Raises:
         ValueError: no pictures.
     """
-    psnrs, ssims, counts, pictures = [], [], torch.zeros(tokenizer.num_codes).long(), 0
+    num_codes: int | None = getattr(codec, "num_codes", None)
+    counts = torch.zeros(num_codes or 0, dtype=torch.int64)
+    values: dict[str, list[Tensor]] = {}
     for images in batches:
         images = images.to(device)
-        tokens = tokenizer.encode(images)  # [B, h, w]
-        real, made = _to_eight_bit(images), _to_eight_bit(tokenizer.decode(tokens))
-        psnrs.append(psnr(real, made).cpu())
-        ssims.append(ssim(real, made).cpu())
-        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
-        pictures += len(images)
-    if not pictures:
+        encoded = codec.encode(images)  # tokens [B, h, w], or latents [B, C, h, w]
+        decoded = codec.decode(encoded)
+        real, made = to_eight_bit(images), to_eight_bit(decoded)
+        gap = (real - made).double()
+        found = {
+            # a picture that comes back exactly has infinite PSNR; 8 bit cannot say more than 100 dB
+            "psnr": psnr(real, made).clamp(max=100),
+            "ssim": ssim(real, made),
+            "l1": gap.abs().mean(dim=(1, 2, 3)),
+            "mse": gap.square().mean(dim=(1, 2, 3)),
+        }
+        if lpips is not None:
+            found["lpips"] = lpips(images, decoded)
+        for name, row in found.items():
+            values.setdefault(name, []).append(row.flatten().cpu())
+        if num_codes is not None:
+            counts += torch.bincount(encoded.flatten().cpu(), minlength=num_codes)
+    if not values:
         raise ValueError("a tokenizer is scored on at least one picture, got none")
-    usage, perplexity = codebook_use(counts)
-    # a picture that comes back exactly has infinite PSNR; 8 bit cannot say more than 100 dB
-    per_picture = torch.cat(psnrs).clamp(max=100)
-    chance = {"resamples": resamples, "seed": seed}
-    codes = {"n": pictures, "low": None, "high": None, "codes": len(counts)}
-    return {
-        f"{prefix}/psnr": mean_score(
-            per_picture, **chance, model="mean of per-picture PSNR, dB, 8 bit, at most 100"
-        ),
-        f"{prefix}/ssim": mean_score(
-            torch.cat(ssims), **chance, model="mean of per-picture SSIM, 7x7 uniform window"
-        ),
-        f"{prefix}/codebook_usage": {
+    scores = {
+        f"{prefix}/{name}": mean_score(
+            torch.cat(rows),
+            resamples=resamples,
+            seed=seed,
+            model=f"mean of per-picture {MEANS[name]}",
+        )
+        for name, rows in values.items()
+    }
+    if num_codes is not None:
+        usage, perplexity = codebook_use(counts)
+        pictures = scores[f"{prefix}/psnr"]["n"]
+        codes = {"n": pictures, "low": None, "high": None, "codes": num_codes}
+        scores[f"{prefix}/codebook_usage"] = {
             "value": usage, **codes, "model": "share of codes that occur in the set"
-        },
-        f"{prefix}/codebook_perplexity": {
+        }  # fmt: skip
+        scores[f"{prefix}/codebook_perplexity"] = {
             "value": perplexity, **codes, "model": "exp of the entropy of the code histogram"
-        },
-    }  # fmt: skip
+        }  # fmt: skip
+    return scores
 
 
-def _to_eight_bit(images: Tensor) -> Tensor:
+def to_eight_bit(images: Tensor) -> Tensor:
     """Round [-1, 1] to the 256 levels of a saved picture, as numbers in [0, 1]."""
     return ((images + 1) * 127.5).round().clamp(0, 255) / 255

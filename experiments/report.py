@@ -97,6 +97,19 @@ METRICS = {
     "clip_scenes_real": Metric("CLIP scenes, real", "the same for real pictures"),
     "psnr": Metric("PSNR", "dB; higher is better"),
     "ssim": Metric("SSIM", "structural similarity, at most 1; higher is better"),
+    "l1": Metric("L1", "mean absolute error of pictures in [0, 1]; lower is better"),
+    "mse": Metric("MSE", "mean squared error of pictures in [0, 1]; lower is better"),
+    "lpips": Metric("LPIPS", "perceptual distance in VGG16; lower is better"),
+    "rfd_scenes": Metric(
+        "rFD scenes",
+        "Frechet distance of reconstructions to their originals in the judge's features",
+    ),
+    "sigma2_object": Metric(
+        "sigma², objects", "spread of latents within a thing; lower is compacter"
+    ),
+    "rho_object": Metric("rho, objects", "how far things lie apart in latents; higher is better"),
+    "sigma2_part": Metric("sigma², parts", "the same within half a thing"),
+    "rho_part": Metric("rho, parts", "the same between the halves of a thing"),
     "codebook_usage": Metric("Codebook usage", "codes that occur at all", True),
     "codebook_perplexity": Metric("Codebook perplexity", "codes in effective use"),
 }
@@ -105,6 +118,7 @@ SPLITS = {
     "val": "Val",
     "heldout": "Heldout: combinations never seen in training",
     "tokenizer": "Tokenizer: reconstructions of val",
+    "autoencoder": "Autoencoder: reconstructions of val",
 }
 
 
@@ -131,6 +145,7 @@ def page(report: Report) -> str:
         _header(report),
         _headline(report.scores),
         _attributes(report.scores),
+        _scans(report.scores),
         *_prompts(report.cards),
         _traces(report.traces),
         _curves(report.curves),
@@ -138,6 +153,11 @@ def page(report: Report) -> str:
         _repeat(report),
         _config(report),
     ]
+    return document(report.title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Return a whole page made of parts, of which empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -145,7 +165,7 @@ def page(report: Report) -> str:
         # nothing may be loaded, whatever a prompt or a note contains
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
@@ -162,7 +182,8 @@ def _header(report: Report) -> str:
     )
 
 
-def _section(title: str, body: str, about: str = "") -> str:
+def section(title: str, body: str, about: str = "") -> str:
+    """Return a part of a page under its title, `about` in small letters between them."""
     intro = f"<p class=muted>{escape(about)}</p>" if about else ""
     return f"<section><h2>{escape(title)}</h2>{intro}{body}</section>"
 
@@ -170,9 +191,8 @@ def _section(title: str, body: str, about: str = "") -> str:
 def _headline(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Tiles of the scores that are not part of another, split by split."""
     tiles: dict[str, str] = {}
-    for name in scores:
-        if not _parent(name, scores) and not _companion(name, scores):
-            tiles[_split(name)] = tiles.get(_split(name), "") + _tile(name, scores)
+    for name in main_scores(scores):
+        tiles[_split(name)] = tiles.get(_split(name), "") + _tile(name, scores)
     if not tiles:
         return ""
     body = ""
@@ -180,7 +200,7 @@ def _headline(scores: Mapping[str, Mapping[str, Any]]) -> str:
         title = "" if len(tiles) == 1 else f"<h3>{escape(SPLITS.get(split, split))}</h3>"
         body += f"{title}<dl class=tiles>{inside}</dl>"
     about = "With the 95 % interval and the number of samples."
-    return _section("Scores", body + _all_scores(scores), about)
+    return section("Scores", body + _all_scores(scores), about)
 
 
 def _tile(name: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -213,13 +233,19 @@ def _all_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
         low, high = score.get("low"), score.get("high")
         cells.append("" if low is None else f"{_number(low)} to {_number(high)}")
         rows.append([*cells, str(score.get("n", "")), more])
-    table = _table(["score", "value", "95 % interval", "n", "made with"], rows, numbers=(1, 2, 3))
+    table = html_table(
+        ["score", "value", "95 % interval", "n", "made with"], rows, numbers=(1, 2, 3)
+    )
     return f"<details><summary>All scores as stored</summary>{table}</details>"
 
 
 def _attributes(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of the scores that are parts of another, one column per split."""
-    parts = {name: parent for name in scores if (parent := _parent(name, scores))}
+    parts = {
+        name: parent
+        for name in scores
+        if (parent := _parent(name, scores)) and not scan_point(name)
+    }
     if not parts:
         return ""
     splits = list(dict.fromkeys(_split(p) for p in parts.values()))
@@ -236,8 +262,63 @@ def _attributes(scores: Mapping[str, Mapping[str, Any]]) -> str:
         [f"{label}: {part}" if several else part, *(cells.get(s, "") for s in splits)]
         for (label, part), cells in rows.items()
     ]
-    table = _table(["attribute", *splits], body, numbers=range(1, len(splits) + 1))
-    return _section("By attribute", table, "Share that is right, with its 95 % interval.")
+    table = html_table(["attribute", *splits], body, numbers=range(1, len(splits) + 1))
+    return section("By attribute", table, "Share that is right, with its 95 % interval.")
+
+
+def _scans(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Charts of the scores that were measured again at several values of something."""
+    charts = ""
+    for (score, what), points in scans(scores).items():
+        metric = _metric(score)
+        title = f"{metric.label} against {what}"
+        line = [(x, scores[name]["value"]) for x, name in points]
+        charts += (
+            f"<figure class=chart><figcaption>{escape(title)}</figcaption>"
+            f"{_chart(metric.label, {metric.label: line}, what)}</figure>"
+        )
+    about = "Strength of the noise that was added to latents before they were decoded."
+    return section("Smoothness of the latents", f"<div class=charts>{charts}</div>",
+                   about) if charts else ""  # fmt: skip
+
+
+def scan_point(name: str) -> tuple[str, str, float] | None:
+    """Take apart the name of a score at one value of something: a/b/noise=0.1 -> a/b, noise, 0.1.
+
+    None for any other name.
+    """
+    score, _, point = name.rpartition("/")
+    what, equals, value = point.partition("=")
+    return (score, what, float(value)) if equals else None
+
+
+def scans(
+    scores: Mapping[str, Mapping[str, Any]],
+) -> dict[tuple[str, str], list[tuple[float, str]]]:
+    """Collect scores at several values of something; the score without a value stands at 0.
+
+    Returns:
+        {(score, what): [(value, name of the score there), ...] in order of the values}.
+    """
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for name in scores:
+        if point := scan_point(name):
+            score, what, value = point
+            found.setdefault((score, what), []).append((value, name))
+    for (score, _), points in found.items():
+        if score in scores:
+            points.append((0.0, score))
+        points.sort()
+    return found
+
+
+def main_scores(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the scores that are no part, floor or scan of another, in their order."""
+    return [
+        name
+        for name in scores
+        if not (_parent(name, scores) or _companion(name, scores) or scan_point(name))
+    ]
 
 
 def _prompts(cards: Sequence[Card]) -> list[str]:
@@ -250,7 +331,7 @@ def _prompts(cards: Sequence[Card]) -> list[str]:
         about = f"{sum(judged)} of the {len(judged)} shown here are right." if judged else ""
         body = "".join(_card(card) for card in chosen)
         title = titles.get(split, f"Prompts: {split}")
-        sections.append(_section(title, f"<div class=cards>{body}</div>", about))
+        sections.append(section(title, f"<div class=cards>{body}</div>", about))
     return sections
 
 
@@ -261,7 +342,7 @@ def _card(card: Card) -> str:
     seed = f"<span class=muted>seed {card.seed}</span>" if card.seed is not None else ""
     detail = f"<p class=detail>{escape(card.detail)}</p>" if verdict == "wrong" else ""
     return (
-        f'<figure class="card {verdict}">{_img(card.image, card.prompt)}'
+        f'<figure class="card {verdict}">{picture_tag(card.image, card.prompt)}'
         f"<figcaption><p>{escape(card.prompt)}</p>{detail}"
         f"<p class=line>{mark}{seed}</p></figcaption></figure>"
     )
@@ -275,7 +356,7 @@ def _traces(traces: Sequence[Trace]) -> str:
         alt = f"Steps of: {trace.prompt}. Tokens changed at each step: {counts}"
         figures.append(
             f"<figure class=trace><figcaption>{escape(trace.prompt)}</figcaption>"
-            f"<div class=wide>{_img(trace.strip, alt)}</div>"
+            f"<div class=wide>{picture_tag(trace.strip, alt)}</div>"
             f"<p class=muted>Tokens changed at each step{of}: {counts}</p></figure>"
         )
     about = (
@@ -284,7 +365,7 @@ def _traces(traces: Sequence[Trace]) -> str:
     )
     title = "How tokens change from first to last step"
     body = f"<div class=traces>{''.join(figures)}</div>"
-    return _section(title, body, about) if figures else ""
+    return section(title, body, about) if figures else ""
 
 
 def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -301,10 +382,12 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         for quantity, lines in charts.items()
     )
     title = "Loss curve" if list(charts) == ["loss"] else "Training curves"
-    return _section(title, f"<div class=charts>{body}</div>") if body else ""
+    return section(title, f"<div class=charts>{body}</div>") if body else ""
 
 
-def _chart(quantity: str, lines: Mapping[str, list[tuple[float, float]]]) -> str:
+def _chart(
+    quantity: str, lines: Mapping[str, list[tuple[float, float]]], over: str = "training steps"
+) -> str:
     """An SVG of at most five lines: axes with round numbers, a legend, each line's last value."""
     width, height, left, right, top, bottom = 440, 240, 46, 12, 26, 24
     xs = [x for points in lines.values() for x, _ in points]
@@ -343,7 +426,7 @@ def _chart(quantity: str, lines: Mapping[str, list[tuple[float, float]]]) -> str
     ends = "; ".join(f"{n} ends at {_number(p[-1][1])}" for n, p in lines.items())
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(f"{quantity} over training steps; {ends}")}">{"".join(shapes)}</svg>'
+        f'aria-label="{escape(f"{quantity} over {over}; {ends}")}">{"".join(shapes)}</svg>'
     )
 
 
@@ -370,15 +453,15 @@ def _reconstructions(given: list[tuple[Picture, Picture]] | Picture | None) -> s
     if given is None or (isinstance(given, list) and not given):
         return ""
     if not isinstance(given, list):
-        body = f"<div class=wide>{_img(given, 'Pictures and their reconstructions')}</div>"
-        return _section("Reconstructions", body, "What the tokenizer keeps of a picture.")
+        body = f"<div class=wide>{picture_tag(given, 'Pictures and their reconstructions')}</div>"
+        return section("Reconstructions", body, "What is kept of a picture.")
     pairs = "".join(
-        f"<figure class=pair>{_img(real, f'original {i}')}{_img(made, f'reconstruction {i}')}"
-        "</figure>"
+        f"<figure class=pair>{picture_tag(real, f'original {i}')}"
+        f"{picture_tag(made, f'reconstruction {i}')}</figure>"
         for i, (real, made) in enumerate(given, 1)
     )
-    about = "What the tokenizer keeps of a picture: the original left, its reconstruction right."
-    return _section("Reconstructions", f"<div class=pairs>{pairs}</div>", about)
+    about = "What is kept of a picture: the original left, its reconstruction right."
+    return section("Reconstructions", f"<div class=pairs>{pairs}</div>", about)
 
 
 def _repeat(report: Report) -> str:
@@ -388,20 +471,23 @@ def _repeat(report: Report) -> str:
         rows = [
             [s.name, "reused" if s.reused else _duration(s.seconds), s.key] for s in report.stages
         ]
-        body += _table(["stage", "time", "key"], [*rows, ["all", _duration(total), ""]], (1,))
+        body += html_table(["stage", "time", "key"], [*rows, ["all", _duration(total), ""]], (1,))
     if report.files:
-        body += _table(["file", "path"], [[name, str(p)] for name, p in report.files.items()])
-    return _section("Run it again", body)
+        body += html_table(["file", "path"], [[name, str(p)] for name, p in report.files.items()])
+    return section("Run it again", body)
 
 
 def _config(report: Report) -> str:
     if not report.config_yaml:
         return ""
     yaml = f"<pre>{escape(report.config_yaml)}</pre>"
-    return _section("Settings", f"<details><summary>Resolved config</summary>{yaml}</details>")
+    return section("Settings", f"<details><summary>Resolved config</summary>{yaml}</details>")
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+def html_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
+) -> str:
+    """Return a table of plain texts; the columns in `numbers` are aligned to the right."""
     right = set(numbers)
 
     def cell(tag: str, i: int, text: str) -> str:
@@ -420,7 +506,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterabl
     )
 
 
-def _img(picture: Picture, alt: str) -> str:
+def picture_tag(picture: Picture, alt: str) -> str:
     """Embed a picture; a small one is enlarged by the browser without smoothing."""
     if isinstance(picture, Path):
         with Image.open(picture) as opened:

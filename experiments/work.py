@@ -290,7 +290,7 @@ class Work:
                 [module.decode(module.encode(b.to(self.device))).cpu() for b in batches]
             )
             prefix = "eval" if samples is None else "tokenizer"
-            chance = {"resamples": e.bootstrap, "seed": e.seed}
+            chance: dict[str, Any] = {"resamples": e.bootstrap, "seed": e.seed}
             scores = score_reconstructions(
                 module, batches, device=self.device, prefix=prefix, **chance
             )

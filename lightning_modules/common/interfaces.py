@@ -1,8 +1,28 @@
-"""What generators, the cache and the scores may ask of a tokenizer."""
+"""What generators, the cache and the scores may ask of a tokenizer or an autoencoder."""
 
 from typing import Protocol
 
 from torch import Tensor
+
+
+class Codec(Protocol):
+    """Images to a small grid and back: of tokens, or of latents that a continuous autoencoder has.
+
+    A codec of tokens is a `Tokenizer` and has `num_codes`; a continuous one has no such attribute.
+    """
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token along a side."""
+        ...
+
+    def encode(self, images: Tensor, /) -> Tensor:
+        """Map images [B, 3, H, W] in [-1, 1] to tokens [B, h, w] or latents [B, C, h, w]."""
+        ...
+
+    def decode(self, encoded: Tensor, /) -> Tensor:
+        """Map tokens or latents to images [B, 3, h*factor, w*factor] in [-1, 1]."""
+        ...
 
 
 class Tokenizer(Protocol):

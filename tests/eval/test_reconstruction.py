@@ -78,3 +78,33 @@ def test_scores_of_a_tokenizer_do_not_depend_on_the_batches() -> None:
     assert psnr_score["n"] == 4 and "PSNR" in psnr_score["model"]
     with pytest.raises(ValueError, match="at least one picture"):
         score_reconstructions(GreyTokenizer(), [])
+
+
+class Dimmed:
+    """A continuous autoencoder that keeps all but a little of the brightness."""
+
+    factor = 1
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents - 0.2
+
+
+def test_a_continuous_autoencoder_has_no_codebook() -> None:
+    images = torch.zeros(3, 3, 8, 8)
+    seen = []
+
+    def lpips(real: Tensor, made: Tensor) -> Tensor:
+        seen.append((float(real.mean()), float(made.mean())))
+        return torch.full((len(real), 1, 1, 1), 0.25)
+
+    scores = score_reconstructions(Dimmed(), images.split(2), lpips=lpips, resamples=10)
+    assert list(scores) == [f"eval/{n}" for n in ("psnr", "ssim", "l1", "mse", "lpips")]
+    step = 26 / 255  # 0 becomes 128 of 255, -0.2 becomes 102
+    assert scores["eval/l1"]["value"] == pytest.approx(step, rel=1e-6)
+    assert scores["eval/mse"]["value"] == pytest.approx(step**2, rel=1e-6)
+    assert scores["eval/psnr"]["value"] == pytest.approx(-20 * math.log10(step), rel=1e-6)
+    assert scores["eval/lpips"]["value"] == 0.25 and scores["eval/lpips"]["n"] == 3
+    assert seen == [(0.0, pytest.approx(-0.2))] * 2

@@ -1,0 +1,284 @@
+"""How latents are made: smooth under noise, compact within a thing, apart between things.
+
+Latent smoothness: Frechet distance of reconstructions to their originals against the strength of
+noise in the latents (LDMAE, arXiv 2507.09984, Fig. 6; robustness test of its released code), here
+in the features of the scenes' judge.
+
+Perceptual compression (Fig. 7 there): sigma^2, the spread of latents within a region, and rho, how
+far regions lie apart. The paper's formulas are published nowhere that could be reached; the
+definition here is this project's own. With every channel divided by its standard deviation over
+the data, and the C channels of the tokens of region k of a picture having mean mu_k and mean
+squared distance to it v_k C:
+
+    sigma^2 = mean of v_k over all regions of all pictures,
+    rho = mean of |mu_i - mu_j|^2 / C / ((v_i + v_j) / 2) over all pairs of regions of a picture.
+
+A token belongs to the region that holds its centre; regions of fewer than `least` tokens are left
+out. At the level of objects the regions of a picture are its things and the background; at the
+level of parts every thing is a picture of its own, whose regions are its upper and lower half.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.scenes import scene_masks
+from eval.frechet import FeatureStats, frechet_distance
+from eval.interval import Score, mean_score, normal_score
+from eval.judge_network import Judge
+from eval.reconstruction import psnr, to_eight_bit
+from lightning_modules.common.seeding import mix_seed
+
+LEVELS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)
+NO_SPREAD = 1e-12  # of channels of unit variance: below it, rounding is all that is left
+
+
+def perturb(latents: Tensor, noise: Tensor, std: Tensor, level: float) -> Tensor:
+    """Return z + e n std_c, the latents of the smoothness test.
+
+    Args:
+        latents: [B, C, h, w], means of posteriors.
+        noise: [B, C, h, w] standard normal.
+        std: C numbers in any shape: the channels' standard deviation over sampled latents.
+        level: e, at least 0.
+    """
+    return latents + level * noise * std.reshape(1, -1, 1, 1)
+
+
+def score_smoothness(
+    decode: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    std: Tensor,
+    images: Tensor,
+    *,
+    judge: Judge | None = None,
+    levels: Sequence[float] = LEVELS,
+    batch_size: int = 64,
+    prefix: str = "eval",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Score reconstructions of latents to which noise was added.
+
+    Every picture has one noise, the same at all levels, drawn from the seed and its place.
+
+    Args:
+        decode: latents [B, C, h, w] to images [B, 3, H, W] in [-1, 1].
+        latents: [N, C, h, w] means of the posteriors, where `decode` works.
+        std: C numbers: the channels' standard deviation over sampled training latents.
+        images: [N, 3, H, W] the originals in [-1, 1].
+        judge: whose features span the space of the Frechet distance; None leaves that out.
+        levels: strengths of the noise.
+        batch_size: latents decoded at once; without influence on the result.
+        prefix: put before the names.
+        resamples: bootstrap draws of the PSNR's interval; a fifth of it for the Frechet distance.
+        seed: seed of the noise and of the bootstrap.
+
+    Returns:
+        `prefix`/rfd_scenes/noise=E (with a judge) and `prefix`/psnr/noise=E for every level E;
+        level 0 is called rfd_scenes and psnr alone, and so has no PSNR here.
+
+    Raises:
+        ValueError: latents and images that do not pair up, or fewer than 2.
+    """
+    count = len(images)
+    if len(latents) != count or count < 2:
+        raise ValueError(f"{len(latents)} latents and {count} pictures: at least 2 of both, alike")
+    noise = torch.stack(
+        [
+            torch.randn(
+                latents.shape[1:], generator=torch.Generator().manual_seed(mix_seed(seed, i))
+            )
+            for i in range(count)
+        ]
+    ).to(latents)
+    real = to_eight_bit(images.cpu())
+    original = None if judge is None else _features(judge, real)
+    chance = {"resamples": resamples, "seed": seed}
+    scores: dict[str, Score] = {}
+    for level in levels:
+        moved = perturb(latents, noise, std.to(latents), level)
+        made = to_eight_bit(torch.cat([decode(part).cpu() for part in moved.split(batch_size)]))
+        end = f"/noise={level:g}" if level else ""
+        if judge is not None and original is not None:
+            scores[f"{prefix}/rfd_scenes{end}"] = paired_frechet(
+                _features(judge, made), original, resamples=max(2, resamples // 5), seed=seed,
+                model=judge.name, reference="the originals", noise=level,
+            )  # fmt: skip
+        if level:
+            scores[f"{prefix}/psnr{end}"] = mean_score(
+                psnr(real, made).clamp(max=100), **chance, noise=level,
+                model="mean of per-picture PSNR, dB, 8 bit, at most 100",
+            )  # fmt: skip
+    return scores
+
+
+def paired_frechet(made: Tensor, real: Tensor, **what: Any) -> Score:
+    """Return the Frechet distance of features [n, d] to those [n, d] of their originals.
+
+    The interval is that of pictures drawn together with their originals.
+    """
+    a, b = made.double(), real.double()
+
+    def distance(index: np.ndarray) -> float:
+        rows = torch.from_numpy(index)
+        return frechet_distance(FeatureStats.of(a[rows]), FeatureStats.of(b[rows]))
+
+    return normal_score(distance(np.arange(len(a))), len(a), distance, **what)
+
+
+def _features(judge: Judge, images: Tensor) -> Tensor:
+    return judge.read((images * 255).round().to(torch.uint8))[1]
+
+
+class Regions(NamedTuple):
+    """What is known of the regions of N pictures, of which each has up to K."""
+
+    counts: Tensor
+    """[N, K] tokens."""
+    means: Tensor
+    """[N, K, C] mu_k."""
+    spreads: Tensor
+    """[N, K] v_k, the mean squared distance to mu_k per channel."""
+
+
+def regions(latents: Tensor, labels: Tensor) -> Regions:
+    """Collect the regions of pictures.
+
+    Args:
+        latents: [N, C, h, w], channels divided by their standard deviation.
+        labels: [N, h, w] int64, the region of each token, below 0 = none.
+    """
+    z = latents.flatten(2).double().transpose(1, 2)  # [N, T, C]
+    flat = labels.flatten(1).clamp(min=-1).to(z.device) + 1
+    number = int(flat.max()) if flat.numel() else 0
+    member = F.one_hot(flat, number + 1)[:, :, 1:].double()  # [N, T, K]
+    counts = member.sum(dim=1)  # [N, K]
+    several = counts.clamp(min=1)
+    means = torch.einsum("ntk,ntc->nkc", member, z) / several[:, :, None]
+    own = torch.einsum("ntk,nkc->ntc", member, means)  # the mean of each token's own region
+    squares = (z - own).square().mean(dim=2)  # [N, T]
+    spreads = torch.einsum("ntk,nt->nk", member, squares) / several
+    return Regions(counts, means, spreads)
+
+
+def compression(found: Regions, least: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the terms of sigma^2 and rho picture by picture, by the definition of this module.
+
+    Pairs of regions of which neither has any spread are left out.
+
+    Args:
+        found: the regions of N pictures.
+        least: fewest tokens of a region that counts.
+
+    Returns:
+        {"sigma2": ..., "rho": ...}, each the sum [N] of a picture's terms and their number [N],
+        float64.
+    """
+    counts, means, spreads = found
+    there = counts >= least  # [N, K]
+    i, j = torch.triu_indices(counts.shape[1], counts.shape[1], offset=1, device=counts.device)
+    gaps = (means[:, i] - means[:, j]).square().mean(dim=2)  # [N, pairs]
+    within = (spreads[:, i] + spreads[:, j]) / 2
+    pairs = there[:, i] & there[:, j] & (within > NO_SPREAD)
+    ratios = torch.where(pairs, gaps / within.clamp(min=NO_SPREAD), 0.0)
+    return {
+        "sigma2": ((spreads * there).sum(dim=1), there.sum(dim=1).double()),
+        "rho": (ratios.sum(dim=1), pairs.sum(dim=1).double()),
+    }
+
+
+def score_compression(
+    latents: Tensor,
+    attributes: Sequence[Mapping[str, Any]],
+    resolution: int,
+    *,
+    least: int | None = None,
+    prefix: str = "eval",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Score the perceptual compression of latents of scenes, whose masks are exact.
+
+    Args:
+        latents: [N, C, h, h], channels divided by their standard deviation over the data.
+        attributes: N attributes of scenes, as samples hold them.
+        resolution: width and height of the pictures in pixels.
+        least: fewest tokens of a region that counts; by default 8 on a grid of 32 x 32 tokens, in
+            proportion on others, at least 2.
+        prefix: put before the names.
+        resamples: bootstrap draws of pictures behind the intervals.
+        seed: seed of the bootstrap.
+
+    Returns:
+        `prefix`/sigma2_object, /rho_object, /sigma2_part, /rho_part; a level at which no picture
+        has regions (or pairs of them) is left out.
+
+    Raises:
+        ValueError: another number of attributes than of latents.
+    """
+    if len(attributes) != len(latents):
+        raise ValueError(f"{len(latents)} latents and {len(attributes)} scenes do not pair up")
+    side = latents.shape[-1]
+    least = max(2, round(8 * side * side / 1024)) if least is None else least
+    masks = [scene_masks(dict(a), resolution, side) for a in attributes]
+    # [N, h, w], and for each thing of each picture [h, w] with the number of the picture
+    things = torch.from_numpy(np.stack([m[0] for m in masks]))
+    halves = [
+        (i, torch.from_numpy(np.where(m[0] == number, m[1], 0) - 1))
+        for i, m in enumerate(masks)
+        for number in range(1, len(attributes[i]["things"]) + 1)
+    ]
+    picture = torch.tensor([i for i, _ in halves])
+    found = {
+        "object": (torch.arange(len(things)), regions(latents, things)),
+        "part": (picture, regions(latents[picture.to(latents.device)],
+                                  torch.stack([h for _, h in halves]))),
+    }  # fmt: skip
+    about = {
+        "object": f"things and background, of at least {least} of {side}x{side} tokens",
+        "part": f"upper and lower half of a thing, of at least {least} of {side}x{side} tokens",
+    }
+    scores: dict[str, Score] = {}
+    for level, (owner, region) in found.items():
+        for name, (sums, numbers) in compression(region, least).items():
+            total = torch.zeros(2, len(latents), dtype=torch.float64)
+            total.index_add_(1, owner, torch.stack([sums, numbers]).cpu())
+            if total[1].sum() > 0:
+                scores[f"{prefix}/{name}_{level}"] = ratio_score(
+                    *total.numpy(), resamples=resamples, seed=seed,
+                    model="own definition (eval/latents.py), " + about[level],
+                )  # fmt: skip
+    return scores
+
+
+def ratio_score(
+    sums: np.ndarray, numbers: np.ndarray, *, resamples: int = 1000, seed: int = 0, **what: Any
+) -> Score:
+    """Return the mean of terms that come in groups, with its interval over groups.
+
+    Args:
+        sums: [n] sum of the terms of each group (picture).
+        numbers: [n] how many they are, 0 for groups without any.
+        resamples: bootstrap draws of groups.
+        seed: seed of the draws.
+        what: what the score is, stored beside it.
+
+    Returns:
+        {"value", "low", "high", "n", "terms", **what}; n counts the groups that have terms.
+    """
+    there = numbers > 0
+    sums, numbers = sums[there], numbers[there]
+    n = len(sums)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, n, n) for _ in range(resamples))
+    means = [sums[index].sum() / numbers[index].sum() for index in draws]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "value": float(sums.sum() / numbers.sum()), "low": float(low), "high": float(high),
+        "n": n, "terms": int(numbers.sum()), "resamples": resamples, "seed": seed, **what,
+    }  # fmt: skip
