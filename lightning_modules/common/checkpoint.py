@@ -88,7 +88,43 @@ def load_foreign(path: Path | str) -> dict[str, Tensor]:
         FileNotFoundError: no such file, or a folder without weights.
         ValueError: a file without tensors.
     """
-    path = Path(path)
+    content = _load_any(Path(path))
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    state = _tensors(content)
+    if not state:
+        raise ValueError(f"{path} holds no tensors")
+    return state
+
+
+def load_entries(path: Path | str) -> dict[str, dict[str, Tensor]]:
+    """Read the state dicts of an official training file by the names of their entries.
+
+    Returns:
+        Tensors by entry (`model`, `ema`, ...) and by foreign name; the bare tensors of a file, if
+        it has any, under the empty name. Read as safely as `load_foreign` does.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without weights.
+    """
+    content = _load_any(Path(path))
+    parts = content if isinstance(content, Mapping) else {}
+    found = {str(k): _tensors(v) for k, v in parts.items() if isinstance(v, Mapping)}
+    return {k: v for k, v in {"": _tensors(content), **found}.items() if v}
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors of a mapping, without the `module.` that all of their names may begin with."""
+    entries = content if isinstance(content, Mapping) else {}
+    state = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
+    if all(k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    return state
+
+
+def _load_any(path: Path) -> Any:
+    """What a foreign file, or the weights file of a folder, holds."""
     if path.is_dir():
         candidates = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
         if not candidates:
@@ -96,17 +132,7 @@ def load_foreign(path: Path | str) -> dict[str, Tensor]:
         path = candidates[-1] if candidates[-1].suffix == ".safetensors" else candidates[0]
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    content: Any = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    entries = content if isinstance(content, Mapping) else {}
-    state = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
-    if not state:
-        raise ValueError(f"{path} holds no tensors")
-    if all(k.startswith("module.") for k in state):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-    return state
+    return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
 
 
 def _load_pickle(path: Path) -> Any:

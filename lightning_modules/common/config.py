@@ -9,8 +9,9 @@ from typing import Literal
 class TextConfig:
     """How captions become vectors."""
 
-    name: Literal["bytes", "byt5", "open_clip"] = "bytes"
-    """bytes: trained with the generator; byt5: frozen ByT5 and open_clip; open_clip: it alone."""
+    name: Literal["bytes", "byt5", "open_clip", "clip"] = "bytes"
+    """bytes: trained with the generator; byt5: frozen ByT5 and open_clip; open_clip: its pooled
+    vectors alone; clip: hidden states of a frozen CLIP text transformer."""
     width: int = 128
     """bytes: width of the encoder and of its output vectors."""
     layers: int = 1
@@ -20,18 +21,31 @@ class TextConfig:
     max_length: int = 64
     """Longest text in tokens (bytes: words; byt5: bytes); the rest is cut."""
     path: str = "google/byt5-xl"
-    """byt5: folder or hub name of the T5 encoder."""
+    """byt5: folder or hub name of the T5 encoder. clip: that of the CLIP text model, such as
+    openai/clip-vit-base-patch32, or a file of OpenAI's weights."""
     mask_padding: bool = True
     """byt5: hide padding from the generator; false attends to it, as the released code does."""
     clip: str | None = "ViT-H-14"
     """byt5, open_clip: model of the pooled text and image vectors; null leaves them out."""
     clip_pretrained: str = "laion2b_s32b_b79k"
     """byt5, open_clip: tag or weights file of the open_clip model."""
+    hidden_state: int = -1
+    """clip: -1 is the last hidden state, behind the final norm; -2 the one before, not normed."""
+    unit_norm: bool = True
+    """clip: divide every token vector by its L2 norm."""
+    projected: bool = False
+    """clip: also give the projected vector of the end token, as the pooled one."""
+    pad_id: int = 0
+    """clip: token id that fills a text up to the model's length; padding is never hidden."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "buckets", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_state >= 0:
+            raise ValueError(f"hidden_state counts from the end, got {self.hidden_state}")
+        if self.pad_id < 0:
+            raise ValueError(f"pad_id must be at least 0, got {self.pad_id}")
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width must be even and at least 2, got {self.width}")
 

@@ -2,14 +2,17 @@
 
 import logging
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lightning_modules.common.checkpoint import load_foreign, load_strict
 from lightning_modules.common.config import TextConfig
 
 
@@ -200,4 +203,146 @@ class ByT5Encoder:
         return self._clip.encode_images(images)
 
 
-TEXT_ENCODERS = {"bytes": ByteEncoder, "byt5": ByT5Encoder, "open_clip": OpenClipEncoder}
+CLIP_END = 49407
+
+
+def clip_token_ids(captions: list[str], length: int, pad_id: int = 0) -> Tensor:
+    """Tokenize as OpenAI's CLIP does: lower case, byte pairs, start 49406, end 49407.
+
+    Args:
+        captions: B texts; one that is too long is cut and keeps the end token.
+        length: tokens per row, start and end among them.
+        pad_id: what stands behind the end token.
+
+    Returns:
+        [B, length] int64.
+    """
+    import open_clip
+
+    ids = open_clip.tokenize(captions, context_length=length)
+    padding = (ids == CLIP_END).flip(1).cumsum(1).flip(1) == 0  # no end token here or further on
+    return ids.masked_fill(padding, pad_id)
+
+
+def openai_clip_text(state: Mapping[str, Tensor]) -> Any:
+    """Build the text transformer of transformers from OpenAI's tensors.
+
+    Args:
+        state: token_embedding.weight, positional_embedding, transformer.resblocks.*, ln_final.*
+            and text_projection; others (the image side) are ignored.
+
+    Returns:
+        A CLIPTextModelWithProjection in float32, with heads 64 wide and QuickGELU.
+
+    Raises:
+        ValueError: a tensor is missing or of wrong shape.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    state = {k: v.float() for k, v in state.items() if v.is_floating_point()}
+    layers = len({k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")})
+    try:
+        tokens, positions = state["token_embedding.weight"], state["positional_embedding"]
+        own = {
+            "text_model.embeddings.token_embedding.weight": tokens,
+            "text_model.embeddings.position_embedding.weight": positions,
+            "text_projection.weight": state["text_projection"].T,
+        }
+        for kind in ("weight", "bias"):
+            own[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+            for i in range(layers):
+                layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+                joint = state[f"{block}.attn.in_proj_{kind}"]
+                for name, part in zip("qkv", joint.chunk(3), strict=True):
+                    own[f"{layer}.self_attn.{name}_proj.{kind}"] = part
+                for ours, theirs in _OPENAI_LAYER.items():
+                    own[f"{layer}.{ours}.{kind}"] = state[f"{block}.{theirs}.{kind}"]
+    except KeyError as error:
+        raise ValueError(f"these are no weights of OpenAI's CLIP: there is no {error}") from error
+    width = tokens.shape[1]
+    config = CLIPTextConfig(
+        vocab_size=tokens.shape[0],
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=own["text_projection.weight"].shape[0],
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        max_position_embeddings=positions.shape[0],
+    )
+    model = CLIPTextModelWithProjection(config)
+    load_strict(model, own, "OpenAI's CLIP")
+    return model
+
+
+_OPENAI_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+class ClipTextEncoder:
+    """Frozen hidden states of a CLIP text transformer, padding included, loaded at first use.
+
+    VQ-Diffusion: the last hidden states behind the final norm, without the projection, each token
+    divided by its L2 norm. Texts are padded to the model's length and nothing is masked.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+        self._model: Any = None
+
+    @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
+    def _load(self, device: torch.device) -> None:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        path = self.config.path
+        projected = self.config.projected
+        try:
+            if Path(path).is_file():
+                model = openai_clip_text(load_foreign(path))
+                model = model if projected else model.text_model
+            else:
+                kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+                model = kind.from_pretrained(path, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text.path={path} is neither a folder with a CLIP text model, nor a file of "
+                "OpenAI's weights, nor a hub name that can be reached; download "
+                f"openai/clip-vit-base-patch32 and name its folder ({str(error).splitlines()[0]})"
+            ) from error
+        self.use(model, device)
+
+    def use(self, model: Any, device: torch.device) -> None:
+        """Take a CLIPTextModel or CLIPTextModelWithProjection that is there already."""
+        self._model = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions to tokens [B, L, D] float32, L the model's length, and pooled [B, P]."""
+        if self._model is None:
+            self._load(device)
+        length = self._model.config.max_position_embeddings
+        return self.states(clip_token_ids(captions, length, self.config.pad_id).to(device))
+
+    @torch.no_grad()
+    def states(self, ids: Tensor) -> Condition:
+        """Encode token ids [B, L] as `__call__` encodes captions."""
+        found = self._model(input_ids=ids, output_hidden_states=self.config.hidden_state != -1)
+        if self.config.hidden_state == -1:
+            tokens = found.last_hidden_state
+        else:
+            tokens = found.hidden_states[self.config.hidden_state]
+        if self.config.unit_norm:
+            tokens = tokens / tokens.norm(dim=-1, keepdim=True)
+        return Condition(tokens, None, found.text_embeds if self.config.projected else None)
+
+
+TEXT_ENCODERS = {
+    "bytes": ByteEncoder,
+    "byt5": ByT5Encoder,
+    "open_clip": OpenClipEncoder,
+    "clip": ClipTextEncoder,
+}

@@ -236,11 +236,14 @@ class GumbelQuantizer(Quantizer):
     """Codes drawn by Gumbel-softmax over learnt logits (Jang et al. 2017; taming GumbelQuantize).
 
     loss = kl_weight * mean over positions of sum_k q_k log(q_k K + 1e-10), q = softmax(logits).
-    Outside training the code is argmax(logits), or a draw with sample_tokens.
+    Outside training the code is argmax(logits), or a draw with sample_tokens. With kept codes only
+    these have logits (taming); but with unknown_code=id all have, and the code is renumbered
+    afterwards (VQ-Diffusion).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        self.restricted = bool(config.used_codes) and config.unknown_code != "id"
         self.proj = nn.Conv2d(config.code_dim, config.num_codes, 1)
         self.embed = nn.Embedding(config.num_codes, config.code_dim)
 
@@ -255,7 +258,7 @@ class GumbelQuantizer(Quantizer):
         """Map latents [B, c, h, w] to codes [B, h, w]: argmax, or a draw with sample_tokens."""
         b, _, h, w = z.shape
         weight, bias = self.proj.weight.flatten(1), self.proj.bias
-        if self.config.used_codes:
+        if self.restricted:
             weight, bias = weight[self.used], None if bias is None else bias[self.used]
         with torch.autocast(z.device.type, enabled=False):
             picked = []
@@ -265,7 +268,7 @@ class GumbelQuantizer(Quantizer):
                     logits = logits + gumbel_noise(logits, generator)
                 picked.append(logits.argmax(1))
         tokens = torch.cat(picked).view(b, h, w)
-        return self.used[tokens] if self.config.used_codes else tokens
+        return self.used[tokens] if self.restricted else tokens
 
     def forward(
         self, z: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
@@ -274,13 +277,13 @@ class GumbelQuantizer(Quantizer):
 
         Args:
             z: latents.
-            noise: Gumbel noise [B, K, h, w] (K kept codes with used_codes); drawn where it is
-                needed and missing.
+            noise: Gumbel noise [B, K, h, w], of the kept codes alone where only they have logits;
+                drawn where it is needed and missing.
             generator: for drawn noise, on the device of z.
         """
         with torch.autocast(z.device.type, enabled=False):
             logits, embed = self.proj(z.float()), self.embed.weight  # [B, K, h, w], [K, c]
-            if self.config.used_codes:
+            if self.restricted:
                 logits, embed = logits[:, self.used], embed[self.used]
             q, k = logits.softmax(1), self.config.num_codes
             loss = self.config.kl_weight * (q * (q * k + 1e-10).log()).sum(1).mean()
@@ -296,7 +299,7 @@ class GumbelQuantizer(Quantizer):
                     hard = torch.zeros_like(soft).scatter_(1, tokens.unsqueeze(1), 1.0)
                     soft = hard - soft.detach() + soft
                 codes = torch.einsum("bkhw,kc->bchw", soft, embed)
-        if self.config.used_codes:
+        if self.restricted:
             tokens = self.used[tokens]
         return Quantized(codes.to(z.dtype), tokens, loss)
 

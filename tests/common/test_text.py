@@ -192,7 +192,7 @@ def test_a_missing_clip_is_named_in_one_line(
 def test_frozen_encoders_are_no_modules() -> None:
     kinds = {name: isinstance(cls, type) and issubclass(cls, torch.nn.Module)
              for name, cls in TEXT_ENCODERS.items()}  # fmt: skip
-    assert kinds == {"bytes": True, "byt5": False, "open_clip": False}
+    assert kinds.pop("bytes") and not any(kinds.values())
 
 
 def test_frozen_encoders_have_no_gradient(tiny_t5: str, tiny_clip: dict[str, str]) -> None:

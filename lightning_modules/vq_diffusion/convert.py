@@ -1,0 +1,240 @@
+"""Official VQ-Diffusion checkpoints -> this suite's networks. Sizes are read from the shapes.
+
+Three layouts: microsoft/VQ-Diffusion's training files (CLIP text transformer, schedule, statistics
+of the loss, denoiser, learnable null), the denoiser alone under the same names, and the Hugging
+Face folder of microsoft/vq-diffusion-ithq. The tokenizer inside a training file is read by
+`vqgan.convert`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.common.checkpoint import load_entries, load_foreign, load_strict
+from lightning_modules.common.settings import build
+from lightning_modules.vq_diffusion.config import ModelConfig
+from lightning_modules.vq_diffusion.network import Denoiser
+
+State = dict[str, Tensor]
+
+NULL = "empty_text_embed"
+HF_NULL = "learned_classifier_free_sampling_embeddings"
+RELEASED_HEADS = 16
+# the schedule as the released code keeps it; four more are left from an older version of it
+SCHEDULE = r"log_(at|bt|ct|1_min_ct|cumprod_at|cumprod_bt|cumprod_ct|1_min_cumprod_ct)"
+OBSOLETE = r"log_(alpha|1_min_alpha|cumprod_alpha|1_min_cumprod_alpha)"
+STATISTICS = ("Lt_history", "Lt_count")
+
+# what shapes do not say, by our names, the released configs' and diffusers'
+HINTS = {
+    "n_head": "n_head",
+    "num_attention_heads": "n_head",
+    "block_activate": "block_activate",
+    "class_type": "class_type",
+    "diffusion_steps": "diffusion_steps",
+    "diffusion_step": "diffusion_steps",
+    "attn_dropout": "attn_dropout",
+    "attn_pdrop": "attn_dropout",
+    "dropout": "dropout",
+    "resid_pdrop": "dropout",
+    "checkpoint_blocks": "checkpoint_blocks",
+}
+HF_ACTIVATIONS = {"geglu-approximate": "GELU2", "gelu": "GELU"}
+
+
+@dataclass
+class Official:
+    """What an official checkpoint holds, by our names.
+
+    Attributes:
+        model: plain settings of `ModelConfig`.
+        network: tensors of `Denoiser`.
+        null: [L, condition_dim] float32, the learnable null text, or None.
+        mask_rate: probability of the mask after the last step (0.99999 as released), where the
+            file says it.
+        statistics: Lt_history and Lt_count [T] of the importance sampling of t, or empty.
+        text: the CLIP text transformer by OpenAI's names, or empty.
+    """
+
+    model: dict[str, Any]
+    network: State
+    null: Tensor | None = None
+    mask_rate: float | None = None
+    statistics: State = field(default_factory=dict)
+    text: State = field(default_factory=dict)
+
+
+def load(path: Path | str) -> tuple[State, dict[str, Any]]:
+    """Read the tensors of a checkpoint by their foreign names, and the settings beside them.
+
+    Of a training file the entry `model` counts, with the diffusion part taken from `ema`, as the
+    released inference does. Of a Hugging Face folder the transformer and the learned null, with
+    the transformer's config.json as settings.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without weights.
+        ValueError: a file without tensors.
+    """
+    path = Path(path)
+    if (path / "transformer").is_dir():
+        state = load_foreign(path / "transformer")
+        if (path / HF_NULL).is_dir():
+            null = load_foreign(path / HF_NULL)
+            state |= {f"{HF_NULL}.{k}": v for k, v in null.items()}
+        known = path / "transformer" / "config.json"
+        return state, json.loads(known.read_text()) if known.is_file() else {}
+    entries = load_entries(path)
+    found = entries.get("model") or entries.get("state_dict") or entries.get("")
+    if not found:
+        raise ValueError(f"{path} holds no tensors")
+    return found | {f"transformer.{k}": v for k, v in entries.get("ema", {}).items()}, {}
+
+
+def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None) -> Official:
+    """Sort an official state dict and infer the denoiser's settings.
+
+    Args:
+        state: tensors by their foreign names, as `load` returns them.
+        hints: what no shape tells, by our names, the released ones or those of a config.json:
+            n_head (default 16), block_activate (default GELU2), class_type, dropouts, and
+            diffusion_steps of a bare denoiser with `adalayernorm_abs`. Others are ignored.
+
+    Returns:
+        Everything that the file holds but the tokenizer, in float32.
+
+    Raises:
+        ValueError: an unknown layout, or a key that is missing, left over or of wrong shape.
+    """
+    rest = {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in state.items()
+        if not k.startswith("content_codec.")
+    }
+    if any(k.startswith("transformer.transformer.") for k in rest):
+        rest = _without(rest, "transformer.")
+    found: dict[str, Any] = {"text": _take(rest, "condition_emb.")}
+    if any(k.startswith("transformer.content_emb.") for k in rest):
+        schedule = {k: rest.pop(k) for k in list(rest) if re.fullmatch(SCHEDULE, k)}
+        for key in [k for k in rest if re.fullmatch(OBSOLETE, k)]:
+            del rest[key]
+        found["statistics"] = {k: rest.pop(k) for k in STATISTICS if k in rest}
+        found["null"] = rest.pop(NULL, None)
+        if "log_cumprod_ct" in schedule:
+            found["mask_rate"] = round(float(schedule["log_cumprod_ct"][-2].double().exp()), 6)
+            hints = {"diffusion_steps": len(schedule["log_cumprod_ct"]) - 1, **(hints or {})}
+        rest = _without(rest, "transformer.")
+    elif any(k.startswith("latent_image_embedding.") for k in rest):
+        found["null"] = rest.pop(f"{HF_NULL}.embeddings", None)
+        rest = {_diffusers_key(k): v for k, v in rest.items()}
+    if "content_emb.emb.weight" not in rest:
+        raise ValueError(
+            "this is no VQ-Diffusion checkpoint: it has neither content_emb.emb.weight of the "
+            "released code nor latent_image_embedding.emb.weight of Hugging Face; its first key is "
+            f"{next(iter(state), None)!r}"
+        )
+    network = {
+        re.sub(r"^(blocks\.\d+)\.attn\.", r"\1.attn1.", k): v
+        for k, v in rest.items()
+        if not re.fullmatch(r"blocks\.\d+\.attn\d?\.mask", k)  # a buffer that nothing reads
+    }
+    model = _settings(network, hints or {})
+    if model["condition"] != "text":
+        found["null"] = None  # class models carry one too, which nothing reads
+    with torch.device("meta"):
+        empty = Denoiser(build(ModelConfig, model))
+    shapes = {k: v.to("meta") for k, v in network.items()}
+    load_strict(empty, shapes, "the VQ-Diffusion checkpoint")
+    return Official(model=model, network=network, **found)
+
+
+def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `ModelConfig` that fit the tensors."""
+    first = "blocks.0"
+    if f"{first}.attn2.key.weight" in state:
+        condition = "text"
+    else:
+        condition = "class" if f"{first}.ln2.linear.weight" in state else "none"
+    num_codes, n_embd = _shape(state, "to_logits.1.weight")
+    conv = f"{first}.mlp.conv1.weight" in state
+    hidden = _shape(state, f"{first}.mlp.conv1.weight" if conv else f"{first}.mlp.0.weight")[0]
+    parameter = "content_emb.height_emb" in state
+    suffix = "" if parameter else ".weight"
+    model: dict[str, Any] = {
+        "condition": condition,
+        "num_codes": num_codes,
+        "n_layer": len({k.split(".")[1] for k in state if k.startswith("blocks.")}),
+        "n_embd": n_embd,
+        "n_head": RELEASED_HEADS,
+        "mlp_type": "conv_mlp" if conv else "fc",
+        "mlp_hidden_times": hidden // n_embd,
+        "spatial_size": [
+            _shape(state, f"content_emb.{side}_emb{suffix}")[-2] for side in ("height", "width")
+        ],
+        "pos_emb_type": "parameter" if parameter else "embedding",
+        "timestep_type": "adalayernorm_abs",
+    }
+    model |= {HINTS[k]: v for k, v in hints.items() if k in HINTS and v is not None}
+    if "activation_fn" in hints:
+        name = hints["activation_fn"]
+        if name not in HF_ACTIVATIONS:
+            raise ValueError(f"activation_fn must be one of {[*HF_ACTIVATIONS]}, got {name!r}")
+        model["block_activate"] = HF_ACTIVATIONS[name]
+    if f"{first}.ln1.emb.weight" in state:
+        model["timestep_type"] = "adalayernorm"
+        model["diffusion_steps"] = _shape(state, f"{first}.ln1.emb.weight")[0]
+    if condition == "text":
+        model["condition_dim"] = _shape(state, f"{first}.attn2.key.weight")[1]
+    if condition == "class":
+        model["class_number"] = _shape(state, f"{first}.ln2.emb.weight")[0]
+    return model
+
+
+def _shape(state: State, key: str) -> torch.Size:
+    if key not in state:
+        raise ValueError(f"the checkpoint lacks {key}")
+    return state[key].shape
+
+
+def _take(state: State, prefix: str) -> State:
+    """Move the tensors under a prefix out of `state`."""
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    for key in found:
+        del state[prefix + key]
+    return found
+
+
+def _without(state: State, prefix: str) -> State:
+    """Drop a prefix that every key must have."""
+    strange = sorted(k for k in state if not k.startswith(prefix))
+    if strange:
+        raise ValueError(f"the checkpoint has {len(strange)} left over, first {strange[0]!r}")
+    return {k.removeprefix(prefix): v for k, v in state.items()}
+
+
+_DIFFUSERS = (
+    (r"^latent_image_embedding\.", "content_emb."),
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.norm1\.", ".ln1."),
+    (r"\.norm2\.", ".ln1_1."),
+    (r"\.norm3\.", ".ln2."),
+    (r"\.to_k\.", ".key."),
+    (r"\.to_q\.", ".query."),
+    (r"\.to_v\.", ".value."),
+    (r"\.to_out\.0\.", ".proj."),
+    (r"\.ff\.net\.0\.proj\.", ".mlp.0."),
+    (r"\.ff\.net\.2\.", ".mlp.2."),
+    (r"^norm_out\.", "to_logits.0."),
+    (r"^out\.", "to_logits.1."),
+)
+
+
+def _diffusers_key(key: str) -> str:
+    for pattern, name in _DIFFUSERS:
+        key = re.sub(pattern, name, key)
+    return key
