@@ -111,7 +111,7 @@ def run(argv: Sequence[str]) -> None:
         if mask is None:
             settings = vary(settings, args.strength, words)
     try:
-        module.encode_text([task.prompt for task in tasks[:1]])
+        module.check_prompts([task.prompt for task in tasks])
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"the text encoder: {first_line(error)}") from error
 

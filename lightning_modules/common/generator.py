@@ -65,6 +65,14 @@ class GeneratorModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self._attached["text"](captions, self.device)
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Speak up where prompts cannot be understood, before any work.
+
+        Raises:
+            ValueError, OSError, RuntimeError: whatever the text encoder has to say.
+        """
+        self.encode_text(prompts[:1])
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to pooled image vectors of the text encoder's CLIP.
 
