@@ -1,0 +1,116 @@
+"""aMUSEd's networks against numbers of diffusers; everything is read from the case."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.common.settings import build
+from lightning_modules.muse.config import UViTConfig
+from lightning_modules.muse.convert import convert
+from lightning_modules.muse.uvit import UViT, sinusoids
+
+pytestmark = pytest.mark.golden
+
+
+def load_uvit(state, hints) -> UViT:
+    state, settings = convert(state, hints)
+    network = UViT(build(UViTConfig, settings))
+    load_strict(network, state, "the golden U-ViT")
+    return network.eval()
+
+
+def channels_first(logits: Tensor) -> Tensor:
+    return logits.permute(0, 3, 1, 2)
+
+
+def near(actual: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected.view(actual.shape), atol=atol, rtol=0)
+
+
+def recorded(network: UViT) -> dict[str, Tensor]:
+    """Outputs of modules by the names of a case's activations, filled by the next forward."""
+    named = {
+        "encoder_proj_layer_norm": network.encoder_proj_layer_norm,
+        "cond_embed": network.cond_embed,
+        "embed": network.embed,
+        "down_block": network.down_block,
+        "project_to_hidden": network.project_to_hidden,
+        "project_from_hidden": network.project_from_hidden,
+        "up_block": network.up_block,
+    }
+    for side in ("down_block", "up_block"):
+        block = getattr(network, side)
+        for i, (res, attn) in enumerate(zip(block.res_blocks, block.attention_blocks, strict=True)):
+            named |= {f"{side}_res{i}": res, f"{side}_attn{i}": attn}
+    named |= {f"layer{i}": layer for i, layer in enumerate(network.transformer_layers)}
+    if network.config.downsample:
+        named |= {
+            "downsample": network.down_block.downsample,
+            "upsample": network.up_block.upsample,
+        }
+    seen = {}
+    for name, module in named.items():
+        module.register_forward_hook(
+            lambda module, args, out, name=name: seen.__setitem__(f"act_{name}", out)
+        )
+    return seen
+
+
+@pytest.mark.parametrize("name", ["uvit2d_base", "uvit2d_downup"])
+def test_uvit(golden, name):
+    case = golden(f"muse/{name}")
+    io, atol = case.io, case.tolerance["logits_abs"]
+    network = load_uvit(case.weights, case.config)
+    assert len(network.state_dict()) == case.case["weights"]["n_tensors"]
+    embedded = sinusoids(io["micro_conds"], network.config.micro_cond_encode_dim).flatten(1)
+    near(embedded, io["micro_cond_embeds"], atol)
+
+    seen = recorded(network)
+    ids, micro = io["input_ids"], io["micro_conds"]
+    assert int(ids.max()) == network.mask_id
+    logits = network(ids, io["encoder_hidden_states"], io["pooled_text_emb"], micro)
+    near(channels_first(logits), io["logits"], atol)
+    for key in [key for key in io if key.startswith("act_")]:
+        value = channels_first(seen[key]) if seen[key].ndim == io[key].ndim == 4 else seen[key]
+        near(value, io[key], atol)
+
+    labels = io["labels"]
+    masked = labels >= 0
+    for key, smoothing in (("loss", 0.0), ("loss_smoothed", 0.1)):
+        loss = F.cross_entropy(logits[masked], labels[masked], label_smoothing=smoothing)
+        near(loss, io[key], case.tolerance["loss_abs"])
+    loss.backward()
+    parameters = dict(network.named_parameters())
+    norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+    named = {
+        "grad_norm": norm,
+        "grad_to_q": parameters["transformer_layers.0.attn1.to_q.weight"].grad,
+        "grad_embeddings": parameters["embed.embeddings.weight"].grad,
+    }
+    assert named.keys() == {key for key in io if key.startswith("grad_")}
+    for key, value in named.items():
+        near(value, io[key], case.tolerance["grad_rel"] * float(io[key].abs().max()))
+
+
+@pytest.mark.parametrize("name", ["uvit2d_base", "uvit2d_downup"])
+@torch.inference_mode()
+def test_guided_logits(golden, name):
+    case = golden(f"muse/{name}")
+    io, ids, s = case.io, case.io["input_ids"], case.case["guidance_scale"]
+    network = load_uvit(case.weights, case.config)
+    cond, null = (
+        network.prepare(
+            io[f"{which}encoder_hidden_states"],
+            io[f"{which}pooled_text_emb"],
+            io["micro_conds"],
+        )
+        for which in ("", "negative_")
+    )
+    rows = network.mixed_rows(ids, [cond, null], [s, 1 - s], torch.ones_like(ids).bool())
+    guided = channels_first(network.head(rows).view(*ids.shape, -1))
+    near(guided, io["guided_logits"], case.tolerance["logits_abs"])
+    keep = ids == network.mask_id
+    some = network.head(network.mixed_rows(ids, [cond, null], [s, 1 - s], keep))
+    near(some, guided.permute(0, 2, 3, 1)[keep], case.tolerance["logits_abs"])
