@@ -11,7 +11,9 @@ from lightning_modules.common.text import (
     TEXT_ENCODERS,
     ByT5Encoder,
     ByteEncoder,
+    ClipTextEncoder,
     OpenClipEncoder,
+    clip_token_ids,
     ngram_ids,
 )
 
@@ -187,6 +189,95 @@ def test_a_missing_clip_is_named_in_one_line(
     said = str(raised.value)
     assert said.startswith("text.clip=") and "/nowhere/x.pt" in said and "\n" not in said
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def openai_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """A small CLIP with OpenAI's activation, and the file of its weights."""
+    import open_clip
+
+    vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.CLIP(10, vision, text, quick_gelu=True).eval()
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(p, std=0.1)
+    path = tmp_path_factory.mktemp("openai") / "clip.pt"
+    torch.save({k: v.half() for k, v in model.state_dict().items()}, path)
+    return model.half().float(), path
+
+
+def clip(path: Path | str, **settings) -> ClipTextEncoder:
+    return ClipTextEncoder(TextConfig(name="clip", path=str(path), **settings))
+
+
+def test_clip_tokens() -> None:
+    long = " ".join(["cat"] * 20)
+    ids = clip_token_ids(["A  CAT!", "", long], 6)
+    assert ids.tolist() == [
+        [49406, 320, 2368, 256, 49407, 0],
+        [49406, 49407, 0, 0, 0, 0],
+        [49406, 2368, 2368, 2368, 2368, 49407],
+    ]
+    padded = clip_token_ids(["! a", "", long], 6, pad_id=49407)
+    assert padded.tolist() == [
+        [49406, 256, 320, *[49407] * 3],
+        [49406, *[49407] * 5],
+        ids[2].tolist(),
+    ]
+
+
+@torch.no_grad()
+def test_clip_states_of_openai_weights(openai_clip: tuple[torch.nn.Module, Path]) -> None:
+    model, path = openai_clip
+    found = clip(path, unit_norm=False, projected=True)(CAPTIONS, CPU)
+    assert found.tokens.shape == (5, 12, 64) and found.mask is None
+    ids = clip_token_ids(CAPTIONS, 12)
+    expected = model.encode_text(ids)
+    torch.testing.assert_close(found.pooled, expected, rtol=1e-4, atol=1e-4)
+    ends = found.tokens[torch.arange(5), ids.argmax(1)] @ model.text_projection
+    torch.testing.assert_close(ends, expected, rtol=1e-4, atol=1e-4)
+
+    unit = clip(path)(CAPTIONS, CPU)
+    assert unit.pooled is None and not unit.tokens.requires_grad
+    torch.testing.assert_close(unit.tokens.norm(dim=-1), torch.ones(5, 12))
+    torch.testing.assert_close(unit.tokens, torch.nn.functional.normalize(found.tokens, dim=-1))
+    alone = clip(path)(CAPTIONS[1:2], CPU)
+    torch.testing.assert_close(alone.tokens[0], unit.tokens[1])
+
+
+@torch.no_grad()
+def test_clip_states_in_front_of_the_last_layer(
+    openai_clip: tuple[torch.nn.Module, Path], tmp_path: Path
+) -> None:
+    whole = clip(openai_clip[1], projected=True)
+    whole(["a"], CPU)
+    whole._model.save_pretrained(tmp_path)
+    folder = clip(tmp_path, hidden_state=-2, unit_norm=False, projected=True, pad_id=49407)
+    found = folder(CAPTIONS, CPU)
+    seen = []
+    layers = folder._model.text_model.encoder.layers
+    layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    again = folder(CAPTIONS, CPU)
+    assert torch.equal(found.tokens, seen[0]) and torch.equal(again.tokens, seen[0])
+    # padding stands behind the end token, which therefore does not see it
+    torch.testing.assert_close(found.pooled, whole(CAPTIONS, CPU).pooled)
+    lengths = clip_token_ids(CAPTIONS, 12).argmax(1)
+    shown = clip(tmp_path, hidden_state=-2, unit_norm=False)(CAPTIONS, CPU)
+    assert shown.pooled is None
+    torch.testing.assert_close(shown.tokens[2, : lengths[2]], found.tokens[2, : lengths[2]])
+    assert not torch.allclose(shown.tokens[2, -1], found.tokens[2, -1], atol=1e-3)
+
+
+def test_a_missing_or_foreign_clip_text_model_is_named_in_one_line(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
+    for path in (tmp_path / "none", tmp_path / "x.pt"):
+        with pytest.raises(ValueError) as raised:
+            clip(path)(["a"], CPU)
+        said = str(raised.value)
+        assert said.startswith(f"text.path={path} is neither") and "\n" not in said
 
 
 def test_frozen_encoders_are_no_modules() -> None:
