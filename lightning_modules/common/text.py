@@ -235,30 +235,33 @@ def openai_clip_text(state: Mapping[str, Tensor]) -> Any:
         A CLIPTextModelWithProjection in float32, with heads 64 wide and QuickGELU.
 
     Raises:
-        ValueError: a tensor is missing or of wrong shape.
+        ValueError: a tensor is missing, left over among the layers, or of wrong shape.
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    state = {k: v.float() for k, v in state.items() if v.is_floating_point()}
-    layers = len({k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")})
+    rest = {k: v.float() for k, v in state.items() if v.is_floating_point()}
+    layers = len({k.split(".")[2] for k in rest if k.startswith("transformer.resblocks.")})
     try:
-        tokens, positions = state["token_embedding.weight"], state["positional_embedding"]
+        tokens, positions = rest.pop("token_embedding.weight"), rest.pop("positional_embedding")
         own = {
             "text_model.embeddings.token_embedding.weight": tokens,
             "text_model.embeddings.position_embedding.weight": positions,
-            "text_projection.weight": state["text_projection"].T,
+            "text_projection.weight": rest.pop("text_projection").T,
         }
         for kind in ("weight", "bias"):
-            own[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+            own[f"text_model.final_layer_norm.{kind}"] = rest.pop(f"ln_final.{kind}")
             for i in range(layers):
                 layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-                joint = state[f"{block}.attn.in_proj_{kind}"]
+                joint = rest.pop(f"{block}.attn.in_proj_{kind}")
                 for name, part in zip("qkv", joint.chunk(3), strict=True):
                     own[f"{layer}.self_attn.{name}_proj.{kind}"] = part
                 for ours, theirs in _OPENAI_LAYER.items():
-                    own[f"{layer}.{ours}.{kind}"] = state[f"{block}.{theirs}.{kind}"]
+                    own[f"{layer}.{ours}.{kind}"] = rest.pop(f"{block}.{theirs}.{kind}")
     except KeyError as error:
         raise ValueError(f"these are no weights of OpenAI's CLIP: there is no {error}") from error
+    strange = sorted(k for k in rest if k.startswith("transformer."))
+    if strange:
+        raise ValueError(f"OpenAI's CLIP has no {strange[0]!r} ({len(strange)} left over)")
     width = tokens.shape[1]
     config = CLIPTextConfig(
         vocab_size=tokens.shape[0],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_entries, load_foreign, load_strict
 from lightning_modules.common.settings import build
+from lightning_modules.common.text import openai_clip_text
 from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.network import Denoiser
 
@@ -30,6 +31,7 @@ RELEASED_HEADS = 16
 SCHEDULE = r"log_(at|bt|ct|1_min_ct|cumprod_at|cumprod_bt|cumprod_ct|1_min_cumprod_ct)"
 OBSOLETE = r"log_(alpha|1_min_alpha|cumprod_alpha|1_min_cumprod_alpha)"
 STATISTICS = ("Lt_history", "Lt_count")
+CLIP_PARTS = r"(token_embedding|ln_final|transformer)\.|(positional_embedding|text_projection)$"
 
 # what shapes do not say, by our names, the released configs' and diffusers'
 HINTS = {
@@ -118,7 +120,10 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
     }
     if any(k.startswith("transformer.transformer.") for k in rest):
         rest = _without(rest, "transformer.")
-    found: dict[str, Any] = {"text": _take(rest, "condition_emb.")}
+    text = _take(rest, "condition_emb.")
+    if text:
+        _check_text(text)
+    found: dict[str, Any] = {"text": text}
     if any(k.startswith("transformer.content_emb.") for k in rest):
         schedule = {k: rest.pop(k) for k in list(rest) if re.fullmatch(SCHEDULE, k)}
         for key in [k for k in rest if re.fullmatch(OBSOLETE, k)]:
@@ -193,6 +198,14 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
     if condition == "class":
         model["class_number"] = _shape(state, f"{first}.ln2.emb.weight")[0]
     return model
+
+
+def _check_text(state: State) -> None:
+    strange = sorted(k for k in state if not re.match(CLIP_PARTS, k))
+    if strange:
+        raise ValueError(f"the text encoder has {len(strange)} left over, first {strange[0]!r}")
+    with torch.device("meta"):
+        openai_clip_text({k: v.to("meta") for k, v in state.items()})
 
 
 def _shape(state: State, key: str) -> torch.Size:
