@@ -28,8 +28,9 @@ class DataConfig:
     """Seed of the data set itself, not of the training."""
     cache: bool = True
     """Encode the training shards to tokens once; false encodes in every step."""
-    crop: Literal["center", "random"] = "center"
-    """Where the square is cut from a training image; validation is always cut in the centre."""
+    crop: Literal["center", "random", "adm"] = "center"
+    """Where the square is cut from a training image, validation is cut in the centre; adm: both
+    are resized and cut in the centre as ADM does."""
     flip: bool = False
     """Mirror half of the training images. Not for captions that say left or right."""
     shuffle_buffer: int = 1_000

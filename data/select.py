@@ -71,6 +71,7 @@ def finish(sample: Sample, config: DataConfig, rng: random.Random | None = None)
     Without a source of chance the square is cut in the centre and nothing is mirrored.
     """
     crop, flip = (config.crop, config.flip) if rng else ("center", False)
+    crop = "adm" if config.crop == "adm" else crop
     pixels = decode_image(sample["data"], config.resolution, crop=crop, flip=flip, rng=rng)
     result = {"pixels": pixels, "caption": sample["caption"], "key": sample["key"]}
     label, attributes = sample["meta"].get("label"), sample["meta"].get("attributes")

@@ -1,23 +1,69 @@
 """The autoencoders of LDMAE as a LightningModule: images to normalised latents and back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.common.adversarial import DISC_LOSSES, adaptive_weight, disc_factor
+from lightning_modules.common.checkpoint import load_strict, load_weights
+from lightning_modules.common.players import TwoPlayerModule, image_psnr
+from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.settings import build, plain
 from lightning_modules.ldmae.config import AutoencoderConfig
 from lightning_modules.ldmae.conv import ConvAutoencoder
-from lightning_modules.ldmae.losses import LOGVAR_RANGE, draw_latents, split_moments
-from lightning_modules.ldmae.vmae import VMAE
+from lightning_modules.ldmae.losses import (
+    LOGVAR_RANGE,
+    channel_statistics,
+    draw_latents,
+    normal_kl,
+    patch_errors,
+    split_moments,
+    variance_kl,
+    visible_and_masked,
+)
+from lightning_modules.ldmae.vmae import VMAE, Masking, masking, resize_tables, visible_patches
 
 NETWORK = "network."
 
 
-class AutoencoderModule(L.LightningModule):
+@dataclass
+class Chance:
+    """The random numbers of one training batch; None where a kind or a setting needs none.
+
+    Attributes:
+        mask: [B, L] uniform, orders the patches for masking.
+        posterior: standard normal, [B, C, N] for N visible patches, or [B, C, h, w] (conv).
+        image: [B, 3, H, W] standard normal, the noise of dae before it is scaled.
+    """
+
+    mask: Tensor | None = None
+    posterior: Tensor | None = None
+    image: Tensor | None = None
+
+
+@dataclass
+class Pass:
+    """What became of a training batch.
+
+    Attributes:
+        images: reconstructions [B, 3, H, W], not clamped.
+        mean: [B, C, N] or [B, C, h, w].
+        logvar: the same shape; None where the kind has no variance.
+        hidden: which patches the encoder did not see.
+    """
+
+    images: Tensor
+    mean: Tensor
+    logvar: Tensor | None
+    hidden: Masking | None
+
+
+class AutoencoderModule(TwoPlayerModule):
     """The continuous twin of the tokenizer: VMAE, or one of the four that it is compared with.
 
     Args:
@@ -32,21 +78,25 @@ class AutoencoderModule(L.LightningModule):
     latent_std: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.save_hyperparameters({"config": config})
-        self.seed = int(config.get("seed", 0))
         own = {k: v for k, v in config.items() if k not in ("seed", "paper")}
-        self.config = build(AutoencoderConfig, own)
-        c = self.config
+        settings = build(AutoencoderConfig, own)
+        super().__init__(config, settings.optim)
+        self.config = c = settings
         self.network: VMAE | ConvAutoencoder = (
             VMAE(c.vit, c.channels)
             if c.kind == "vmae"
             else ConvAutoencoder(c.conv, c.channels, c.stochastic)
         )
+        if c.kind == "sdvae":
+            self.add_discriminator(c.objective, c.conv.in_channels)
         self.channels: int = c.channels
         self.factor: int = c.factor
         self.register_buffer("latent_mean", torch.zeros(c.channels))
         self.register_buffer("latent_std", torch.ones(c.channels))
+        self.generator = torch.Generator()
+        if c.objective.freeze_encoder:
+            for parameter in self.network.encoder_parameters():
+                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -68,7 +118,7 @@ class AutoencoderModule(L.LightningModule):
                 f"the autoencoder needs sides that are multiples of {self.factor}, "
                 f"got {height} x {width}"
             )
-        moments = self.network.moments(images.to(self.dtype))
+        moments = self.network.moments(images.to(self.latent_mean.dtype))
         if not self.config.stochastic:
             return torch.cat([moments, torch.full_like(moments, LOGVAR_RANGE[0])], dim=1)
         return torch.cat(split_moments(moments), dim=1)
@@ -106,9 +156,8 @@ class AutoencoderModule(L.LightningModule):
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         """Map latents [B, C, h, w] that are not normalised to images that are not clamped."""
-        return self.network.decode(latents.to(self.dtype))
+        return self.network.decode(latents.to(self.latent_mean.dtype))
 
-    @torch.no_grad()
     def measure(self, batches: Iterable[Tensor], generator: torch.Generator) -> None:
         """Set the statistics of `normalise` from sampled latents of training images.
 
@@ -119,24 +168,27 @@ class AutoencoderModule(L.LightningModule):
         Raises:
             ValueError: no images, or a channel that never changes.
         """
-        count, total, squares = 0, torch.zeros(()), torch.zeros(())
-        for images in batches:
-            moments = self.moments(images.to(self.device)).cpu()
-            noise = torch.randn(moments[:, : self.channels].shape, generator=generator)
-            rows = self.sample_posterior(moments, noise).double().transpose(0, 1).flatten(1)
-            count += rows.shape[1]
-            total, squares = total + rows.sum(1), squares + rows.square().sum(1)
-        if count < 2:
-            raise ValueError("the latents' statistics need at least one image")
-        mean = total / count
-        std = ((squares - count * mean.square()) / (count - 1)).clamp_min(0).sqrt()
-        if not bool((std > 0).all()):
-            dead = int((std <= 0).nonzero()[0])
-            raise ValueError(f"channel {dead} of the latents never changes; train the autoencoder")
-        self.set_statistics(mean, std)
+
+        def draws() -> Iterator[Tensor]:
+            for images in batches:
+                moments = self.moments(images.to(self.device)).cpu()
+                noise = torch.randn(moments[:, : self.channels].shape, generator=generator)
+                yield self.sample_posterior(moments, noise)
+
+        self.set_statistics(*channel_statistics(draws()))
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take mean and standard deviation of each channel, [C] each (or [1, C, 1, 1])."""
+        """Take mean and standard deviation of each channel, [C] each (or [1, C, 1, 1]).
+
+        Raises:
+            ValueError: a channel that never changes.
+        """
+        if not bool((std > 0).all()):
+            dead = int((std.flatten() <= 0).nonzero()[0])
+            raise ValueError(
+                f"channel {dead} of the latents never changes: the autoencoder was not trained "
+                "well, or on too few images"
+            )
         self.latent_mean.copy_(mean.flatten())
         self.latent_std.copy_(std.flatten())
 
@@ -166,6 +218,159 @@ class AutoencoderModule(L.LightningModule):
         load_strict(module, {k: v for k, v in state.items() if _exported(k)}, "the autoencoder")
         return module.eval()
 
+    def player(self) -> nn.Module:
+        """Return encoder and decoder."""
+        return self.network
+
+    def setup(self, stage: str) -> None:
+        """Take the weights that training starts with, and LPIPS where the loss has it."""
+        c = self.config
+        if stage == "fit" and c.start is not None:
+            self.start_from(c.start)
+        weight = c.objective.perceptual_weight if c.kind in ("vmae", "sdvae") else 0.0
+        self.use_lpips(c.objective.lpips_path, weight, stage)
+
+    def start_from(self, path: Path | str) -> None:
+        """Take network and statistics of an autoencoder file; position tables are resized.
+
+        Raises:
+            ValueError: another kind of autoencoder, or other sizes.
+        """
+        state, config = load_weights(path)
+        if config.get("paper") != "autoencoder" or config["kind"] != self.config.kind:
+            what = config.get("kind", config.get("paper"))
+            raise ValueError(f"start: {path} is a {what}, not a {self.config.kind}")
+        state = {k: v for k, v in state.items() if _exported(k)}
+        load_strict(self, _with_own(self, resize_tables(state, self.config.vit)), str(path))
+
+    def draw(self, images: Tensor, generator: torch.Generator) -> Chance:
+        """Draw what a batch [B, 3, H, W] needs from a generator on its device."""
+        o, b = self.config.objective, len(images)
+        h, w = images.shape[2] // self.factor, images.shape[3] // self.factor
+        how: dict[str, Any] = {"generator": generator, "device": images.device}
+        chance, positions = Chance(), [h, w]
+        if isinstance(self.network, VMAE):
+            positions = [visible_patches(h * w, o.mask_ratio)]
+            if o.mask_ratio > 0:
+                chance.mask = torch.rand(b, h * w, **how)
+        if self.config.stochastic and o.sample:
+            chance.posterior = torch.randn(b, self.channels, *positions, **how)
+        if self.config.kind == "dae":
+            chance.image = torch.randn(images.shape, **how)
+        return chance
+
+    def forward(self, images: Tensor, chance: Chance) -> Pass:
+        """Encode and decode as in training.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+            chance: of `draw`; without posterior noise the mean is decoded.
+        """
+        o, hidden, logvar = self.config.objective, None, None
+        if isinstance(self.network, VMAE):
+            if chance.mask is not None:
+                hidden = masking(chance.mask, o.mask_ratio)
+            moments = self.network.encode_tokens(images, hidden).transpose(1, 2)  # [B, 2C, N]
+        else:
+            noisy = images if chance.image is None else images + o.noise * chance.image
+            moments = self.network.moments(noisy)
+        mean = z = moments
+        if self.config.stochastic:
+            mean, logvar = split_moments(moments.float())
+            z = mean if chance.posterior is None else draw_latents(mean, logvar, chance.posterior)
+        if isinstance(self.network, VMAE):
+            grid = self.network.grid(images)
+            made = self.network.decode_tokens(z.transpose(1, 2), grid, hidden)
+        else:
+            made = self.network.decode(z)
+        return Pass(made.float(), mean, logvar, hidden)
+
+    def loss(self, images: Tensor, made: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_R + lambda_M L_M + lambda_P L_P + lambda_reg L_reg, without the adversarial term.
+
+        L_reg is the mean over latent positions of the sum over channels; it leaves the mean free
+        for vmae, and is the usual KL from N(0, 1) for vae and sdvae. A term of weight 0 is not
+        computed.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+            made: of `forward`.
+
+        Returns:
+            The scalar, and the terms by name: visible, masked, perceptual, kl.
+        """
+        c, o, x = self.config, self.config.objective, images.float()
+        terms: dict[str, Tensor] = {}
+        if c.kind == "vmae":
+            errors = patch_errors(made.images, x, self.factor, o.pixel_loss, o.norm_pix_loss)
+            mask = None if made.hidden is None else made.hidden.mask
+            terms["visible"], terms["masked"] = visible_and_masked(errors, mask)
+        else:
+            distance = F.mse_loss if o.pixel_loss == "l2" else F.l1_loss
+            terms["visible"] = distance(made.images, x)
+        lpips = self.perceptual()
+        if lpips is not None and o.perceptual_weight and c.kind in ("vmae", "sdvae"):
+            terms["perceptual"] = lpips(x, made.images).mean()
+        if made.logvar is not None and c.kl_weight:
+            if c.kind == "vmae":
+                kl = variance_kl(made.logvar, o.fixed_std)
+            else:
+                kl = normal_kl(made.mean, made.logvar)
+            terms["kl"] = kl.sum(1).mean()
+        weights = {
+            "visible": o.visible_weight,
+            "masked": o.masked_weight,
+            "perceptual": o.perceptual_weight,
+            "kl": c.kl_weight,
+        }
+        total = sum((weights[k] * v for k, v in terms.items() if weights[k]), x.new_zeros(()))
+        return total, terms
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Seed all chance of an epoch by (seed, epoch, rank): resuming at its border is exact."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0:
+            seed = mix_seed(self.seed, self.current_epoch, self.global_rank)
+            self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Step the autoencoder, then the discriminator once disc_start batches were seen."""
+        images, objective, players = batch["image"], self.config.objective, self.players()
+        self.set_rates(players)
+        factor = disc_factor(objective, self.batches_seen) if self.discriminator else 0.0
+        made = self(images, self.draw(images, self.generator))
+        loss, logs = self.loss(images, made)
+
+        self.freeze_discriminator(True)
+        if factor and isinstance(self.network, ConvAutoencoder):
+            g_loss = -self.judge(made.images).float().mean()
+            weight = adaptive_weight(loss, g_loss, self.network.last_layer, objective)
+            loss = loss + weight * factor * g_loss
+            logs |= {"g_loss": g_loss, "d_weight": weight}
+        self.step(players[0], loss)
+        self.freeze_discriminator(False)
+        if factor:
+            real, fake = self.judge(images), self.judge(made.images.detach())
+            disc_loss = factor * DISC_LOSSES[objective.disc_loss](real.float(), fake.float())
+            self.step(players[1], disc_loss)
+            logs |= {"disc_loss": disc_loss}
+        self.batches_seen += 1
+
+        logs |= {"loss": loss, "lr": torch.tensor(players[0].param_groups[0]["lr"])}
+        logs["batch"] = torch.tensor(float(self.batches_seen))
+        for name, value in logs.items():
+            self.log(f"train/{name}", value.detach(), batch_size=len(images))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the loss under chance that is the same each time, and PSNR of whole images."""
+        images = batch["image"]
+        chance = self.draw(images, torch.Generator(images.device).manual_seed(batch_idx))
+        loss, logs = self.loss(images, self(images, chance))
+        whole = self.network.decode(split_moments(self.moments(images))[0])
+        logs |= {"loss": loss, "psnr": image_psnr(images, whole)}
+        for name, value in logs.items():
+            self.log(f"val/{name}", value, sync_dist=True, batch_size=len(images))
+
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (s.view(1, -1, 1, 1) for s in (self.latent_mean, self.latent_std))
         return mean.to(like), std.to(like)
@@ -173,3 +378,9 @@ class AutoencoderModule(L.LightningModule):
 
 def _exported(key: str) -> bool:
     return key.startswith((NETWORK, "latent_"))
+
+
+def _with_own(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Complete a state with the module's own tensors of what a file does not hold."""
+    own = {k: v for k, v in module.state_dict().items() if not _exported(k)}
+    return {**own, **state}

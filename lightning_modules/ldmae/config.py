@@ -3,7 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_modules.common.config import OptimConfig, TextConfig
+from lightning_modules.common.config import (
+    AdversarialConfig,
+    OptimConfig,
+    PlayersConfig,
+    TextConfig,
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -288,20 +293,19 @@ class ViTConfig:
     def __post_init__(self) -> None:
         names = ("image_size", "patch_size", "depth", "num_heads", "decoder_depth")
         _at_least(self, 1, *names, "decoder_num_heads")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size must be a multiple of patch_size ({self.patch_size}), "
-                f"got {self.image_size}"
-            )
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size must be a multiple of patch_size ({self.patch_size}), "
+            f"got {self.image_size}",
+        )
         for side in ("", "decoder_"):
             width, heads = getattr(self, f"{side}embed_dim"), getattr(self, f"{side}num_heads")
-            if width < 4 or width % 4 or width % heads:
-                raise ValueError(
-                    f"{side}embed_dim must be a multiple of 4 and of {side}num_heads ({heads}), "
-                    f"got {width}"
-                )
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+            _require(
+                width >= 4 and width % 4 == 0 and width % heads == 0,
+                f"{side}embed_dim must be a multiple of 4 and of {side}num_heads ({heads}), "
+                f"got {width}",
+            )
+        _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}")
 
 
 @dataclass
@@ -329,19 +333,14 @@ class ConvConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "in_channels", "ch", "num_res_blocks", "resolution", "norm_groups")
-        if not self.ch_mult:
-            raise ValueError("ch_mult must name at least one level, got []")
+        _require(bool(self.ch_mult), "ch_mult must name at least one level, got []")
         odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]
-        if odd:
-            raise ValueError(
-                f"norm_groups must divide every width, got {self.norm_groups} at {odd}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        _require(not odd, f"norm_groups must divide every width, got {self.norm_groups} at {odd}")
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass
-class AutoencoderObjective:
+class AutoencoderObjective(AdversarialConfig):
     """The losses, each switched off by weight 0; what belongs to some kinds says so.
 
     L = L_R + lambda_M L_M + lambda_P L_P + lambda_reg L_reg for vmae; the others have no L_M.
@@ -372,27 +371,21 @@ class AutoencoderObjective:
     freeze_encoder: bool = False
     """Train the decoder alone."""
 
-    disc_start: int = 0
-    """sdvae: batches before the discriminator takes part."""
+    disc_start: int = 50001
+    """sdvae: batches before the discriminator takes part (LDM's number)."""
     disc_weight: float = 0.5
     """sdvae: weight of the adversarial term; 0 builds no discriminator."""
-    disc_layers: int = 3
-    """sdvae: strided convolutions of the PatchGAN."""
-    disc_width: int = 64
-    """sdvae: width of its first convolution."""
-    disc_loss: Literal["hinge", "vanilla"] = "hinge"
-    """sdvae: loss of the discriminator."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
-        weights = ("visible_weight", "masked_weight", "perceptual_weight", "disc_weight")
-        _at_least(self, 0, *weights, "noise", "disc_start")
-        _at_least(self, 1, "disc_layers", "disc_width")
+        super().__post_init__()
+        _require(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        _at_least(self, 0, "visible_weight", "masked_weight", "perceptual_weight", "noise")
         if self.kl_weight is not None:
             _at_least(self, 0, "kl_weight")
-        if self.fixed_std is not None and self.fixed_std <= 0:
-            raise ValueError(f"fixed_std must be positive or null, got {self.fixed_std}")
+        _require(
+            self.fixed_std is None or self.fixed_std > 0,
+            f"fixed_std must be positive or null, got {self.fixed_std}",
+        )
 
 
 @dataclass
@@ -409,6 +402,11 @@ class AutoencoderConfig:
     """Sizes of the others."""
     objective: AutoencoderObjective = field(default_factory=AutoencoderObjective)
     """The losses."""
+    optim: PlayersConfig = field(default_factory=PlayersConfig)
+    """The optimizers."""
+    start: str | None = None
+    """File of an autoencoder whose weights training begins with; its position tables are resized
+    to vit.image_size. null begins with random weights."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "channels")
@@ -432,9 +430,44 @@ class AutoencoderConfig:
 
 # Weight of the regularisation where the settings name none. vmae: 1e-6 beside a reconstruction of
 # weight 0.5 in the released script. vae: ours, a Gaussian likelihood of standard deviation 0.1
-# over the 192 pixel values behind a token. sdvae: LDM's 1e-6 beside summed pixels, as a mean.
-# The paper gives none of the three.
-KL_WEIGHTS: dict[str, float] = {"vmae": 2e-6, "vae": 1e-4, "sdvae": 5e-9, "ae": 0.0, "dae": 0.0}
+# over the 192 pixel values behind a latent position. sdvae: LDM's 1e-6 beside summed pixels, as a
+# mean. The paper's own weights are published nowhere that could be reached.
+KL_WEIGHTS = {"vmae": 2e-6, "vae": 1e-4, "sdvae": 5e-9, "ae": 0.0, "dae": 0.0}
+
+# `paper`: 60 % hidden, unit variance, the losses' weights of the released script divided by that
+# of L_R. `released`: the script as it runs (its visible_loss_ratio of 0.75 is not handed on).
+# `tuning`: its second stage, at 256 px: the whole image, the posterior's mean, pixels + 10 LPIPS.
+AUTOENCODER_OBJECTIVES = {
+    "paper": AutoencoderObjective(),
+    "released": AutoencoderObjective(
+        mask_ratio=0.25,
+        visible_weight=0.5,
+        masked_weight=0.5,
+        perceptual_weight=0.5,
+        kl_weight=1e-6,
+        fixed_std=1e-3,
+    ),
+    "tuning": AutoencoderObjective(
+        mask_ratio=0.0, masked_weight=0.0, perceptual_weight=10.0, kl_weight=0.0, sample=False
+    ),
+}
+
+# VMAE/train_ae.sh: batch 2048 of ImageNet, 400 epochs of 626 batches with 10 of warm-up, then 10
+# epochs at 256 px. sdvae: LDM's autoencoder_kl, 4.5e-6 per sample of a batch of 12 on one device.
+AUTOENCODER_OPTIM = {
+    "released": PlayersConfig(
+        lr=8e-4,
+        betas=[0.9, 0.95],
+        weight_decay=0.05,
+        decay_all=False,
+        warmup_batches=6260,
+        decay_batches=250_400,
+    ),
+    "tuning": PlayersConfig(
+        lr=8e-5, betas=[0.9, 0.95], weight_decay=0.05, decay_all=False, decay_batches=6260
+    ),
+    "sdvae": PlayersConfig(lr=5.4e-5),
+}
 
 # LDMAE section 4 and LightningDiT's yaml: constant rate, no decay, no clipping
 LIGHTNING_DIT_OPTIM: dict[str, Any] = {

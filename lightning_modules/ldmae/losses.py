@@ -1,6 +1,7 @@
 """Posterior arithmetic and the losses of the autoencoders (arXiv 2507.09984, section 4)."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -64,15 +65,28 @@ def visible_and_masked(errors: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
 
     Args:
         errors: [B, L].
-        mask: [B, L], 1 = hidden; None or no hidden patch gives L_M = 0.
+        mask: [B, L], 1 = hidden; None where nothing is, then L_M = 0.
     """
     if mask is None:
         return errors.mean(), errors.new_zeros(())
-    hidden, seen = mask.sum(), (1 - mask).sum()
-    return (errors * (1 - mask)).sum() / seen, (errors * mask).sum() / hidden.clamp_min(1)
+    seen = 1 - mask
+    visible = (errors * seen).sum() / seen.sum()
+    return visible, (errors * mask).sum() / mask.sum().clamp_min(1)
 
 
-def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased standard deviation [C] of latents [N, C, h, w]."""
-    rows = latents.transpose(0, 1).flatten(1)  # [C, N h w]
-    return rows.mean(1), rows.std(1)
+def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased standard deviation [C] over latents [B, C, h, w], batch by batch.
+
+    Raises:
+        ValueError: fewer than two values per channel.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for latents in batches:
+        rows = latents.detach().cpu().double().transpose(0, 1).flatten(1)  # [C, B h w]
+        count += rows.shape[1]
+        total, squares = total + rows.sum(1), squares + rows.square().sum(1)
+    if count < 2:
+        raise ValueError("the latents' statistics need at least two positions")
+    mean = total / count
+    variance = (squares - count * mean.square()) / (count - 1)
+    return mean.float(), variance.clamp_min(0).sqrt().float()

@@ -5,6 +5,7 @@ Tokens are [B, N, D]; a patch is flattened as (row, column, channel), channel fa
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,14 @@ def resize_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.flatten(2).transpose(1, 2)
 
 
+def resize_tables(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """Resize the two position tables of a state to config.image_size, as the reference does."""
+    side = config.image_size // config.patch_size
+    return {
+        k: resize_table(v, (side, side)) if k.endswith("pos_embed") else v for k, v in state.items()
+    }
+
+
 @dataclass
 class Masking:
     """Which patches the encoder sees.
@@ -70,16 +79,31 @@ class Masking:
     visible: int
 
 
+def visible_patches(patches: int, ratio: float) -> int:
+    """Return how many of an image's patches the encoder sees.
+
+    Raises:
+        ValueError: none.
+    """
+    visible = int(patches * (1 - ratio))
+    if visible < 1:
+        raise ValueError(f"mask_ratio={ratio} hides all {patches} patches of an image")
+    return visible
+
+
 def masking(noise: Tensor, ratio: float) -> Masking:
     """Hide all but the int(L * (1 - ratio)) patches of least noise.
 
     Args:
         noise: [B, L] uniform.
         ratio: share of hidden patches in [0, 1).
+
+    Raises:
+        ValueError: no patch is left.
     """
     shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
-    visible = int(noise.shape[1] * (1 - ratio))
+    visible = visible_patches(noise.shape[1], ratio)
     return Masking(shuffle, restore, (restore >= visible).to(noise.dtype), visible)
 
 
@@ -252,11 +276,6 @@ class VMAE(nn.Module):
         """Return what the latent depends on."""
         parts = (self.patch_embed, self.blocks, self.norm, self.to_latent)
         return [p for part in parts for p in part.parameters()]
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight in front of the pixels."""
-        return list(self.decoder_pred.parameters())[-2]
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Patches of images [B, 3, H, W] along both sides."""

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import collate, decode_image, to_tensor
+from data.config import DataConfig
+from data.images import Crop, adm_crop, collate, decode_image, to_tensor
+from data.select import finish
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -105,8 +107,24 @@ def test_flips_mirror_about_half() -> None:
     assert 70 < sum(mirrored) < 130
 
 
-def test_an_extreme_shape_costs_no_memory() -> None:
-    assert decode_image(encoded(Image.new("RGB", (60_000, 1))), 256).shape == (256, 256, 3)
+@pytest.mark.parametrize("crop", ["center", "adm"])
+def test_an_extreme_shape_costs_no_memory(crop: Crop) -> None:
+    line = encoded(Image.new("RGB", (60_000, 1)))
+    assert decode_image(line, 256, crop=crop).shape == (256, 256, 3)
+
+
+def test_the_crop_of_adm_keeps_the_centre_in_training_and_validation() -> None:
+    wide = Image.new("RGB", (95, 33), "black")
+    wide.paste("white", (29, 0, 66, 33))
+    assert adm_crop(wide, 16).size == (16, 16)
+    assert np.asarray(adm_crop(wide, 16)).min() == 255
+    sample = {"data": encoded(wide), "caption": "", "key": "0", "meta": {}}
+    pixels = [
+        finish(dict(sample), DataConfig(resolution=16, crop="adm"), rng)["pixels"]
+        for rng in (None, random.Random(0))
+    ]
+    np.testing.assert_array_equal(*pixels)
+    np.testing.assert_array_equal(pixels[0], np.asarray(adm_crop(wide, 16)))
 
 
 def test_enlarged_and_reduced_keep_the_mean() -> None:
