@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.muse.config import UViTConfig
-from lightning_modules.muse.network import KeysValues, all_equal, split_heads
+from lightning_modules.muse.network import KeysValues, split_heads
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -31,6 +31,14 @@ def sinusoids(values: Tensor, width: int) -> Tensor:
     steps = torch.arange(half, device=values.device, dtype=torch.float32)
     angles = values[..., None] * torch.exp(steps * (-math.log(10000.0) / half))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def fold(size: int, edge: int) -> Tensor:
+    """Number of the line that stands for each of `size` alike lines, of which `edge` at either end
+    are told apart: 0, 1, ..., edge, edge, ..., edge, edge + 1, ..., 2 edge. [size] int64.
+    """
+    lines = torch.arange(size)
+    return torch.maximum(lines.clamp(max=edge), lines - max(0, size - (2 * edge + 1)))
 
 
 def linear(c_in: int, c_out: int) -> nn.Linear:
@@ -88,25 +96,27 @@ class Joint:
     Args:
         sides: the conditions.
         counts: how many images the pass has under each of them.
+
+    Attributes:
+        cells: [H, W] how many cells of the grid each cell stands for; None is one.
     """
 
     def __init__(self, sides: Sequence[UViTSide], counts: Sequence[int]) -> None:
         self.sides, self.counts = sides, list(counts)
         self.rows = sum(counts)
-        scales = [zip(*(side.scales for side in sides), strict=True)]
-        self._scales = iter(list(scales[0]))
-        self._reads = iter(range(len(sides[0].reads)))
+        self.cells: Tensor | None = None
+        self._scales = zip(*(side.scales for side in sides), strict=True)
+        self._reads = zip(*(side.reads for side in sides), strict=True)
 
     def next_scale(self) -> Tensor:
         """Gain and shift [2, rows, ...] of the next adaptive norm."""
         parts = next(self._scales)
-        if len(parts) == 1:
-            return parts[0]
         pairs = zip(parts, self.counts, strict=True)
-        return torch.cat([p.expand(-1, n, *p.shape[2:]) for p, n in pairs], dim=1)
+        spread = [part.expand(-1, n, *part.shape[2:]) for part, n in pairs]
+        return spread[0] if len(spread) == 1 else torch.cat(spread, dim=1)
 
-    def next_read(self) -> int:
-        """Number of the next attention to the text."""
+    def next_reads(self) -> tuple[KeysValues, ...]:
+        """What the next attention to the text reads of each condition."""
         return next(self._reads)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -127,26 +137,30 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """x: [B, L, C]."""
-        return KeysValues(
-            split_heads(self.to_k(x), self.heads), split_heads(self.to_v(x), self.heads)
-        )
+        k, v = (split_heads(part(x), self.heads) for part in (self.to_k, self.to_v))
+        return KeysValues(k, v)
 
-    def forward(self, x: Tensor, joint: Joint | None = None) -> Tensor:
-        """x: [rows, N, C] -> [rows, N, C], attending to the text of a joint pass or to itself."""
+    def to_itself(self, x: Tensor, joint: Joint) -> Tensor:
+        """x: [rows, N, C] -> [rows, N, C]."""
+        own = self.keys_values(x)
+        # a cell that stands for n has n keys: log n in front of the softmax
+        bias = None if joint.cells is None else joint.cells.to(x.dtype).log().view(1, 1, 1, -1)
         q = split_heads(self.to_q(x), self.heads)
-        if joint is None:
-            own = self.keys_values(x)
-            out = F.scaled_dot_product_attention(q, own.keys, own.values)
-        else:
-            read, parts = joint.next_read(), []
-            for part, side in zip(q.split(joint.counts), joint.sides, strict=True):
-                own = side.reads[read]
-                k, v = (t.expand(len(part), -1, -1, -1) for t in (own.keys, own.values))
-                mask = None if side.mask is None else side.mask[:, None, None]
-                parts.append(F.scaled_dot_product_attention(part, k, v, attn_mask=mask))
-            out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out = self.to_out[0](out.transpose(1, 2).flatten(2))
-        return self.to_out[1](out)
+        return self._out(F.scaled_dot_product_attention(q, own.keys, own.values, attn_mask=bias))
+
+    def to_text(self, x: Tensor, joint: Joint) -> Tensor:
+        """x: [rows, N, C] -> [rows, N, C]."""
+        queries = split_heads(self.to_q(x), self.heads).split(joint.counts)
+        parts = []
+        for q, side, own in zip(queries, joint.sides, joint.next_reads(), strict=True):
+            k, v = (t.expand(len(q), -1, -1, -1) for t in (own.keys, own.values))
+            mask = None if side.mask is None else side.mask[:, None, None]
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _out(self, attended: Tensor) -> Tensor:
+        merged = attended.transpose(1, 2).flatten(2)
+        return self.to_out[1](self.to_out[0](merged))
 
 
 class ResponseNorm(nn.Module):
@@ -160,10 +174,11 @@ class ResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, H, W, C] -> [B, H, W, C]."""
+    def forward(self, x: Tensor, cells: Tensor | None = None) -> Tensor:
+        """x: [B, H, W, C] -> [B, H, W, C]; cells: [H, W] how often each cell counts."""
+        squares = x.square() if cells is None else x.square() * cells[:, :, None]
         # 1e-30 keeps the gradient at norm 0 finite
-        norms = (x.square().sum(dim=(1, 2), keepdim=True) + 1e-30).sqrt()  # [B, 1, 1, C]
+        norms = (squares.sum(dim=(1, 2), keepdim=True) + 1e-30).sqrt()  # [B, 1, 1, C]
         scale = 1 + self.gamma * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6))
         return torch.addcmul(self.beta, x, scale)
 
@@ -190,7 +205,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, joint: Joint) -> Tensor:
         """x: [B or rows, H, W, C] -> [rows, H, W, C]."""
         y = self.norm(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        y = self.channelwise_norm(F.gelu(self.channelwise_linear_1(y)))
+        y = self.channelwise_norm(F.gelu(self.channelwise_linear_1(y)), joint.cells)
         x = x + self.dropout(self.channelwise_linear_2(y))
         gain, shift = joint.next_scale()
         return torch.addcmul(shift, joint.spread(x), gain)
@@ -216,8 +231,8 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, joint: Joint) -> Tensor:
         """x: [rows, N, C] -> [rows, N, C]."""
-        x = x + self.attn1(self.norm1(x), joint)
-        return x + self.attn2(self.norm2(x), joint)
+        x = x + self.attn1.to_text(self.norm1(x), joint)
+        return x + self.attn2.to_text(self.norm2(x), joint)
 
 
 class Downsample(nn.Module):
@@ -334,8 +349,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, joint: Joint) -> Tensor:
         """x: [rows, N, D] -> [rows, N, D]."""
-        x = x + self.attn1(self.norm1(x, joint))
-        x = x + self.attn2(self.norm2(x, joint), joint)
+        x = x + self.attn1.to_itself(self.norm1(x, joint), joint)
+        x = x + self.attn2.to_text(self.norm2(x, joint), joint)
         return x + self.ff(self.norm3(x, joint))
 
 
@@ -425,18 +440,41 @@ class UViT(nn.Module):
 
     def features(self, x: Tensor, joint: Joint) -> Tensor:
         """What enters the last layers: x [B, H, W] int64 -> [rows, H, W, block_out_channels]."""
-        multiple = self.config.grid_multiple
-        if x.shape[1] % multiple or x.shape[2] % multiple:
-            raise ValueError(
-                f"the token grid must be a multiple of {multiple} on both sides, got "
-                f"{x.shape[1]}x{x.shape[2]}"
-            )
-        grid = self.down_block(self.embed(x), joint)
+        return self.up_block(self._middle(self.down_block(self.embed(x), joint), joint), joint)
+
+    def _middle(self, grid: Tensor, joint: Joint) -> Tensor:
+        """The transformer: [rows, H, W, block_out_channels] -> the same."""
         hidden = self.project_to_hidden(self.project_to_hidden_norm(grid.flatten(1, 2)))
         for layer in self.transformer_layers:
             hidden = layer(hidden, joint)
-        hidden = self.project_from_hidden(self.project_from_hidden_norm(hidden))
-        return self.up_block(hidden.view_as(grid), joint)
+        return self.project_from_hidden(self.project_from_hidden_norm(hidden)).view_as(grid)
+
+    def constant_features(self, x: Tensor, joint: Joint) -> Tensor:
+        """`features` of a grid whose tokens are all the same, as at the first step.
+
+        Without positions, cells differ only by their distance from the border, and only as far as
+        the convolutions have carried it: n of them tell 2 n + 1 rows apart. So the rest of the
+        rows (and columns) are computed once and count as many times as there are of them, which
+        is exact and leaves, of the 256 cells of amused-256, 49 to the transformer.
+        """
+        f, edge = self.config.grid_multiple, self.config.num_res_blocks
+        device = x.device
+        inner = [fold(n // f, edge).to(device) for n in x.shape[1:]]  # seen by the transformer
+        outer = [fold(n // f, 2 * edge).to(device) for n in x.shape[1:]]  # after the up block
+        some = x[:, : f * (int(inner[0][-1]) + 1), : f * (int(inner[1][-1]) + 1)]
+        joint.cells = torch.outer(*(lines.bincount() for lines in inner))
+        grid = self._middle(self.down_block(self.embed(some), joint), joint)
+        # from the coarser to the finer folding: any line that a finer one stands for will do
+        rows, columns = (
+            i.new_empty(int(o[-1]) + 1).scatter_(0, o, i) for i, o in zip(inner, outer, strict=True)
+        )
+        joint.cells = torch.outer(*(lines.bincount() for lines in outer))
+        grid = self.up_block(grid[:, rows][:, :, columns], joint)
+        rows, columns = (
+            f * lines.repeat_interleave(f) + torch.arange(f * len(lines), device=device) % f
+            for lines in outer
+        )
+        return grid[:, rows][:, :, columns]
 
     def mixed_rows(
         self, x: Tensor, sides: Sequence[UViTSide], shares: Sequence[float], keep: Tensor
@@ -445,8 +483,8 @@ class UViT(nn.Module):
 
         Guidance is sides (cond, null) with shares (s, 1 - s): mixing in front of the bias-free
         output table equals mixing the logits. All sides run as one batch, in one pass up to the
-        first sight of a condition, and images that are still all masks (the first step) share one
-        pass per condition.
+        first sight of a condition. Images that are still all masks (the first step) share one pass
+        per condition, over a folded grid.
 
         Args:
             x: [B, h, w] int64, `mask_id` where a token is masked.
@@ -460,9 +498,19 @@ class UViT(nn.Module):
         Raises:
             ValueError: a grid that the network cannot halve.
         """
-        same = not self.training and all_equal(x)
-        joint = Joint(sides, [side.batch if same else len(x) for side in sides])
-        parts = self.features(x[:1] if same else x, joint).split(joint.counts)
+        multiple = self.config.grid_multiple
+        if x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ValueError(
+                f"the token grid must be a multiple of {multiple} on both sides, got "
+                f"{x.shape[1]}x{x.shape[2]}"
+            )
+        constant = not self.training and bool((x == x[0, 0, 0]).all())
+        joint = Joint(sides, [side.batch if constant else len(x) for side in sides])
+        if constant:
+            features = self.constant_features(x[:1], joint)
+        else:
+            features = self.features(x, joint)
+        parts = features.split(joint.counts)
         kept = [part.expand(len(x), -1, -1, -1)[keep] for part in parts]
         rows = self.mlm_layer.rows(torch.stack(kept))  # [sides, n, C]
         return torch.einsum("snc,s->nc", rows, rows.new_tensor(shares))
