@@ -29,6 +29,7 @@ from lightning_modules.ldmae.losses import (
 from lightning_modules.ldmae.vmae import VMAE, Masking, masking, resize_tables, visible_patches
 
 NETWORK = "network."
+LEAST_STD = 1e-6  # of a channel; a draw of log variance -30 alone has 3e-7
 
 
 @dataclass
@@ -183,8 +184,8 @@ class AutoencoderModule(TwoPlayerModule):
         Raises:
             ValueError: a channel that never changes.
         """
-        if not bool((std > 0).all()):
-            dead = int((std.flatten() <= 0).nonzero()[0])
+        if not bool((std > LEAST_STD).all()):
+            dead = int((std.flatten() <= LEAST_STD).nonzero()[0])
             raise ValueError(
                 f"channel {dead} of the latents never changes: the autoencoder was not trained "
                 "well, or on too few images"
