@@ -4,10 +4,11 @@ Later layers win: defaults of the dataclasses, the tokenizer preset, the scale's
 line. A new paper is one dataclass here and one line in RUNS.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from data.config import DataConfig
 from experiments.settings import (
@@ -24,16 +25,19 @@ from experiments.settings import (
     stage_key,
     to_yaml,
 )
+from lightning_modules.ldmae.config import (
+    AUTOENCODER_OBJECTIVES,
+    AUTOENCODER_OPTIM,
+    DIT_MODELS,
+    DIT_SAMPLING,
+    AutoencoderConfig,
+    LDMAEConfig,
+)
 from lightning_modules.paella.config import MODELS as PAELLA_MODELS
 from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
 from lightning_modules.paella.config import PaellaConfig
 from lightning_modules.vqgan.config import PRESETS as VQGAN_PRESETS
-from lightning_modules.vqgan.config import (
-    ModelConfig,
-    ObjectiveConfig,
-    PlayersConfig,
-    VQGANConfig,
-)
+from lightning_modules.vqgan.config import VQGANConfig
 
 __all__ = [
     "RUNS",
@@ -51,6 +55,10 @@ CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_PRESETS = {
     section: {name: getattr(preset, section) for name, preset in VQGAN_PRESETS.items()}
     for section in ("model", "objective", "optim")
+}
+AUTOENCODER_PRESETS: dict[str, Mapping[str, Any]] = {
+    "objective": AUTOENCODER_OBJECTIVES,
+    "optim": AUTOENCODER_OPTIM,
 }
 
 
@@ -143,6 +151,7 @@ class RunSettings:
     """What every paper's run has."""
 
     NOT_IN_KEY: ClassVar[tuple[str, ...]] = ("logger", "cache")
+    CODEC: ClassVar[str] = "tokenizer"  # what is trained first, a key of CODECS
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {}  # section -> name -> its dataclass
 
     seed: int = 0
@@ -176,34 +185,60 @@ class RunSettings:
 
 
 @dataclass
-class TokenizerSection:
-    """The tokenizer under a generator: a finished one, or the settings that train one."""
+class CodecSection:
+    """What stands under a generator: a finished tokenizer, or the settings that train one."""
 
     preset: str = "tiny"
-    """File of configs/vqgan that fills model, objective, optim and trainer below."""
+    """File of configs/vqgan (or configs/autoencoder) that fills the settings of its training."""
     ckpt: str | None = "shipped"
     """shipped (the one that comes with the project), a checkpoint file, or null to train it."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Network and quantizer."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Losses."""
-    optim: PlayersConfig = field(default_factory=PlayersConfig)
-    """Optimizers."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long; the machine's settings are those of the run's own trainer section."""
 
 
 @dataclass
-class GeneratorRun(RunSettings):
-    """What every generator's run has besides."""
+class TokenizerSection(VQGANConfig, CodecSection):
+    """The tokenizer under a generator of tokens."""
 
-    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    """The tokenizer under the generator."""
+
+@dataclass
+class AutoencoderSection(AutoencoderConfig, CodecSection):
+    """The autoencoder under a generator of continuous latents."""
+
+
+class Codec(NamedTuple):
+    """What turns pictures into a small grid and back, trained before a generator."""
+
+    paper: str
+    """The key of RUNS that trains it alone, and the folder of its YAMLs."""
+    config: type
+    """The settings of its module."""
+    section: type[CodecSection]
+    """The section of a generator's run that holds them."""
+
+
+CODECS = {
+    "tokenizer": Codec("vqgan", VQGANConfig, TokenizerSection),
+    "autoencoder": Codec("autoencoder", AutoencoderConfig, AutoencoderSection),
+}
+
+
+@dataclass
+class StackedRun(RunSettings):
+    """A generator on top of a codec, whose section is called as CODEC says."""
 
     def check(self) -> None:
         """Check that the sections fit each other."""
         super().check()
-        _two_players("tokenizer.trainer", self.tokenizer.trainer)
+        _two_players(f"{self.CODEC}.trainer", getattr(self, self.CODEC).trainer)
+
+
+@dataclass
+class GeneratorRun(StackedRun):
+    """What the run of every generator of tokens has besides."""
+
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    """The tokenizer under the generator."""
 
     def check_tokens(self, num_codes: int, name: str, grid_multiple: int) -> None:
         """Check that the generator fits the tokenizer that the tokenizer section describes.
@@ -231,6 +266,55 @@ class VQGANRun(VQGANConfig, RunSettings):
         super().check()
         _multiple("data.resolution", self.data.resolution, self.model.factor)
         _two_players("trainer", self.trainer)
+
+
+@dataclass
+class AutoencoderRun(AutoencoderConfig, RunSettings):
+    """An autoencoder with continuous latents: VMAE, or AE, DAE, VAE and SD-VAE beside it."""
+
+    CODEC: ClassVar[str] = "autoencoder"
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = AUTOENCODER_PRESETS
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        _multiple("data.resolution", self.data.resolution, self.factor)
+        _two_players("trainer", self.trainer)
+
+
+@dataclass
+class LDMAERun(LDMAEConfig, StackedRun):
+    """LDMAE: latent diffusion (flow matching) on the latents of a masked autoencoder."""
+
+    CODEC: ClassVar[str] = "autoencoder"
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": DIT_MODELS,
+        "sampling": DIT_SAMPLING,
+        **{f"autoencoder.{section}": presets for section, presets in AUTOENCODER_PRESETS.items()},
+    }
+
+    autoencoder: AutoencoderSection = field(default_factory=AutoencoderSection)
+    """The autoencoder under the generator."""
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        self.check_diffusion()
+        if self.autoencoder.ckpt not in (None, "shipped"):
+            return  # the file decides; it is checked when it is read
+        channels, factor = self.autoencoder.channels, self.autoencoder.factor
+        if self.model.in_channels != channels:
+            raise ValueError(
+                f"model.in_channels must be the autoencoder's {channels} channels, "
+                f"got {self.model.in_channels}"
+            )
+        _multiple("data.resolution", self.data.resolution, factor)
+        side = self.data.resolution // factor
+        if self.model.input_size != side:
+            raise ValueError(
+                f"model.input_size must be data.resolution / {factor} = {side}, "
+                f"got {self.model.input_size}"
+            )
 
 
 @dataclass
@@ -278,7 +362,12 @@ class PaellaRun(PaellaConfig, GeneratorRun):
             )
 
 
-RUNS: dict[str, type[RunSettings]] = {"vqgan": VQGANRun, "paella": PaellaRun}
+RUNS: dict[str, type[RunSettings]] = {
+    "vqgan": VQGANRun,
+    "paella": PaellaRun,
+    "autoencoder": AutoencoderRun,
+    "ldmae": LDMAERun,
+}
 
 
 def scales(paper: str) -> list[str]:
@@ -321,7 +410,7 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     """
     cls = RUNS[pick("--paper", paper, list(RUNS))]
     yaml, line = file_pairs(cls, scale_file(paper, scale)), parse_overrides(cls, overrides)
-    preset = _tokenizer_preset(yaml, line) if issubclass(cls, GeneratorRun) else []
+    preset = _codec_preset(cls.CODEC, yaml, line) if issubclass(cls, StackedRun) else []
     config = fill(cls, [*preset, *yaml, *line])
     asked = dict(line).get("data.name", config.data.name)
     if asked != config.data.name:  # shards that are set win over any name
@@ -330,23 +419,25 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     return config
 
 
-def _tokenizer_preset(
-    yaml: Sequence[tuple[str, Any]], line: Sequence[tuple[str, Any]]
+def _codec_preset(
+    codec: str, yaml: Sequence[tuple[str, Any]], line: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Settings of the tokenizer section that its preset's YAML gives."""
+    """Settings of the codec's section that its preset's YAML gives."""
+    paper, _, section = CODECS[codec]
     chosen = dict([*yaml, *line])
-    name = chosen.get("tokenizer.preset", TokenizerSection.preset)
-    name = pick("tokenizer.preset", str(name), scales("vqgan"))
-    sections = ("model.", "objective.", "optim.", "trainer.")
-    ckpt = chosen.get("tokenizer.ckpt", TokenizerSection.ckpt)
-    idle = [k for k, _ in line if k.startswith(tuple(f"tokenizer.{s}" for s in sections))]
+    name = chosen.get(f"{codec}.preset", CodecSection.preset)
+    name = pick(f"{codec}.preset", str(name), scales(paper))
+    ckpt = chosen.get(f"{codec}.ckpt", CodecSection.ckpt)
+    own = [f"{codec}.{f.name}" for f in dataclasses.fields(section)]
+    trained = [k for k in own if k not in (f"{codec}.preset", f"{codec}.ckpt")]
+    idle = [k for k, _ in line if k.startswith(tuple(trained))]
     if ckpt is not None and idle:
         raise ConfigError(
-            f"{idle[0]} has no effect while tokenizer.ckpt={ckpt} is taken as it is; "
-            "add tokenizer.ckpt=null to train the tokenizer"
+            f"{idle[0]} has no effect while {codec}.ckpt={ckpt} is taken as it is; "
+            f"add {codec}.ckpt=null to train the {codec}"
         )
-    pairs = file_pairs(RUNS["vqgan"], CONFIGS / "vqgan" / f"{name}.yaml")
-    return [(f"tokenizer.{k}", v) for k, v in pairs if k.startswith(sections)]
+    pairs = file_pairs(RUNS[paper], CONFIGS / paper / f"{name}.yaml")
+    return [(f"{codec}.{k}", v) for k, v in pairs if f"{codec}.{k}".startswith(tuple(trained))]
 
 
 def _at_least(config: Any, name: str, least: int) -> None:

@@ -124,32 +124,40 @@ def grid(
     return sheet
 
 
-def strip(steps: Tensor, changed: Tensor, columns: int = 4) -> Image.Image:
+def strip(
+    steps: Tensor,
+    changed: Tensor | None = None,
+    columns: int = 4,
+    numbers: Sequence[int] | None = None,
+) -> Image.Image:
     """Show how a picture comes about: after every step the picture and the tokens that changed.
 
     Args:
         steps: [T, 3, H, W] uint8, the decoded tokens after each step.
-        changed: [T, h, w] bool, tokens that this step changed.
+        changed: [T, h, w] bool, tokens that this step changed; None leaves the tokens out.
         columns: steps in a row.
+        numbers: T numbers of the steps; default counts from 1.
 
     Returns:
         An image with transparent ground, so that it fits light and dark pages.
     """
     cells = [enlarge(to_image(picture), 96) for picture in steps]
     width, height = cells[0].size
-    tall = LINE + 2 * height + 4
+    tall = LINE + height + (0 if changed is None else height + 4)
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     size = (columns * (width + GAP) - GAP, rows * (tall + 3 * GAP) - 3 * GAP)
     sheet = Image.new("RGBA", size, (0, 0, 0, 0))
     pen, font = ImageDraw.Draw(sheet), _font(10)
-    for i, (cell, mask) in enumerate(zip(cells, changed.bool().cpu(), strict=True)):
+    named = zip(cells, numbers or range(1, len(cells) + 1), strict=True)
+    for i, (cell, number) in enumerate(named):
         x, y = i % columns * (width + GAP), i // columns * (tall + 3 * GAP)
-        pen.text((x, y - 1), f"step {i + 1}", GREY, font)
+        pen.text((x, y - 1), f"step {number}", GREY, font)
         sheet.paste(cell, (x, y + LINE))
-        tokens = TOKENS[mask.long().numpy()]  # [h, w, 4]
-        picture = Image.fromarray(tokens).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(picture, (x, y + LINE + height + 4))
+        if changed is not None:
+            tokens = TOKENS[changed[i].long().cpu().numpy()]  # [h, w, 4]
+            picture = Image.fromarray(tokens).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, y + LINE + height + 4))
     return sheet
 
 

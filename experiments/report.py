@@ -353,19 +353,23 @@ def _traces(traces: Sequence[Trace]) -> str:
     for trace in traces:
         of = f" of {trace.tokens}" if trace.tokens else ""
         counts = ", ".join(map(str, trace.changed))
-        alt = f"Steps of: {trace.prompt}. Tokens changed at each step: {counts}"
+        said = f"Tokens changed at each step{of}: {counts}" if trace.changed else ""
+        alt = f"Steps of: {trace.prompt}. {said}".rstrip()
         figures.append(
             f"<figure class=trace><figcaption>{escape(trace.prompt)}</figcaption>"
             f"<div class=wide>{picture_tag(trace.strip, alt)}</div>"
-            f"<p class=muted>Tokens changed at each step{of}: {counts}</p></figure>"
+            + (f"<p class=muted>{said}</p>" if said else "")
+            + "</figure>"
         )
-    about = (
-        "The picture after every step, and below it the token grid: orange where the step "
-        "changed the token."
+    counted = any(trace.changed for trace in traces)
+    about = "The picture after every step" + (
+        ", and below it the token grid: orange where the step changed the token."
+        if counted
+        else ", or after some of many."
     )
-    title = "How tokens change from first to last step"
+    what = "tokens change" if counted else "a picture comes about"
     body = f"<div class=traces>{''.join(figures)}</div>"
-    return section(title, body, about) if figures else ""
+    return section(f"How {what} from first to last step", body, about) if figures else ""
 
 
 def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:

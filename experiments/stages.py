@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import (
-    GeneratorRun,
+    CODECS,
+    CodecSection,
     RunSettings,
-    TokenizerSection,
+    StackedRun,
     TrainerConfig,
     UserError,
     resolved,
@@ -23,7 +24,10 @@ from experiments.config import (
 from experiments.store import Say, Stage
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / "lightning_modules" / "vqgan" / "shipped"
+SHIPPED = {
+    "tokenizer": ROOT / "lightning_modules" / "vqgan" / "shipped",
+    "autoencoder": ROOT / "lightning_modules" / "ldmae" / "shipped",
+}
 JUDGES = ROOT / "eval" / "weights"
 
 
@@ -39,23 +43,21 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
     """Return the stages of a run with their keys, in order; light, nothing is started."""
     stages = [Stage("data", _data_key(config))]
     data = stages[0].key
-    if not isinstance(config, GeneratorRun):
-        stages.append(Stage("tokenizer", _tokenizer_key(config, tokenizer_section(config), data)))
+    codec = _codec_key(config, data)
+    stages.append(Stage(config.CODEC, codec))
+    if not isinstance(config, StackedRun):
         e = config.eval
         score = stage_key(
-            [e.prompts, e.bootstrap, e.seed, e.grid], _judges(config),
-            upstream=[data, stages[1].key],
-        )  # fmt: skip
+            [e.prompts, e.bootstrap, e.seed, e.grid], _judges(config), upstream=[data, codec]
+        )
         stages.append(Stage("score", score))
     else:
-        tokenizer = _tokenizer_key(config, config.tokenizer, data)
-        stages.append(Stage("tokenizer", tokenizer))
         pictures = _pictures(config)
-        source = [data, tokenizer]
+        source = [data, codec]
         if config.data.cache:
             cache = stage_key(pictures, upstream=source)
             stages.append(Stage("cache", cache))
-            source = [cache, tokenizer]
+            source = [cache, codec]
         else:
             pictures |= {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
         train = stage_key(
@@ -72,31 +74,34 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
     return [*stages, Stage("report", report)]
 
 
-def tokenizer_section(config: RunSettings) -> TokenizerSection:
-    """Return the settings that train a tokenizer, wherever this run keeps them."""
-    if isinstance(config, GeneratorRun):
-        return config.tokenizer
-    own = {name: getattr(config, name) for name in ("model", "objective", "optim", "trainer")}
-    return TokenizerSection(ckpt=None, **own)
+def codec_section(config: RunSettings) -> CodecSection:
+    """Return the settings that train the codec, wherever this run keeps them."""
+    if isinstance(config, StackedRun):
+        return getattr(config, config.CODEC)
+    _, settings, section = CODECS[config.CODEC]
+    names = [f.name for f in dataclasses.fields(settings)]
+    own = {name: getattr(config, name) for name in [*names, "trainer"]}
+    return section(ckpt=None, **own)
 
 
-def tokenizer_file(section: TokenizerSection) -> Path | None:
-    """Return the finished tokenizer that a section names, None where it is to be trained.
+def codec_file(config: RunSettings) -> Path | None:
+    """Return the finished codec that a run names, None where it is to be trained.
 
     Raises:
         UserError: the file is not there.
     """
+    codec, section = config.CODEC, codec_section(config)
     if section.ckpt is None:
         return None
-    shipped = SHIPPED / f"{section.preset}.safetensors"
+    shipped = SHIPPED[codec] / f"{section.preset}.safetensors"
     path = shipped if section.ckpt == "shipped" else Path(section.ckpt)
     if not path.is_file():
         if section.ckpt != "shipped":
-            raise UserError(f"tokenizer.ckpt: there is no file {path}")
-        have = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors")))
+            raise UserError(f"{codec}.ckpt: there is no file {path}")
+        have = ", ".join(sorted(p.stem for p in SHIPPED[codec].glob("*.safetensors")))
         raise UserError(
-            f"tokenizer.ckpt: none ships for the preset {section.preset} (shipped: {have}); "
-            "add tokenizer.ckpt=null to train it"
+            f"{codec}.ckpt: none ships for the preset {section.preset} (shipped: {have}); "
+            f"add {codec}.ckpt=null to train it"
         )
     return path
 
@@ -127,18 +132,23 @@ def _pictures(config: RunSettings) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if k not in left_out}
 
 
-def _tokenizer_key(config: RunSettings, section: TokenizerSection, data: str) -> str:
-    path = tokenizer_file(section)
+def _codec_key(config: RunSettings, data: str) -> str:
+    section, path = codec_section(config), codec_file(config)
+    pictures = _pictures(config)
     if path is not None:
-        return stage_key(hashlib.sha256(path.read_bytes()).hexdigest())
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        if config.CODEC == "tokenizer":
+            return stage_key(content)
+        # the statistics of its latents are those of this run's pictures
+        return stage_key(content, config.seed, pictures, upstream=[data])
     loader = {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
+    settings = [getattr(section, f.name) for f in dataclasses.fields(CODECS[config.CODEC].config)]
     return stage_key(
-        section.model, section.objective, section.optim, tokenizer_trainer(config, section),
-        config.seed, _pictures(config) | loader, upstream=[data],
-    )  # fmt: skip
+        *settings, codec_trainer(config, section), config.seed, pictures | loader, upstream=[data]
+    )
 
 
-def tokenizer_trainer(config: RunSettings, section: TokenizerSection) -> TrainerConfig:
+def codec_trainer(config: RunSettings, section: CodecSection) -> TrainerConfig:
     """Return how long the section says, on the devices of the run's own trainer section."""
     machine = ("accelerator", "devices", "num_nodes", "strategy", "progress")
     return dataclasses.replace(
@@ -146,15 +156,15 @@ def tokenizer_trainer(config: RunSettings, section: TokenizerSection) -> Trainer
     )
 
 
-def sections(config: GeneratorRun) -> dict[str, Any]:
+def sections(config: StackedRun) -> dict[str, Any]:
     """Return the paper's own sections as plain containers, without the sampling loop's."""
-    shared = {f.name for f in dataclasses.fields(GeneratorRun)}
+    shared = {config.CODEC, *(f.name for f in dataclasses.fields(StackedRun))}
     names = [f.name for f in dataclasses.fields(config)]
     plain = resolved(config)
     return {name: plain[name] for name in names if name not in shared and name != "sampling"}
 
 
-def _sampling(config: GeneratorRun) -> dict[str, Any]:
+def _sampling(config: StackedRun) -> dict[str, Any]:
     return resolved(config)["sampling"]
 
 

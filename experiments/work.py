@@ -1,5 +1,6 @@
 """The work behind each stage; experiments.stages says what its result depends on."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -17,20 +18,22 @@ from data.tokens import cache_settings, write_token_cache
 from data.webdata import WebData, prepare
 from eval.digits import score_digits
 from eval.judge import load_judge
+from eval.judge_network import Judge
+from eval.latents import score_compression, score_smoothness
 from eval.reconstruction import score_reconstructions
 from eval.scene_clip import load_clip
 from eval.scenes import score_scenes
-from experiments.config import GeneratorRun, RunSettings, resolved, to_yaml
+from experiments.config import CODECS, RunSettings, StackedRun, resolved, to_yaml
 from experiments.pictures import grid, load_png, save_png, strip, to_uint8
 from experiments.progress import Counter
 from experiments.report import Card, Report, StageRow, Trace, write_report
 from experiments.stages import (
     Outcome,
+    codec_file,
+    codec_section,
+    codec_trainer,
     plan,
     sections,
-    tokenizer_file,
-    tokenizer_section,
-    tokenizer_trainer,
 )
 from experiments.store import Say, Store
 from experiments.training import (
@@ -42,10 +45,19 @@ from experiments.training import (
     wandb_logger,
 )
 from lightning_modules.common.checkpoint import file_hash, load_weights, save_weights
-from lightning_modules.registry import GENERATORS, generator_file, load_generator, load_tokenizer
-from lightning_modules.vqgan.module import VQGANModule
+from lightning_modules.common.perceptual import load_lpips
+from lightning_modules.common.seeding import mix_seed
+from lightning_modules.registry import (
+    GENERATORS,
+    TOKENIZERS,
+    generator_file,
+    load_generator,
+    load_tokenizer,
+)
 
-CHECKPOINT, TOKENIZER = "checkpoint.safetensors", "tokenizer.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+MEASURED = 10_000  # pictures behind the statistics of latents, as in LDMAE's released code
+SHOWN_STEPS = 12  # of a trace, at most
 
 
 class Work:
@@ -64,6 +76,7 @@ class Work:
         self, paper: str, scale: str, config: RunSettings, out: Path, command: str, say: Say
     ) -> None:
         self.paper, self.scale, self.config, self.out = paper, scale, config, out
+        self.codec_name = f"{config.CODEC}.safetensors"
         self.command, self.say = command, say
         self.stages = {stage.name: stage for stage in plan(paper, config)}
         self.store = Store(config.cache, list(self.stages))
@@ -88,16 +101,16 @@ class Work:
 
     def _everything(self) -> Outcome:
         self.data()
-        tokenizer = self.tokenizer() / TOKENIZER
+        codec = self.codec() / self.codec_name
         generator = None
-        if isinstance(self.config, GeneratorRun):
-            cache = self.cache(tokenizer) if self.config.data.cache else None
-            generator = self.train(self.config, tokenizer, cache)
+        if isinstance(self.config, StackedRun):
+            cache = self.cache(codec) if self.config.data.cache else None
+            generator = self.train(self.config, codec, cache)
         if not self.store.leader:
             return Outcome()
         samples = self.sample(generator) if generator else None
-        scores = self.score(tokenizer, samples)
-        return self.report(tokenizer, generator, samples, scores)
+        scores = self.score(codec, samples)
+        return self.report(codec, generator, samples, scores)
 
     def _stage(self, name: str, work: Any, everyone: bool = False) -> Path:
         stage = self.stages[name]
@@ -128,58 +141,78 @@ class Work:
             epoch_batches=epoch_batches,
         )  # fmt: skip
 
-    def tokenizer(self) -> Path:
-        """Take the tokenizer that is named, or train it."""
-        section = tokenizer_section(self.config)
-        given = tokenizer_file(section)
+    def codec(self) -> Path:
+        """Take the tokenizer or autoencoder that is named, or train it."""
+        name, section = self.config.CODEC, codec_section(self.config)
+        paper, settings, _ = CODECS[name]
+        given = codec_file(self.config)
 
         def take(folder: Path) -> dict[str, Any]:
             assert given is not None
-            load_tokenizer(given)  # speaks up where the file is no tokenizer
-            _copy(given, folder / TOKENIZER)
+            module = load_tokenizer(given, self.device, paper)  # speaks up where it is none
+            if name == "autoencoder":
+                self._measure(module)
+                save_weights(folder / self.codec_name, *module.export())
+            else:
+                _copy(given, folder / self.codec_name)
             return {"from": str(given)}
 
         def train(folder: Path) -> dict[str, Any]:
-            trainer = tokenizer_trainer(self.config, section)
+            trainer = codec_trainer(self.config, section)
             seed_everything(self.config.seed, verbose=False)
             plain = resolved(section)
-            names = ("model", "objective", "optim")
-            module = VQGANModule({"seed": self.config.seed, **{n: plain[n] for n in names}})
+            own = {f.name: plain[f.name] for f in dataclasses.fields(settings)}
+            module = TOKENIZERS[paper]({"seed": self.config.seed, **own})
             data = self.web(trainer.batch_size, trainer.epochs[1])
             fit(
-                module, data, trainer, folder, what="tokenizer", say=self.say,
-                loggers=self.loggers if self.paper == "vqgan" else (), two_players=True,
+                module, data, trainer, folder, what=name, say=self.say,
+                loggers=self.loggers if self.paper == paper else (), two_players=True,
             )  # fmt: skip
             if self.store.leader:
-                save_weights(folder / TOKENIZER, *module.export())
+                if name == "autoencoder":
+                    self._measure(module.to(self.device).eval())
+                save_weights(folder / self.codec_name, *module.export())
             return {"parameters": _count(module), "skipped": data.skipped}
 
-        if given is None and section.objective.perceptual_weight and not (
-            section.objective.lpips_path
-        ):  # fmt: skip
+        objective: Any = section.objective  # type: ignore[attr-defined]
+        if given is None and objective.perceptual_weight and not objective.lpips_path:
             note = "perceptual term off: objective.lpips_path names no LPIPS weights"
             self.notes.append(note)
             self.say(f"      {note}")
-        return self._stage("tokenizer", take if given else train, everyone=given is None)
+        return self._stage(name, take if given else train, everyone=given is None)
 
-    def cache(self, tokenizer: Path) -> Path:
-        """Encode the training shards to tokens once."""
+    def _measure(self, autoencoder: Any) -> None:
+        """Set the statistics of an autoencoder's latents to those of this run's pictures."""
+        data, size = self.config.data, self.config.eval.batch_size
+        count = MEASURED if data.name == "shards" else min(MEASURED, data.train_size)
+        self._note(f"statistics of the latents of {count} training pictures")
+        web = WebData(
+            dataclasses.replace(data, flip=False), self.splits, batch_size=size,
+            seed=self.config.seed, epoch_batches=-(-count // size),
+        )  # fmt: skip
+        chance = torch.Generator().manual_seed(mix_seed(self.config.seed, 0))
+        autoencoder.measure((batch["image"] for batch in web.stream()), chance)
+
+    def cache(self, codec: Path) -> Path:
+        """Encode the training shards once, to tokens or to moments."""
 
         def work(folder: Path) -> dict[str, Any]:
-            module = load_tokenizer(tokenizer, self.device)
+            module = load_tokenizer(codec, self.device)
+            num_codes = getattr(module, "num_codes", None)
             return write_token_cache(
-                module.encode, self.config.data, self.splits, folder,
-                sha256=file_hash(tokenizer), num_codes=module.num_codes,
+                module.encode if num_codes else module.moments, self.config.data, self.splits,
+                folder, sha256=file_hash(codec), num_codes=num_codes,
                 batch_size=self.config.eval.batch_size, device=self.device, progress=self._note,
             )  # fmt: skip
 
         return self._stage("cache", work)
 
-    def train(self, config: GeneratorRun, tokenizer: Path, cache: Path | None) -> Path:
-        """Train the generator on cached tokens, or on pictures that are encoded in every step."""
+    def train(self, config: StackedRun, codec: Path, cache: Path | None) -> Path:
+        """Train the generator on the cache, or on pictures that are encoded in every step."""
 
         def work(folder: Path) -> dict[str, Any]:
-            frozen = load_tokenizer(tokenizer)
+            frozen = load_tokenizer(codec)
+            num_codes = getattr(frozen, "num_codes", None)
             side = config.data.resolution // frozen.factor
             seed_everything(config.seed, verbose=False)
             module = GENERATORS[self.paper](
@@ -187,7 +220,7 @@ class Work:
                     "paper": self.paper,
                     "seed": config.seed,
                     "grid": [side, side],
-                    "num_codes": frozen.num_codes,
+                    "num_codes": num_codes,
                     **sections(config),
                     "sampling": resolved(config)["sampling"],
                 }
@@ -198,15 +231,15 @@ class Work:
                 data = CachedData(
                     cache, data, batch_size=config.trainer.batch_size, seed=config.seed,
                     epoch_batches=length,
-                    expect=cache_settings(config.data, file_hash(tokenizer), frozen.num_codes),
+                    expect=cache_settings(config.data, file_hash(codec), num_codes),
                 )  # fmt: skip
             fit(
                 module, data, config.trainer, folder, what="train", say=self.say,
                 loggers=self.loggers,
             )  # fmt: skip
             if self.store.leader:
-                _copy(tokenizer, folder / TOKENIZER)
-                save_weights(folder / CHECKPOINT, *generator_file(module, tokenizer, TOKENIZER))
+                _copy(codec, folder / self.codec_name)
+                save_weights(folder / CHECKPOINT, *generator_file(module, codec, self.codec_name))
             return {"parameters": _count(module)}
 
         return self._stage("train", work, everyone=True)
@@ -224,8 +257,9 @@ class Work:
             for first in range(0, len(missing), e.batch_size):
                 part = missing[first : first + e.batch_size]
                 images = module.sample(
-                    [p["prompt"] for p in part], seeds=[p["seed"] for p in part], **sampling
-                )
+                    [p["prompt"] for p in part], seeds=[p["seed"] for p in part],
+                    **_labels(module, part), **sampling,
+                )  # fmt: skip
                 for p, image in zip(part, to_uint8(images.cpu()), strict=True):
                     text = {"prompt": p["prompt"], "seed": str(p["seed"])}
                     save_png(folder / p["file"], image, text)
@@ -259,7 +293,7 @@ class Work:
     def _trace(
         self, module: Any, asked: dict[str, Any], sampling: dict[str, Any], folder: Path
     ) -> dict[str, Any]:
-        """Draw one picture again and keep what its tokens were after every step."""
+        """Draw one picture again and show what its tokens or latents were after every step."""
         steps: list[Tensor] = []
         inputs: list[Tensor] = []
 
@@ -267,32 +301,49 @@ class Work:
             inputs.append(before)
             steps.append(after)
 
-        module.sample([asked["prompt"]], seeds=[asked["seed"]], on_step=on_step, **sampling)
-        states = torch.cat([inputs[0], *steps])  # [T + 1, h, w]
-        changed = states[1:] != states[:-1]
-        pictures = to_uint8(module.tokenizer.decode(states).cpu())
+        module.sample(
+            [asked["prompt"]], seeds=[asked["seed"]], on_step=on_step, **_labels(module, [asked]),
+            **sampling,
+        )  # fmt: skip
+        states = torch.cat([inputs[0], *steps])  # [T + 1, h, w], or [T + 1, C, h, w]
+        changed = states[1:] != states[:-1] if states.ndim == 3 else None
+        count = len(steps)
+        shown = torch.linspace(1, count, min(count, SHOWN_STEPS)).round().long()  # few of many
+        pictures = to_uint8(self._decoded(module.tokenizer, states[shown]).cpu())
         name = f"trace-{asked['file']}"
-        save_png(folder / name, strip(pictures[1:], changed.cpu()))
+        masks = None if changed is None else changed[shown - 1].cpu()
+        save_png(folder / name, strip(pictures, masks, numbers=shown.tolist()))
         return {
-            "prompt": asked["prompt"], "file": name,
-            "changed": changed.flatten(1).sum(1).tolist(), "tokens": states[0].numel(),
+            "prompt": asked["prompt"], "file": name, "steps": count,
+            "changed": [] if changed is None else changed.flatten(1).sum(1).tolist(),
+            "tokens": 0 if changed is None else states[0].numel(),
         }  # fmt: skip
 
-    def score(self, tokenizer: Path, samples: Path | None) -> Path:
-        """Score the tokenizer's reconstructions and the samples."""
+    def _decoded(self, codec: Any, states: Tensor) -> Tensor:
+        """Decode unfinished tokens [T, h, w] or latents [T, C, h, w]; masked tokens are grey."""
+        if states.ndim == 4:
+            return codec.decode(states)
+        masked = states >= codec.num_codes
+        pictures = codec.decode(states.clamp(max=codec.num_codes - 1))
+        if not masked.any():
+            return pictures
+        hidden = masked.repeat_interleave(codec.factor, 1).repeat_interleave(codec.factor, 2)
+        return pictures.masked_fill(hidden[:, None], 0.0)
+
+    def score(self, codec: Path, samples: Path | None) -> Path:
+        """Score the codec's reconstructions, an autoencoder's latents, and the samples."""
         e, data = self.config.eval, self.config.data
 
         def work(folder: Path) -> dict[str, Any]:
-            module = load_tokenizer(tokenizer, self.device)
+            module = load_tokenizer(codec, self.device)
             real = self.web(e.batch_size, 1).samples("val", max(e.prompts, 4))
             batches = torch.stack([s["image"] for s in real]).split(e.batch_size)
-            made = torch.cat(
-                [module.decode(module.encode(b.to(self.device))).cpu() for b in batches]
-            )
-            prefix = "eval" if samples is None else "tokenizer"
+            encoded = [module.encode(b.to(self.device)) for b in batches]
+            made = torch.cat([module.decode(x).cpu() for x in encoded])
+            prefix = "eval" if samples is None else self.config.CODEC
             chance: dict[str, Any] = {"resamples": e.bootstrap, "seed": e.seed}
             scores = score_reconstructions(
-                module, batches, device=self.device, prefix=prefix, **chance
+                module, batches, lpips=self._lpips(), device=self.device, prefix=prefix, **chance
             )
             pairs = torch.stack([torch.cat(batches), made], dim=1)[
                 : max(1, e.grid // 2)
@@ -309,11 +360,40 @@ class Work:
                 scores |= {k: v for k, v in reconstructed.items() if "scene_accuracy" in k}
             if samples is not None:
                 scores, verdicts = self._score_samples(samples, real, scores)
+            elif self.config.CODEC == "autoencoder":
+                scores |= self._score_latents(module, torch.cat(encoded), real)
             _write_json(folder / "metrics.json", scores)
             _write_json(folder / "verdicts.json", verdicts)
             return {name: s["value"] for name, s in scores.items()}
 
         return self._stage("score", work)
+
+    def _lpips(self) -> Any:
+        """Return LPIPS where its weights are given, else None."""
+        path = codec_section(self.config).objective.lpips_path  # type: ignore[attr-defined]
+        return None if path is None else load_lpips(path).to(self.device)
+
+    def _score_latents(
+        self, module: Any, latents: Tensor, real: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Score an autoencoder's normalised latents [N, C, h, w]: smoothness and compression."""
+        data, e = self.config.data, self.config.eval
+        known = data.name == "scenes"
+        chance: dict[str, Any] = {"resamples": e.bootstrap, "seed": e.seed}
+        scores = score_smoothness(
+            module.decode, latents, torch.ones(latents.shape[1]),
+            torch.stack([s["image"] for s in real]), batch_size=e.batch_size, **chance,
+            judge=self._judge() if known else None,
+        )  # fmt: skip
+        if known:
+            shown = [s["attributes"] for s in real]
+            scores |= score_compression(latents, shown, data.resolution, **chance)
+        return scores
+
+    def _judge(self) -> Judge:
+        """Return the judge of this run's scenes, trained on first use where none ships."""
+        data = self.config.data
+        return load_judge(data.resolution, data.max_objects, Path(self.config.cache) / "judges")
 
     def _score_samples(
         self, samples: Path, real: list[dict[str, Any]], others: dict[str, Any]
@@ -354,24 +434,22 @@ class Work:
         prefix: str,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         data, e = self.config.data, self.config.eval
-        judges = Path(self.config.cache) / "judges"
-        judge = load_judge(data.resolution, data.max_objects, judges)
-        clip = load_clip(data.resolution, data.max_objects, judges)
+        clip = load_clip(data.resolution, data.max_objects, Path(self.config.cache) / "judges")
         return score_scenes(
-            images, [a["attributes"] for a in asked], captions, judge=judge, clip=clip,
+            images, [a["attributes"] for a in asked], captions, judge=self._judge(), clip=clip,
             real_images=to_uint8(torch.stack([s["image"] for s in real])),
             real_captions=[s["caption"] for s in real], prefix=prefix, resamples=e.bootstrap,
             seed=e.seed,
         )  # fmt: skip
 
     def report(
-        self, tokenizer: Path, generator: Path | None, samples: Path | None, scored: Path
+        self, codec: Path, generator: Path | None, samples: Path | None, scored: Path
     ) -> Outcome:
         """Write the page and put everything a person wants into the run folder."""
         scores = json.loads((scored / "metrics.json").read_text())
 
         def work(folder: Path) -> dict[str, Any]:
-            page = self._page(generator or tokenizer.parent, samples, scored, scores)
+            page = self._page(generator or codec.parent, samples, scored, scores)
             write_report(folder / "report.html", page)
             if samples is not None:
                 self._overview(samples, folder / "samples.png")
@@ -390,8 +468,8 @@ class Work:
             state, trained = load_weights(generator / CHECKPOINT)
             sampling = resolved(self.config)["sampling"]
             save_weights(self.out / CHECKPOINT, state, {**trained, "sampling": sampling})
-        _copy(tokenizer, self.out / TOKENIZER)
-        name = CHECKPOINT if generator is not None else TOKENIZER
+        _copy(codec, self.out / self.codec_name)
+        name = CHECKPOINT if generator is not None else self.codec_name
         files["checkpoint"] = self.out / name
         (self.out / "config.yaml").write_text(to_yaml(self.config))
         for logger in self.loggers:
@@ -452,6 +530,13 @@ class Work:
         images = torch.stack([load_png(samples / p["file"])[0] for p in prompts])
         captions = [p["prompt"] for p in prompts]
         save_png(path, grid(images, columns=8, captions=captions), {"command": self.command})
+
+
+def _labels(module: Any, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the labels that are asked for, for a generator that is conditioned on labels."""
+    if getattr(module.config, "condition", "text") != "label":
+        return {}
+    return {"labels": [p["label"] for p in asked]}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -8,18 +8,39 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.ldmae.autoencoder import AutoencoderModule
+from lightning_modules.ldmae.module import LDMAEModule
 from lightning_modules.paella.module import PaellaModule
 from lightning_modules.vqgan.module import VQGANModule
 
-GENERATORS: dict[str, type[GeneratorModule]] = {"paella": PaellaModule}
+TOKENIZERS: dict[str, type[VQGANModule] | type[AutoencoderModule]] = {
+    "vqgan": VQGANModule,
+    "autoencoder": AutoencoderModule,
+}
+GENERATORS: dict[str, type[GeneratorModule]] = {"paella": PaellaModule, "ldmae": LDMAEModule}
 
 
-def load_tokenizer(path: Path | str, device: torch.device | str = "cpu") -> VQGANModule:
-    """Load a tokenizer file (or a VQGAN's Lightning checkpoint), frozen and in eval mode."""
+def load_tokenizer(
+    path: Path | str, device: torch.device | str = "cpu", paper: str | None = None
+) -> Any:
+    """Load a tokenizer or an autoencoder (or its Lightning checkpoint), frozen and in eval mode.
+
+    Args:
+        path: its file.
+        device: where it goes.
+        paper: which of TOKENIZERS it must be; None takes any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another checkpoint.
+    """
     state, config = load_weights(path)
-    if config.get("paper") != "vqgan":
-        raise ValueError(f"{path} is a checkpoint of {config.get('paper')}, not a tokenizer")
-    return VQGANModule.from_export(state, config).eval().requires_grad_(False).to(device)
+    found = str(config.get("paper"))
+    if found not in TOKENIZERS or paper not in (None, found):
+        wanted = "an autoencoder" if paper == "autoencoder" else "a tokenizer"
+        raise ValueError(f"{path} is a checkpoint of {found}, not {wanted}")
+    module = TOKENIZERS[found].from_export(state, config)
+    return module.eval().requires_grad_(False).to(device)
 
 
 def load_generator(

@@ -42,7 +42,7 @@ def stages(monkeypatch, tmp_path: Path) -> SimpleNamespace:
 
 
 REFUSED = [
-    (["--paper", "paela"], "--paper: 'paela' is not one of vqgan, paella; did you mean paella?"),
+    (["--paper", "paela"], "; did you mean paella?"),
     (["--paper", "nothing"], "'nothing' is not one of vqgan, paella"),
     (["--paper"], "argument --paper: expected one argument"),
     ([], "--paper is missing; it is one of vqgan, paella"),
