@@ -183,17 +183,18 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to maps of c_out channels."""
+    """Images to maps of c_out channels; c_first behind the first convolution, 0 is config.ch."""
 
-    def __init__(self, config: ConvSettings, c_out: int) -> None:
+    def __init__(self, config: ConvSettings, c_out: int, c_first: int = 0) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         blocks, last = config.num_res_blocks, len(widths) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        c_first = c_first or config.ch
+        self.conv_in = nn.Conv2d(config.in_channels, c_first, 3, padding=1)
         self.down = nn.Sequential(
             *(
                 Level(
-                    widths[i - 1] if i > 0 else config.ch,
+                    widths[i - 1] if i > 0 else c_first,
                     width,
                     blocks,
                     _has_attention(config, i),

@@ -21,6 +21,8 @@ class ModelConfig:
     """taming: base width"""
     ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     """taming: width of each level as a multiple of ch; one level fewer halvings than entries"""
+    ch_first: int = 0
+    """taming: channels behind the encoder's first convolution; 0 is ch"""
     num_res_blocks: int = 2
     """taming: residual blocks per level (the decoder has one more)"""
     attn_resolutions: list[int] = field(default_factory=lambda: [16])
@@ -37,6 +39,8 @@ class ModelConfig:
     """taming: groups of GroupNorm; every width must be a multiple"""
     dropout: float = 0.0
     """taming: dropout inside the residual blocks"""
+    unit_range: bool = False
+    """taming: the network's own images are in [0, 1] (aMUSEd), which stays inside"""
 
     levels: int = 2
     """paella: number of halvings (2: f4, 3: f8)"""
@@ -88,7 +92,8 @@ class ModelConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("restart_after", "temperature_batches", "used_codes", "unknown_id"):
             _at_least(name, getattr(self, name), 0)
-        _at_least("bottleneck_blocks", self.bottleneck_blocks, 0)
+        for name in ("bottleneck_blocks", "ch_first"):
+            _at_least(name, getattr(self, name), 0)
         if not self.ch_mult:
             raise ValueError("ch_mult must name at least one level, got []")
         odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]

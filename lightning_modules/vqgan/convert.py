@@ -6,6 +6,7 @@ quantize.*), so that most keys stay as they are. Sizes are read from the shapes.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ PAELLA_PARTS = ("in_block.", "down_blocks.", "up_blocks.", "out_block.", "vquant
 # what shapes do not say and a reference's settings do
 HINTS = (
     "resolution",
+    "unit_range",
     "norm_groups",
     "dropout",
     "beta",
@@ -101,11 +103,11 @@ def taming(
     """
     own = {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
     _only(own, TAMING_PARTS, "a taming checkpoint")
-    ch = own["encoder.conv_in.weight"].shape[0]
+    first = own["encoder.conv_in.weight"].shape[0]
     levels = _count(own, r"encoder\.down\.(\d+)\.")
     widths = [own[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-    if any(w % ch for w in widths):
-        raise ValueError(f"the widths {widths} are no multiples of the first, {ch}")
+    # diffusers takes any widths; taming's are multiples of the first
+    ch = first if all(w % first == 0 for w in widths) else math.gcd(*widths)
     given = _hints(hints)
     resolution = given.get("resolution", 256)
     attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in own]
@@ -118,6 +120,7 @@ def taming(
         "in_channels": own["encoder.conv_in.weight"].shape[1],
         "ch": ch,
         "ch_mult": [w // ch for w in widths],
+        "ch_first": first if first != ch else 0,
         "num_res_blocks": _count(own, r"encoder\.down\.0\.block\.(\d+)\."),
         "attn_resolutions": [resolution // 2**i for i in attention],
         "attn_type": "vanilla" if middle else "none",
@@ -222,6 +225,8 @@ def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
     own = {k: v for k, v in flat.items() if k in HINTS and v is not None}
     if "norm_num_groups" in flat:
         own["norm_groups"] = flat["norm_num_groups"]
+    if flat.get("lookup_from_codebook"):  # of diffusers' models only aMUSEd's says so
+        own.setdefault("unit_range", True)
     unknown = flat.get("unknown_index")
     if isinstance(unknown, int):
         own |= {"unknown_code": "id", "unknown_id": unknown}

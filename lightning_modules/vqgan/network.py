@@ -18,7 +18,8 @@ class TamingVQGAN(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoder = Encoder(config, config.z_channels)
+        self.unit_range = config.unit_range
+        self.encoder = Encoder(config, config.z_channels, config.ch_first)
         self.decoder = Decoder(config, config.z_channels)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
@@ -26,11 +27,12 @@ class TamingVQGAN(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to latents [B, c, h, w] before quantizing."""
-        return self.quant_conv(self.encoder(images))
+        return self.quant_conv(self.encoder((images + 1) / 2 if self.unit_range else images))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Map code vectors [B, c, h, w] to images [B, 3, H, W], not clamped."""
-        return self.decoder(self.post_quant_conv(codes))
+        images = self.decoder(self.post_quant_conv(codes))
+        return images * 2 - 1 if self.unit_range else images
 
     @property
     def last_layer(self) -> nn.Parameter:

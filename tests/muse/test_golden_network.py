@@ -10,6 +10,8 @@ from lightning_modules.common.settings import build
 from lightning_modules.muse.config import UViTConfig
 from lightning_modules.muse.convert import convert
 from lightning_modules.muse.uvit import UViT, sinusoids
+from lightning_modules.vqgan.convert import convert as convert_tokenizer
+from lightning_modules.vqgan.module import VQGANModule
 
 pytestmark = pytest.mark.golden
 
@@ -114,3 +116,35 @@ def test_guided_logits(golden, name):
     keep = ids == network.mask_id
     some = network.head(network.mixed_rows(ids, [cond, null], [s, 1 - s], keep))
     near(some, guided.permute(0, 2, 3, 1)[keep], case.tolerance["logits_abs"])
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """[-1, 1] of the suite -> [0, 1] of aMUSEd."""
+    return (images + 1) / 2
+
+
+def test_vqmodel(golden):
+    case = golden("muse/vqmodel")
+    io, latents_abs, image_abs = case.io, case.tolerance["latents_abs"], case.tolerance["image_abs"]
+    model = VQGANModule.from_export(*convert_tokenizer(case.weights, case.config))
+    auto, images = model.autoencoder, io["pixels"] * 2 - 1
+    seen = []
+    auto.encoder.register_forward_hook(lambda module, args, out: seen.append(out))
+    latents = model.latents(images)
+    near(seen[0], io["encoder_out"], latents_abs)
+    near(latents, io["latents"], latents_abs)
+    assert torch.equal(model.encode(images), io["indices"])
+    assert len(io["indices"].unique()) == case.case["codes_used"]
+    near(auto.quantize.lookup(io["indices"]), io["codebook_entry"], latents_abs)
+    near(to_unit(model.decode_codes(io["codebook_entry"])), io["decoded"], image_abs)
+    near(to_unit(model(images)[0]), io["forward_sample"], image_abs)
+    clamped = io["decoded"].clamp(0, 1)
+    near(to_unit(model.decode(io["indices"])), clamped, image_abs)
+
+    given = io["latents"].clone().requires_grad_()
+    quantized = auto.quantize(given)
+    near(quantized.codes, io["quantized"], latents_abs)
+    relative = case.tolerance["loss_rel"]
+    near(quantized.loss, io["vq_loss"], relative * float(io["vq_loss"]))
+    (grad,) = torch.autograd.grad(quantized.loss, given)
+    near(grad, io["grad_latents"], relative * float(io["grad_latents"].abs().max()))

@@ -135,6 +135,26 @@ def test_a_diffusers_folder_of_vqmodel(tmp_path: Path, old: bool, middle: str) -
     assert other.config.model.scale_factor == 1.0
 
 
+def test_amused_tokenizer_of_diffusers() -> None:
+    uneven = {"ch": 4, "ch_mult": [2, 2, 3], "ch_first": 8, "attn_resolutions": []}
+    ours = tokenizer(**uneven, attn_type="none", unit_range=True)
+    foreign = diffusers(ours.export()[0], 3, False)
+    settings = {"norm_num_groups": 4, "lookup_from_codebook": True, "force_upcast": True}
+    found = same(ours, foreign, settings).config.model
+    assert {name: getattr(found, name) for name in uneven} == uneven
+    assert found.unit_range and found.legacy_beta
+    assert not same(tokenizer(**uneven, attn_type="none"), foreign, HINTS).config.model.unit_range
+    assert same(ours, foreign, {**HINTS, "unit_range": True}).config.model.unit_range
+
+
+def test_images_of_a_unit_range_network_are_in_the_suites_range() -> None:
+    own, other = tokenizer(), tokenizer(unit_range=True)
+    image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert torch.equal(other.latents(image), own.latents((image + 1) / 2))
+    codes = other.autoencoder.quantize.lookup(other.encode(image))
+    assert torch.equal(other.decode_codes(codes), own.decode_codes(codes) * 2 - 1)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_paella_files_of_every_origin(tmp_path: Path, levels: int) -> None:
     sizes = {"levels": levels, "c_hidden": 16, "c_latent": 4, "bottleneck_blocks": 3}
