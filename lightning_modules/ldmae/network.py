@@ -52,6 +52,11 @@ def timestep_embedding(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """Bring half precision to float32."""
+    return x.float() if x.element_size() < 4 else x
+
+
 class Rotation(nn.Module):
     """Two-dimensional rotary positions (EVA): half of a head turns by the row, half by the column.
 
@@ -76,9 +81,9 @@ class Rotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., N, width] -> [..., N, width]: (a, b) -> (a cos - b sin, b cos + a sin)."""
         # a pair is a complex number: one product instead of four and their copies
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        turns = torch.complex(self.freqs_cos[:, ::2], self.freqs_sin[:, ::2])
-        return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+        pairs = torch.view_as_complex(at_least_single(x).unflatten(-1, (-1, 2)))
+        cos, sin = (at_least_single(f[:, ::2]) for f in (self.freqs_cos, self.freqs_sin))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 class _Normalise(torch.autograd.Function):
@@ -92,7 +97,7 @@ class _Normalise(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         y, factor = ctx.saved_tensors
         along = (gradient * y).mean(-1, keepdim=True)
         return torch.addcmul(gradient, y, along, value=-1).mul_(factor)
@@ -107,7 +112,7 @@ class RMSNorm(nn.Module):
 
     def unweighted(self, x: Tensor) -> Tensor:
         """x: [..., width] -> [..., width], without the weight."""
-        return _Normalise.apply(x.float()).to(x.dtype)
+        return _Normalise.apply(at_least_single(x)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., width] -> [..., width]."""
@@ -167,13 +172,12 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            linear(FREQUENCIES, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02)
-        )
+        first = linear(FREQUENCIES, width, std=0.02)
+        self.mlp = nn.Sequential(first, nn.SiLU(), linear(width, width, std=0.02))
 
     def forward(self, t: Tensor) -> Tensor:
         """t: [B] -> [B, D]."""
-        return self.mlp(timestep_embedding(t))
+        return self.mlp(timestep_embedding(t).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
