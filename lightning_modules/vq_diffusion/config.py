@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_modules.common.config import OptimConfig, TextConfig
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -94,4 +96,101 @@ MODELS = {
     "ffhq": ModelConfig(
         condition="none", n_layer=20, n_embd=512, num_codes=1024, mlp_type="conv_mlp"
     ),
+}
+
+
+@dataclass
+class ScheduleConfig:
+    """The noise; the number of its steps is model.diffusion_steps."""
+
+    mask_rate: float = 0.99999
+    """Share of masks at the last step; the other tokens are replaced by random ones."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.mask_rate <= 1, f"mask_rate must be between 0 and 1, got {self.mask_rate}"
+        )
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss; defaults are those of the released text models."""
+
+    auxiliary_weight: float = 5e-4
+    """Weight lambda of the cross entropy of the clean tokens beside the bound."""
+    adaptive_auxiliary: bool = True
+    """Multiply lambda by 2 - t / T, as all released configs do (not in the paper)."""
+    mask_weight: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Weight of masked and of other positions."""
+    times: Literal["importance", "uniform"] = "importance"
+    """Draw t by the size of its losses so far, or uniformly."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.auxiliary_weight >= 0,
+            f"auxiliary_weight must be at least 0, got {self.auxiliary_weight}",
+        )
+        _require(
+            len(self.mask_weight) == 2 and min(self.mask_weight) >= 0,
+            f"mask_weight must be two numbers of at least 0, got {self.mask_weight}",
+        )
+
+
+@dataclass
+class SamplingConfig:
+    """Every setting of the sampling loop."""
+
+    steps: int = 100
+    """Network calls; fewer than model.diffusion_steps take strides."""
+    rule: Literal["exact", "released"] = "exact"
+    """exact: strides of the paper. released: its "timeN" of the largest N that needs all steps."""
+    truncation: float = 0.86
+    """Truncation rate: draw from the likeliest codes that sum to it; 1 keeps all."""
+    first_step: int = 0
+    """Skip this many steps: the loop then starts from given tokens with that step's noise."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(0 < self.truncation <= 1, f"truncation must be in (0, 1], got {self.truncation}")
+        _require(
+            0 <= self.first_step < self.steps,
+            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
+        )
+
+
+@dataclass
+class VQDiffusionConfig:
+    """Everything that makes a VQ-Diffusion."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the denoiser; causal makes it the autoregressive baseline VQ-AR."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text encoder, for model.condition=text."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Noise."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling loop."""
+
+
+# The paper lets the share of masks rise to 0.9 and that of replaced tokens to 0.1. The released
+# code masks nearly all tokens and replaces one in a million; no config field of it says so.
+SCHEDULES = {"paper": ScheduleConfig(mask_rate=0.9), "released": ScheduleConfig()}
+
+# lambda and its factor differ: the paper has a constant 5e-4, the ImageNet and FFHQ configs 1e-3.
+OBJECTIVES = {
+    "paper": ObjectiveConfig(adaptive_auxiliary=False),
+    "released": ObjectiveConfig(),
+    "released_class": ObjectiveConfig(auxiliary_weight=1e-3),
+}
+
+# Fast inference of the paper (stride 4) and of the released code ("time4"), beside all 100 steps.
+PRESETS = {
+    "paper": SamplingConfig(),
+    "paper_fast": SamplingConfig(steps=25),
+    "released": SamplingConfig(),
+    "released_fast": SamplingConfig(rule="released", steps=26),
 }

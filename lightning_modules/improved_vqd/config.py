@@ -1,0 +1,106 @@
+"""What Improved VQ-Diffusion sets besides VQ-Diffusion's own settings (arXiv 2205.16007)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_modules.vq_diffusion import config as plain
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class NullConfig:
+    """The other side of the guidance, and how often training shows it."""
+
+    name: Literal["learned", "empty"] = "learned"
+    """learned: a parameter (class models: the last row of their tables). empty: the encoded empty
+    caption (class models: the mean of all classes), which also a model knows that was never
+    trained with it."""
+    length: int = 77
+    """learned: number of text tokens; a length of the text encoder's output is the released one."""
+    drop: float = 0.1
+    """Share of training conditions that the null takes the place of."""
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 1, f"length must be at least 1, got {self.length}")
+        _require(0 <= self.drop <= 1, f"drop must be between 0 and 1, got {self.drop}")
+
+
+@dataclass
+class InitConfig:
+    """Where the training starts."""
+
+    ckpt: str | None = None
+    """Checkpoint of a VQ-Diffusion to fine-tune; null starts from scratch."""
+    train: bool = True
+    """false takes ckpt as it is: guidance (null=empty) and purity without any training."""
+
+    def __post_init__(self) -> None:
+        _require(self.train or self.ckpt is not None, "train must be true without ckpt, got false")
+
+
+@dataclass
+class SamplingConfig(plain.SamplingConfig):
+    """Every setting of the sampling loop."""
+
+    truncation: float = 1.0
+    """Truncation rate: draw from the likeliest codes that sum to it; 1 keeps all."""
+    guidance: float = 3.0
+    """Guidance scale s of the released code: log p_null + s (log p - log p_null); 1 is none."""
+    order: Literal["diffusion", "random", "purity"] = "purity"
+    """Which masks open: any (the posterior of VQ-Diffusion), or a fixed number per call, at random
+    or by purity, the probability of the likeliest code."""
+    purity_weight: float = 1.0
+    """order=purity: r; a code is drawn of p to the power of 1 + r purity, 0 of p itself."""
+    reveal: Literal["schedule", "released", "constant"] = "schedule"
+    """order=random and purity: so many tokens as the noise schedule reveals in `steps` calls, by
+    the released tables (1024 tokens), or tokens_per_call in each."""
+    tokens_per_call: int | None = None
+    """order=random and purity: largest number of tokens that one call reveals; null is no limit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.purity_weight >= 0, f"purity_weight must be at least 0, got {self.purity_weight}"
+        )
+        _require(
+            self.tokens_per_call is None or self.tokens_per_call >= 1,
+            f"tokens_per_call must be at least 1, got {self.tokens_per_call}",
+        )
+        _require(
+            self.reveal != "constant" or self.tokens_per_call is not None,
+            "tokens_per_call must be set with reveal=constant, got null",
+        )
+        _require(
+            self.rule == "exact" or self.order == "diffusion",
+            f"rule must be exact with order={self.order}, got {self.rule}",
+        )
+
+
+@dataclass
+class ImprovedVQDConfig(plain.VQDiffusionConfig):
+    """Everything that makes an Improved VQ-Diffusion."""
+
+    null: NullConfig = field(default_factory=NullConfig)
+    """The other side of the guidance."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Where the training starts."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling loop."""
+
+
+# The paper reveals z tokens per call at the time whose share of masks is nearest; the released code
+# walks through all times with tables. Scales are those of the released code (the paper's s + 1).
+PRESETS = {
+    "paper": SamplingConfig(reveal="constant", tokens_per_call=8),
+    "released": SamplingConfig(reveal="released"),
+    "guidance": SamplingConfig(order="diffusion"),
+    "purity": SamplingConfig(guidance=1.0, truncation=0.86, reveal="released"),
+    "high_quality": SamplingConfig(
+        guidance=1.0, truncation=0.86, order="random", reveal="released", tokens_per_call=5
+    ),
+    "plain": SamplingConfig(guidance=1.0, truncation=0.86, order="diffusion"),
+}

@@ -1,0 +1,655 @@
+"""VQ-Diffusion's mathematics: noise, posterior, loss and sampling loop. Tensors in, tensors out.
+
+Sources: arXiv 2111.14822; microsoft/VQ-Diffusion at d1d3948 (diffusion_transformer.py).
+
+Notation of the paper, with K codes 0..K-1, the mask token K and times t = 0..T-1 (its t is t + 1):
+a step keeps a token with probability a, replaces it by any one code with b each and masks it with
+c; A, B and C are the same from clean tokens to time t. Index -1 of these is time "before 0", the
+clean tokens themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_modules.common.categorical import draw as draw_logits
+from lightning_modules.common.categorical import draw_rows
+from lightning_modules.vq_diffusion.config import SamplingConfig
+
+# alpha_schedule of the released code: A from the first to the last time, and C at the first
+KEEP_FIRST, KEEP_LAST, MASK_FIRST = 0.99999, 0.000009, 0.000009
+LEAST = 1e-30  # probabilities below are taken for this in logarithms, as in the released code
+
+
+# Forward process ----
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Everything of q(x_s | x_t, x_0), s < t, that does not depend on the tokens.
+
+    All tensors have one shape: that of the times. The ratios stay finite for B_t = 0, where a
+    revealed token is known to be right and stays.
+    """
+
+    num_codes: int
+    replaces: bool
+    """Whether any code can have come by replacement at a time s, B_s > 0."""
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    keep: Tensor
+    """A_s."""
+    replace: Tensor
+    """B_s."""
+    mask: Tensor
+    """C_s."""
+    opens: Tensor
+    """1 - C_s / C_t: probability that a mask opens, whatever the network says."""
+    fresh: Tensor
+    """c / C_t, the factor of an opening mask."""
+    moved: Tensor
+    """b / B_t, the factor of a token that becomes another."""
+    back: Tensor
+    """B_s / B_t, or its limit 1 / (a + b) where nothing is ever replaced."""
+    kept: Tensor
+    """A_s / (A_t + B_t)."""
+    right: Tensor
+    """B_t / (A_t + B_t): share of right tokens that came by replacement."""
+
+    @property
+    def stays(self) -> Tensor:
+        """a + b, the probability that a real token is the same one step on."""
+        return self.a + self.b
+
+    @property
+    def stays_wrong(self) -> Tensor:
+        """q(x_s = j | x_t = j, x_0 other than j) = (a + b) B_s / B_t."""
+        return self.stays * self.back
+
+    @property
+    def stays_right(self) -> Tensor:
+        """q(x_s = j | x_t = j, x_0 = j) = (a + b) (A_s + B_s) / (A_t + B_t)."""
+        return self.stays * (self.kept + self.back * self.right)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Kernel":
+        """The same with every tensor changed: picked out by time, viewed, or moved to a device."""
+        changed: dict[str, Any] = {
+            k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **changed)
+
+
+def _ratio(over: Tensor, under: Tensor, empty: Tensor) -> Tensor:
+    """over / under, and `empty` where under is 0."""
+    nothing = under == 0
+    return torch.where(nothing, empty, over / torch.where(nothing, torch.ones_like(under), under))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A_t, B_t and C_t of all times; entry T, which is also entry -1, is that of clean tokens.
+
+    Attributes:
+        num_codes: K.
+        keep: [T + 1] float64, A.
+        replace: [T + 1] float64, B, for each single code.
+        mask: [T + 1] float64, C.
+    """
+
+    num_codes: int
+    keep: Tensor
+    replace: Tensor
+    mask: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Number of times T."""
+        return len(self.keep) - 1
+
+    @property
+    def replaced(self) -> Tensor:
+        """[T + 1] float64, K B / (1 - C): share of replaced tokens among those not masked."""
+        shown = 1 - self.mask
+        return _ratio(self.num_codes * self.replace, shown, torch.zeros_like(shown))
+
+    def kernel(self, t: Tensor | int, s: Tensor | int | None = None) -> Kernel:
+        """The kernel from time s (default t - 1) to time t, exact for any stride.
+
+        a = A_t / A_s, c = 1 - (1 - C_t) / (1 - C_s), b = (1 - a - c) / K.
+
+        Args:
+            t: one time or several, in 0..T-1.
+            s: as many earlier times, from -1 on.
+        """
+        t = torch.as_tensor(t)
+        s = t - 1 if s is None else torch.as_tensor(s)
+        keep_s, replace_s, mask_s = self.keep[s], self.replace[s], self.mask[s]
+        keep_t, replace_t, mask_t = self.keep[t], self.replace[t], self.mask[t]
+        a, shown = keep_t / keep_s, (1 - mask_t) / (1 - mask_s)
+        none = torch.zeros_like(a)
+        b = torch.where(replace_t == 0, none, ((shown - a) / self.num_codes).clamp_min(0))
+        return Kernel(
+            self.num_codes, bool((replace_s > 0).any()), a, b, 1 - shown, keep_s, replace_s, mask_s,
+            opens=1 - _ratio(mask_s, mask_t, none),
+            fresh=_ratio(1 - shown, mask_t, none),
+            moved=_ratio(b, replace_t, none),
+            back=_ratio(replace_s, replace_t, 1 / (a + b)),
+            kept=keep_s / (keep_t + replace_t),
+            right=replace_t / (keep_t + replace_t),
+        )  # fmt: skip
+
+
+def linear_schedule(
+    steps: int,
+    num_codes: int,
+    *,
+    keep: tuple[float, float] = (KEEP_FIRST, KEEP_LAST),
+    mask: tuple[float, float] = (MASK_FIRST, 1 - 1e-5),
+) -> Schedule:
+    """A and C linear in t (alpha_schedule of the released code); B = (1 - A - C) / K is the rest.
+
+    Args:
+        steps: T, at least 2.
+        num_codes: K.
+        keep: A at the first and the last time.
+        mask: C at the first and the last time.
+
+    Raises:
+        ValueError: fewer than two steps, or probabilities that do not fit together.
+    """
+    if steps < 2:
+        raise ValueError(f"a schedule needs at least 2 steps, got {steps}")
+    share = torch.arange(steps, dtype=torch.float64) / (steps - 1)
+    a_bar = keep[0] + share * (keep[1] - keep[0])
+    c_bar = mask[0] + share * (mask[1] - mask[0])
+    rest = 1 - a_bar - c_bar
+    if keep[1] <= 0 or mask[0] < 0 or mask[1] < mask[0] or rest.min() < -1e-12:
+        raise ValueError(f"no schedule keeps {keep} and masks {mask} from first to last time")
+    rest = torch.where(rest.abs() < 1e-12, torch.zeros_like(rest), rest)  # rounding, not noise
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    return Schedule(
+        num_codes,
+        torch.cat([a_bar, one]),
+        torch.cat([rest / num_codes, zero]),
+        torch.cat([c_bar, zero]),
+    )
+
+
+def mask_schedule(steps: int, num_codes: int, mask_rate: float) -> Schedule:
+    """The released A with a chosen share of masks at the last time; the rest of the noise replaces.
+
+    0.99999 is the released code's, in effect mask-only (K B = 1e-6 at all times); 0.9 the paper's
+    (K B rises to 0.1); 1 masks alone, with B = 0 exactly; 0 replaces alone.
+
+    Args:
+        steps: T, at least 2.
+        num_codes: K.
+        mask_rate: C at the last time, in [0, 1].
+    """
+    if mask_rate >= 1 - KEEP_LAST:
+        mask = (1 - KEEP_FIRST, 1 - KEEP_LAST)
+    else:
+        mask = (min(MASK_FIRST, mask_rate), mask_rate)
+    return linear_schedule(steps, num_codes, mask=mask)
+
+
+def forward_law(tokens: Tensor, keep: Tensor, replace: Tensor, mask: Tensor, codes: int) -> Tensor:
+    """q(x_t | x_s): A or a for the token itself, B or b for every code, C or c for the mask.
+
+    Args:
+        tokens: [...] int64 in 0..K; a mask stays one.
+        keep: probability to keep, broadcast to [...].
+        replace: probability of each code to replace.
+        mask: probability to mask.
+        codes: K.
+
+    Returns:
+        [..., K + 1] in the dtype of `keep`.
+    """
+    masked = (tokens == codes)[..., None]
+    law = replace[..., None].expand(*tokens.shape, codes + 1).clone()
+    law += torch.nn.functional.one_hot(tokens, codes + 1) * keep[..., None]
+    law[..., codes] = mask.expand(tokens.shape)
+    only_mask = torch.arange(codes + 1, device=tokens.device) == codes
+    return torch.where(masked, only_mask.to(law.dtype), law)
+
+
+def corrupt(tokens: Tensor, mask: Tensor, replaced: Tensor, codes: int, uniforms: Tensor) -> Tensor:
+    """Draw x_t of q(x_t | x_0), whose law is `forward_law` with A_t, B_t and C_t.
+
+    Args:
+        tokens: [B, h, w] int64 clean tokens.
+        mask: [B] float32, C_t.
+        replaced: [B] float32, `Schedule.replaced` at t.
+        codes: K.
+        uniforms: [2, B, h, w] in [0, 1).
+
+    Returns:
+        [B, h, w] int64, K = mask.
+    """
+    swapped, code = _swap(uniforms[1], replaced[:, None, None], torch.full_like(tokens, codes))
+    shown = torch.where(swapped, code, tokens)
+    return torch.where(uniforms[0] < mask[:, None, None], codes, shown)
+
+
+def _swap(uniforms: Tensor, probability: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """With some probability a uniform code 0..codes-1, both from the same uniforms."""
+    swapped = uniforms < probability
+    share = uniforms / probability.clamp_min(torch.finfo(uniforms.dtype).tiny)
+    code = (share.clamp_max(1) * codes).long()
+    return swapped, torch.minimum(code, codes - 1)
+
+
+# Posterior ----
+
+
+def posterior(p0: Tensor, x_t: Tensor, kernel: Kernel) -> Tensor:
+    """p(x_s | x_t) = sum over k of q(x_s | x_t, x_0 = k) p0_k, in O(K) per position.
+
+    x_t = mask: prob(i) = c / C_t (A_s p_i + B_s S0), prob(mask) = S0 C_s / C_t with S0 = sum p.
+    x_t = j: with S = S0 - p_j + p_j B_t / (A_t + B_t),
+    prob(i) = b / B_t (A_s p_i + B_s S) for i other than j,
+    prob(j) = (a + b) (A_s p_j / (A_t + B_t) + B_s S / B_t), prob(mask) = 0.
+    At s = -1 both are p itself. With B = 0 a revealed token stays for certain.
+
+    Args:
+        p0: [..., K] probabilities of the clean token; a smaller sum only scales the result.
+        x_t: [...] int64 in 0..K.
+        kernel: numbers that broadcast to [...].
+
+    Returns:
+        [..., K + 1], the mask last.
+    """
+    n, codes = kernel.map(lambda v: v.to(p0)), kernel.num_codes
+    masked = x_t == codes
+    j = x_t.clamp_max(codes - 1)[..., None]
+    total, own = p0.sum(-1), p0.gather(-1, j).squeeze(-1)
+    others = (total - own) + n.right * own
+    scale = torch.where(masked, n.fresh, n.moved)
+    base = n.replace * torch.where(masked, total, others)
+    law = scale[..., None] * (n.keep[..., None] * p0 + base[..., None])
+    stays = n.stays * (n.kept * own + n.back * others)
+    law = torch.where(masked[..., None], law, law.scatter(-1, j, stays[..., None]))
+    closed = torch.where(masked, total * (1 - n.opens), torch.zeros_like(total))
+    return torch.cat([law, closed[..., None]], dim=-1)
+
+
+# Loss ----
+
+
+class TokenLosses(NamedTuple):
+    """Three numbers of every position, each [...]."""
+
+    kl: Tensor
+    """KL between q(x_s | x_t, x_0) and p(x_s | x_t), in nats."""
+    nll: Tensor
+    """-log p(x_s = x_0 | x_t)."""
+    cross_entropy: Tensor
+    """-log p(x_0 | x_t)."""
+
+
+def token_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, kernel: Kernel) -> TokenLosses:
+    """The terms of the bound without a posterior in memory.
+
+    Of the true posterior only x_0, x_t and the mask have probabilities of their own; all other
+    codes share one value. The KL therefore needs log p(x_s = i | x_t) at two codes and its sum
+    over all, one pass over the K logits.
+
+    Args:
+        logits: [..., K] float32.
+        x_0: [...] int64 clean tokens.
+        x_t: [...] int64 noisy tokens, K = mask.
+        kernel: numbers that broadcast to [...].
+    """
+    n, codes = kernel.map(lambda v: v.to(logits)), kernel.num_codes
+    log_p = logits.log_softmax(-1)
+    masked, same = x_t == codes, x_t == x_0
+    log_own = log_p.gather(-1, x_t.clamp_max(codes - 1)[..., None]).squeeze(-1)
+    log_true = log_p.gather(-1, x_0[..., None]).squeeze(-1)
+    one, zero = torch.ones_like(log_own), torch.zeros_like(log_own)
+
+    # the model: p(i) = scale (A_s p_i + base) for every code but x_t
+    own = log_own.exp()
+    others = torch.where(masked, one, -torch.expm1(log_own) + n.right * own)
+    scale = torch.where(masked, n.fresh, n.moved)
+    base = n.replace * others
+    log_at_true = _log(scale) + _log(n.keep * log_true.exp() + base)
+    log_at_own = _log(n.stays * (n.kept * own + n.back * others))
+
+    # the truth: the same with a one-hot p
+    rest = torch.where(same, n.right, one)
+    at_true = torch.where(same, zero, scale * (n.keep + n.replace))
+    at_own = n.stays * (torch.where(same, n.kept, zero) + n.back * rest)
+    at_own = torch.where(masked, zero, at_own)
+    at_other = scale * n.replace * rest
+    count = codes - 1 - (~masked & ~same).to(at_other.dtype)
+
+    kl = torch.xlogy(at_true, at_true) - at_true * log_at_true
+    kl = kl + torch.xlogy(at_own, at_own) - at_own * log_at_own
+    if kernel.replaces:
+        p = log_p.exp()
+        log_all = _log(n.keep[..., None] * p + base[..., None]).sum(-1) + codes * _log(scale)
+        log_self = _log(scale) + _log(n.keep * own + base)
+        log_others = log_all - torch.where(same, zero, log_at_true)
+        log_others = log_others - torch.where(masked, zero, log_self)
+        kl = kl + count * torch.xlogy(at_other, at_other) - at_other * log_others
+    nll = -torch.where(same, log_at_own, log_at_true)
+    return TokenLosses(kl, nll, -log_true)
+
+
+def _log(probability: Tensor) -> Tensor:
+    return probability.clamp_min(LEAST).log()
+
+
+def image_losses(
+    losses: TokenLosses,
+    masked: Tensor,
+    t: Tensor,
+    time_probability: Tensor,
+    steps: int,
+    *,
+    auxiliary_weight: float,
+    adaptive: bool,
+    mask_weight: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The training loss of each image and its part from the bound (_train_loss, released code).
+
+    bound = sum of KL (at t = 0: of the NLL), loss = (bound + w_t lambda aux) / p(t) with
+    aux = sum of the cross entropy (at t = 0: of the NLL) and w_t = 2 - t / T, or 1. The scalar that
+    is trained on is the sum of the losses over batch size and positions.
+
+    Args:
+        losses: of every position, each [B, N].
+        masked: [B, N] bool, x_t = mask.
+        t: [B] int64.
+        time_probability: [B], p(t) that t was drawn with.
+        steps: T.
+        auxiliary_weight: lambda.
+        adaptive: w_t = 2 - t / T instead of 1.
+        mask_weight: weight of masked and of other positions, in KL and cross entropy.
+
+    Returns:
+        losses [B] and bounds [B].
+    """
+    weight = torch.where(masked, mask_weight[0], mask_weight[1]).to(losses.kl)
+    nll = losses.nll.sum(1)
+    first = t == 0
+    bound = torch.where(first, nll, (losses.kl * weight).sum(1))
+    auxiliary = torch.where(first, nll, (losses.cross_entropy * weight).sum(1))
+    factor = 2 - t / steps if adaptive else torch.ones_like(time_probability)
+    return (bound + factor * auxiliary_weight * auxiliary) / time_probability, bound
+
+
+def time_law(history: Tensor, count: Tensor) -> Tensor:
+    """p(t) of importance sampling: uniform until every t was seen more than 10 times.
+
+    Then sqrt(history + 1e-10) + 1e-4, normalised; t = 0 takes the weight of t = 1.
+
+    Args:
+        history: [T] running mean of the squared bounds.
+        count: [T] how often each t was seen.
+
+    Returns:
+        [T], sums to 1.
+    """
+    weight = (history + 1e-10).sqrt() + 1e-4
+    weight = torch.cat([weight[1:2], weight[1:]])
+    return torch.where((count > 10).all(), weight / weight.sum(), 1 / len(weight))
+
+
+def draw_times(law: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw times [B] int64 of p(t) [T] with uniforms [B]."""
+    return draw_logits(law.log().expand(len(uniforms), -1), uniforms)
+
+
+def update_history(history: Tensor, count: Tensor, t: Tensor, bounds: Tensor) -> None:
+    """history[t] <- 0.9 history[t] + 0.1 bound^2, count[t] += 1, in place.
+
+    Where t occurs more than once, the mean of the squared bounds enters (the released code lets one
+    of them win).
+
+    Args:
+        history: [T].
+        count: [T].
+        t: [B] int64.
+        bounds: [B], second result of `image_losses`.
+    """
+    seen = torch.zeros_like(count).index_add_(0, t, torch.ones_like(bounds, dtype=count.dtype))
+    square = bounds.detach().square().to(history)
+    mean = torch.zeros_like(history).index_add_(0, t, square) / seen.clamp_min(1)
+    history.copy_(torch.where(seen > 0, 0.9 * history + 0.1 * mean, history))
+    count.add_(seen)
+
+
+# Sampling ----
+
+
+class Step(NamedTuple):
+    """One call of the network."""
+
+    t: int
+    """What the network is told."""
+    kernel: Kernel
+    """The step that is made."""
+
+
+def exact_steps(schedule: Schedule, steps: int) -> list[Step]:
+    """From time T - 1 to the clean tokens in even strides, each with its exact kernel.
+
+    Raises:
+        ValueError: more steps than the schedule has times.
+    """
+    if not 1 <= steps <= schedule.steps:
+        raise ValueError(
+            f"steps must be between 1 and the {schedule.steps} steps of the training, got {steps}"
+        )
+    borders = [schedule.steps - 1 - round(i * schedule.steps / steps) for i in range(steps + 1)]
+    return [Step(t, schedule.kernel(t, s)) for t, s in pairwise(borders)]
+
+
+def released_times(steps: int, stride: int) -> list[int]:
+    """Times of sample_type "timeN" with N = stride: T - 1, T - 1 - N, ... and finally 0."""
+    times = list(range(steps - 1, -1, -stride))
+    return times if times[-1] == 0 else [*times, 0]
+
+
+def released_steps(schedule: Schedule, stride: int) -> list[Step]:
+    """The released fast rule: strides of N in what the network is told, single steps of the tokens.
+
+    At time t above N - 1 the one-step posterior of time t - (N - 1) is applied to x_t, so that few
+    masks open until the last calls; the paper's rule is `exact_steps`.
+    """
+    skip = stride - 1
+    return [
+        Step(t, schedule.kernel(t - skip if t > skip else t))
+        for t in released_times(schedule.steps, stride)
+    ]
+
+
+def make_steps(schedule: Schedule, config: SamplingConfig) -> list[Step]:
+    """The steps that the settings ask for, those before `first_step` left out."""
+    if config.rule == "exact":
+        steps = exact_steps(schedule, config.steps)
+    else:
+        strides = range(1, schedule.steps + 1)
+        counts = {n: len(released_times(schedule.steps, n)) for n in strides}
+        fits = [n for n in strides if counts[n] <= config.steps]
+        steps = released_steps(schedule, fits[0] if fits else schedule.steps)
+    return steps[config.first_step :]
+
+
+def truncate(logits: Tensor, rate: float) -> Tensor:
+    """Truncation sampling: keep the likeliest codes whose predecessors sum to less than `rate`.
+
+    Args:
+        logits: [n, K].
+        rate: truncation rate in (0, 1]; 1 keeps everything.
+
+    Returns:
+        [n, K], dropped codes at -inf; at least one code stays.
+    """
+    if rate >= 1:
+        return logits
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    drop = torch.nn.functional.pad(p.cumsum(-1)[..., :-1] >= rate, (1, 0))
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+class Chance(NamedTuple):
+    """Uniforms in [0, 1) of one step, each [B, h, w]."""
+
+    opens: Tensor
+    """Which positions change."""
+    draws: Tensor
+    """What the clean token is."""
+    swaps: Tensor
+    """Whether and by what it is replaced."""
+
+
+Head = Callable[[Tensor], Tensor]
+Draw = Callable[..., Tensor]
+
+
+def transition(
+    x: Tensor,
+    step: Step,
+    rows: Callable[[Tensor], Tensor],
+    head: Head,
+    chance: Chance,
+    generate: Tensor,
+    draw: Draw = draw_rows,
+) -> Tensor:
+    """Draw x_s of p(x_s | x_t), asking the network's output only where a token may change.
+
+    A mask opens with probability 1 - C_s / C_t whatever the prediction is, and a revealed token
+    stays with at least (a + b) B_s / B_t; the others are candidates. For them the clean token k is
+    drawn from the prediction and x_s from q(x_s | x_t, x_0 = k). This is the posterior exactly.
+
+    Args:
+        x: [B, h, w] int64, x_t.
+        step: the step.
+        rows: keep [B, h, w] bool -> features [keep.sum(), C].
+        head: features [m, C] -> logits [m, K].
+        chance: the uniforms of this step.
+        generate: [B, h, w] bool, where tokens may change.
+        draw: like `draw_rows`.
+
+    Returns:
+        [B, h, w] int64.
+    """
+    kernel, codes = step.kernel, step.kernel.num_codes
+    opens = float(kernel.opens)
+    change, change_right = (1 - float(v) for v in (kernel.stays_wrong, kernel.stays_right))
+    candidate = generate & (chance.opens < torch.where(x == codes, opens, change))
+    if not bool(candidate.any()):
+        return x
+    clean = draw(rows(candidate), chance.draws[candidate], head)  # [n], k
+    now, u, v = x[candidate], chance.opens[candidate], chance.swaps[candidate]
+    masked, same = now == codes, now == clean
+    opened = codes * kernel.replace / (1 - kernel.mask)  # share that is not k but any code
+    others = (codes - 1) * kernel.replace
+    changed = others / (kernel.keep + others)  # the same of tokens that become another
+    probability = torch.where(same, 1.0, torch.full_like(v, float(changed)))
+    probability = torch.where(masked, float(opened), probability)
+    swapped, code = _swap(v, probability, torch.where(masked, codes, codes - 1))
+    code = code + (~masked & (code >= now))  # any code but x_t itself
+    out = torch.where(swapped, code, clean)
+    stays = same & (u >= change_right)
+    result = x.clone()
+    result[candidate] = torch.where(stays, now, out)
+    return result
+
+
+def start_tokens(schedule: Schedule, uniforms: Tensor) -> Tensor:
+    """Tokens of pure noise: codes and masks in the shares that replacement and masking end with.
+
+    Args:
+        schedule: the noise.
+        uniforms: [2, B, h, w] in [0, 1).
+
+    Returns:
+        [B, h, w] int64.
+    """
+    codes = schedule.num_codes
+    noise = 1 - schedule.keep[-2]
+    replaced = float(codes * schedule.replace[-2] / noise)
+    code = (uniforms[1] * codes).long().clamp_max(codes - 1)
+    return torch.where(uniforms[0] < replaced, code, codes)
+
+
+def sample_noise(seeds: Sequence[int], calls: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """All randomness of `sample`. Image i depends on seeds[i] only, never on the batch it is in.
+
+    Args:
+        seeds: one per image.
+        calls: steps that the loop makes (R).
+        grid: height and width in tokens.
+
+    Returns:
+        start [2, B, h, w] for `start_tokens` or `corrupt`; opens, draws and swaps [R, B, h, w].
+    """
+    made = [
+        torch.rand(calls * 3 + 2, *grid, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    noise = torch.stack(made, dim=1)  # [3 R + 2, B, h, w]
+    opens, draws, swaps = noise[2:].unflatten(0, (calls, 3)).unbind(1)
+    return {"start": noise[:2], "opens": opens, "draws": draws, "swaps": swaps}
+
+
+def sample(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    head: Head,
+    *,
+    x: Tensor,
+    steps: Sequence[Step],
+    opens: Tensor,
+    draws: Tensor,
+    swaps: Tensor,
+    truncation: float = 1.0,
+    mask: Tensor | None = None,
+    draw: Draw = draw_rows,
+    transition: Callable[..., Tensor] = transition,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """The sampling loop of arXiv 2111.14822 for every rule and every order.
+
+    Args:
+        predict: (x [B, h, w], t [B] int64, keep [B, h, w] bool) -> features [keep.sum(), C].
+        head: [m, C] -> logits [m, K].
+        x: [B, h, w] int64 tokens to start from, K = mask.
+        steps: R steps, from noise to tokens.
+        opens: [R, B, h, w] in [0, 1).
+        draws: [R, B, h, w] in [0, 1), for `draw`.
+        swaps: [R, B, h, w] in [0, 1).
+        truncation: truncation rate.
+        mask: [B, h, w], 1 = generate, 0 = keep the token of x; None generates all.
+        draw: like `draw_rows`.
+        transition: makes one step; another one gives another order of positions.
+        on_step: called with the step's number, its input and its result [B, h, w].
+
+    Returns:
+        [B, h, w] int64.
+    """
+    generate = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+
+    def truncated(features: Tensor) -> Tensor:
+        return truncate(head(features), truncation)
+
+    for i, step in enumerate(steps):
+        before = x
+        t = torch.full((len(x),), step.t, device=x.device)
+
+        def rows(keep: Tensor, before: Tensor = before, t: Tensor = t) -> Tensor:
+            return predict(before, t, keep)
+
+        chance = Chance(opens[i], draws[i], swaps[i])
+        x = transition(before, step, rows, truncated, chance, generate, draw)
+        if on_step is not None:
+            on_step(i, before, x)
+    return x
