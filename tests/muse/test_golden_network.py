@@ -1,5 +1,8 @@
 """aMUSEd's networks against numbers of diffusers; everything is read from the case."""
 
+import re
+from pathlib import PurePosixPath
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,8 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.settings import build
-from lightning_modules.muse.config import UViTConfig
+from lightning_modules.muse import process
+from lightning_modules.muse.config import DecodeConfig, UViTConfig
 from lightning_modules.muse.convert import convert
 from lightning_modules.muse.uvit import UViT, sinusoids
 from lightning_modules.vqgan.convert import convert as convert_tokenizer
@@ -80,19 +84,18 @@ def test_uvit(golden, name):
 
     labels = io["labels"]
     masked = labels >= 0
-    for key, smoothing in (("loss", 0.0), ("loss_smoothed", 0.1)):
+    told = {key: entry["what"] for key, entry in case.case["io"].items()}
+    smoothed = float(re.search(r"label_smoothing ([0-9.]+)", told["loss_smoothed"])[1])
+    for key, smoothing in (("loss", 0.0), ("loss_smoothed", smoothed)):
         loss = F.cross_entropy(logits[masked], labels[masked], label_smoothing=smoothing)
         near(loss, io[key], case.tolerance["loss_abs"])
     loss.backward()
     parameters = dict(network.named_parameters())
     norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
-    named = {
-        "grad_norm": norm,
-        "grad_to_q": parameters["transformer_layers.0.attn1.to_q.weight"].grad,
-        "grad_embeddings": parameters["embed.embeddings.weight"].grad,
-    }
-    assert named.keys() == {key for key in io if key.startswith("grad_")}
-    for key, value in named.items():
+    grads = {"grad_norm": norm}
+    for key in [key for key in io if key.startswith("grad_") and key not in grads]:
+        grads[key] = parameters[told[key].removeprefix("gradient of ")].grad
+    for key, value in grads.items():
         near(value, io[key], case.tolerance["grad_rel"] * float(io[key].abs().max()))
 
 
@@ -148,3 +151,75 @@ def test_vqmodel(golden):
     near(quantized.loss, io["vq_loss"], relative * float(io["vq_loss"]))
     (grad,) = torch.autograd.grad(quantized.loss, given)
     near(grad, io["grad_latents"], relative * float(io["grad_latents"].abs().max()))
+
+
+def gumbel_draw(rows, noise, head, *, temperature, logits_filter):
+    """The pipeline's draw with its noise given: argmax(log softmax(logits) + noise [n, K])."""
+    logits = head(rows)
+    assert temperature == 1 and logits_filter is None
+    return (logits.log_softmax(1) + noise).argmax(1)
+
+
+@torch.inference_mode()
+def test_amused_pipeline(golden):
+    case = golden("muse/amused_pipeline")
+    io, config, tolerance = case.io, case.config, case.tolerance
+    parts = {  # the folders of the two networks, each a case of its own
+        name: golden(f"muse/{PurePosixPath(file).parent.name}")
+        for name, file in case.case["weights_from"].items()
+    }
+    network = load_uvit(parts["transformer"].weights, config["transformer"])
+    tokenizer = VQGANModule.from_export(
+        *convert_tokenizer(parts["vqvae"].weights, parts["vqvae"].config)
+    )
+    steps, scale, scheduler = (
+        config[k] for k in ("num_inference_steps", "guidance_scale", "scheduler")
+    )
+    heat = config["temperature"]
+    first, last = heat if isinstance(heat, list) else (heat, 0.01)
+    expected = io["tokens_after"]
+    start = torch.full_like(expected[0], scheduler["mask_token_id"])
+    grid = (config["height"] // tokenizer.factor, config["width"] // tokenizer.factor)
+    assert grid == start.shape[1:] and network.mask_id == scheduler["mask_token_id"]
+    micro = torch.tensor([config["micro_conds"]], dtype=torch.float32)
+    cond, null = (
+        network.prepare(io[f"{which}encoder_hidden_states"], io[f"{which}pooled_text_emb"], micro)
+        for which in ("", "negative_")
+    )
+    everywhere, calls = torch.ones_like(start, dtype=torch.bool), []
+
+    def predict(x: Tensor, weight: float, keep: Tensor) -> Tensor:
+        both = [cond, null], [weight, 1 - weight]
+        whole = network.head(network.mixed_rows(x, *both, everywhere)).view(*x.shape, -1)
+        near(channels_first(whole), io["guided_logits"][len(calls)], tolerance["guided_abs"])
+        calls.append(x)
+        return network.mixed_rows(x, *both, keep)
+
+    settings = process.loop_settings(
+        DecodeConfig(
+            steps=steps,
+            schedule=scheduler["masking_schedule"],
+            counting="maskgit",
+            choice_temperature=first,
+            choice_end=last,
+            choice_law="linspace",
+            guidance_start=scale,
+            guidance_end=scale,
+        ),
+        (start == network.mask_id).flatten(1).sum(1),
+    )
+    after = []
+    tokens = process.decode(
+        predict,
+        network.head,
+        start=start,
+        mask_id=network.mask_id,
+        draws=io["g_token"].view(*expected.shape, -1),
+        choice_noise=io["g_conf"].view(expected.shape),
+        draw=gumbel_draw,
+        on_step=lambda i, before, now: after.append(now),
+        **settings,
+    )
+    assert len(calls) == steps
+    assert torch.equal(torch.stack(after), expected) and torch.equal(tokens, expected[-1])
+    near(to_unit(tokenizer.decode(tokens)), io["image"], tolerance["image_abs"])
