@@ -142,7 +142,12 @@ class LDMAEModule(GeneratorModule):
                 labels.append(model.num_classes)
                 continue
             words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-            found = [i for i, name in enumerate(classes) if name and _contains(words, name)]
+            named = [i for i, name in enumerate(classes) if name and _contains(words, name)]
+            # who names a sea lion does not ask for a lion
+            found = [
+                i for i in named
+                if not any(i != j and _contains(classes[j], classes[i]) for j in named)
+            ]  # fmt: skip
             if len(words) == 1 and words[0].isdecimal():
                 found = [int(words[0])]
             if len(found) != 1 or found[0] >= model.num_classes:
@@ -229,14 +234,16 @@ class LDMAEModule(GeneratorModule):
             start = start.to(self.device)
         generate = None if mask is None else mask.to(self.device).bool()[:, None]
         interval = (settings.guidance_start, settings.guidance_end)
-        guidance = (settings.guidance, settings.guidance_channels, interval)
+        scale, channels = settings.guidance, settings.guidance_channels
         first = settings.first_step
 
         if settings.solver == "ddim":
             shares = process.signal_shares(self.config.objective)
             total = self.config.objective.train_steps
             grid = process.chain_grid(settings.steps, total)[first:]
-            model = process.guided(predict, *guidance, progress=lambda k: 1 - k / total)
+            model = process.guided(
+                predict, scale, channels, interval, progress=lambda k: 1 - k / total
+            )
             x = noise
             if start is not None and generate is not None:
                 model = process.held_noise(model, start, shares, generate)
@@ -252,19 +259,22 @@ class LDMAEModule(GeneratorModule):
                 model, x, grid, shares, eta=settings.eta, fresh=fresh(), on_step=on_step
             )
 
-        velocity = process.guided(predict, *guidance)
-        if start is not None and generate is not None:
-            velocity = process.held(velocity, start, noise, generate)
+        def velocity(interval: tuple[float, float]) -> process.Velocity:
+            made = process.guided(predict, scale, channels, interval)
+            if start is None or generate is None:
+                return made
+            return process.held(made, start, noise, generate)
+
         if settings.solver == "dopri5":
-            return process.dopri5(
-                velocity, noise, atol=settings.atol, rtol=settings.rtol, on_step=on_step
+            return process.piecewise_dopri5(
+                velocity, noise, interval, atol=settings.atol, rtol=settings.rtol, on_step=on_step
             )
         times = process.time_grid(settings.steps, settings.timestep_shift)[first:]
         x = noise
         if start is not None:
             t = times[:1].to(self.device).expand(len(seeds))
             x = process.straight_path(noise, start, t)[0]
-        return process.integrate(velocity, x, times, settings.solver, on_step)
+        return process.integrate(velocity(interval), x, times, settings.solver, on_step)
 
 
 def _contains(words: list[str], name: list[str]) -> bool:

@@ -5,6 +5,7 @@ last to the first step of the chain with the objective of DDPM (arXiv 2006.11239
 LDM. No loop keeps its states.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -306,6 +307,42 @@ def dopri5(
         if on_step is not None:
             on_step(count, before, x)
         count += 1
+    return x
+
+
+def piecewise_dopri5(
+    velocity: Callable[[tuple[float, float]], Velocity],
+    x: Tensor,
+    interval: tuple[float, float],
+    *,
+    atol: float,
+    rtol: float,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow a velocity that jumps at the ends of the guidance interval: no step crosses them.
+
+    Args:
+        velocity: interval of guidance -> velocity, as `dopri5` takes it.
+        x: [B, C, h, w] state at time 0.
+        interval: guide from the first time to the second, in [0, 1].
+        atol: absolute error per step.
+        rtol: relative error per step.
+        on_step: called with the round's number, its input and its result.
+
+    Returns:
+        The state at time 1.
+    """
+    rounds = itertools.count()
+
+    def follow(i: int, before: Tensor, after: Tensor) -> None:
+        if on_step is not None:
+            on_step(next(rounds), before, after)
+
+    borders = sorted({0.0, *interval, 1.0})
+    for start, end in itertools.pairwise(borders):
+        inside = interval[0] <= start and end <= interval[1]
+        piece = velocity((0.0, 1.0) if inside else (2.0, 2.0))  # at all times, or at none
+        x = dopri5(piece, x, atol=atol, rtol=rtol, start=start, end=end, on_step=follow)
     return x
 
 

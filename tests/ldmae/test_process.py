@@ -81,10 +81,23 @@ def test_dopri5_speaks_up() -> None:
         process.dopri5(lambda x, t: x * torch.nan, noise(1))
 
 
-def test_dopri5_passes_a_jump() -> None:
-    jump = process.dopri5(lambda x, t: torch.where(t < 0.3, 1.0, 3.0).view(-1, 1, 1, 1) + 0 * x,
-                          noise(2), rtol=1e-5)  # fmt: skip
-    torch.testing.assert_close(jump, noise(2) + 0.3 + 2.1, rtol=0, atol=2e-3)
+def test_dopri5_stops_where_guidance_begins_and_ends() -> None:
+    predict, rounds = Recorded(), []
+    out = process.piecewise_dopri5(
+        lambda interval: process.guided(predict, 3.0, None, interval), noise(2), (0.25, 0.75),
+        atol=1e-6, rtol=1e-3, on_step=lambda i, before, after: rounds.append(i),
+    )  # fmt: skip
+    torch.testing.assert_close(out, noise(2) + 0.25 + 3 * 0.5 + 0.25, rtol=0, atol=1e-12)
+    assert rounds == list(range(len(rounds))) and len(rounds) < 30
+    switches = [a != b for a, b in itertools.pairwise(predict.passes)]
+    assert sum(switches) == 2 and not predict.passes[0]
+
+    predict = Recorded()
+    out = process.piecewise_dopri5(
+        lambda interval: process.guided(predict, 3.0, None, interval), noise(2), (0.0, 1.0),
+        atol=1e-6, rtol=1e-3,
+    )  # fmt: skip
+    assert all(predict.passes)
 
 
 def test_the_shifted_grid() -> None:

@@ -1,0 +1,433 @@
+"""LDMAEModule: its losses, conditions, ways to sample, and what it keeps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.ldmae import process
+from lightning_modules.ldmae.autoencoder import AutoencoderModule
+from lightning_modules.ldmae.module import LDMAEModule
+
+C, GRID = 3, (4, 4)
+SIZES = {"input_size": 4, "in_channels": C, "hidden_size": 32, "depth": 2, "num_heads": 2}
+TEXT = {**SIZES, "num_classes": 0, "text_width": 16}
+CLASSES = ["zero", "one", "sea lion", "lion"]
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "text": {"condition": "text", "model": TEXT, "text": {"width": 16, "buckets": 64}},
+    "label": {"condition": "label", "classes": CLASSES, "model": {**SIZES, "num_classes": 4}},
+    "none": {
+        "condition": "none",
+        "model": {**SIZES, "num_classes": 1, "class_dropout_prob": 0.0},
+    },
+}
+SAMPLING = {
+    "steps": 5, "guidance": 3.0, "guidance_channels": None, "guidance_start": 0.3,
+    "timestep_shift": 0.7,
+}  # fmt: skip
+CAPTIONS = ["one lion", "a zero", "", "one large red square"]
+PROMPTS = {"text": CAPTIONS, "label": ["a zero", "ONE!", "a sea lion's"], "none": ["", "x", "y"]}
+
+Make = Callable[..., LDMAEModule]
+
+
+class Blocks(nn.Module):
+    """An autoencoder without learning: its weight is a trap, its latents are colours of 2x2."""
+
+    factor, channels = 2, C
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trap = nn.Parameter(torch.zeros(1))
+
+    def moments(self, images: Tensor) -> Tensor:
+        means = images[:, :, ::2, ::2]
+        return torch.cat([means, torch.full_like(means, -4.0)], dim=1)
+
+    def sample_posterior(self, moments: Tensor, noise: Tensor) -> Tensor:
+        means, logvars = moments.chunk(2, dim=1)
+        return means + (0.5 * logvars).exp() * noise
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        return latents * 2 + 0.1
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.normalise(images[:, :, ::2, ::2])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return ((latents - 0.1) / 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.fixture
+def make() -> Make:
+    def build(kind: str = "text", speak: bool = True, **sections: Any) -> LDMAEModule:
+        config: dict[str, Any] = {"paper": "ldmae", "seed": 5, "grid": [*GRID]}
+        config["sampling"] = SAMPLING if kind != "none" else {**SAMPLING, "guidance": 1.0}
+        for name, section in [*CONDITIONS[kind].items(), *sections.items()]:
+            both = isinstance(section, dict) and name in config
+            config[name] = {**config[name], **section} if both else section
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            module = LDMAEModule(config)
+            for p in module.network.parameters():
+                if speak and not p.any():  # a new network predicts nothing
+                    nn.init.normal_(p, std=0.2)
+        return module.attach(Blocks()).eval()
+
+    return build
+
+
+def batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "moments": torch.cat([torch.randn(n, C, *GRID, generator=g), -torch.ones(n, C, *GRID)], 1),
+        "caption": [CAPTIONS[i % 4] for i in range(n)],
+        "label": torch.arange(n) % 4,
+    }
+
+
+def source(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fit(module: LDMAEModule, epochs: int = 1) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    loader: Any = DataLoader([batch(0), batch(1)], batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module.train(), loader, loader)
+    return trainer
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# The loss ----
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_loss_is_the_papers(condition: str, cosine: bool, make: Make) -> None:
+    drop = 0.0 if condition == "none" else 0.5
+    module = make(
+        condition, objective={"cosine_loss": cosine},
+        model={**CONDITIONS[condition]["model"], "class_dropout_prob": drop},
+    )  # fmt: skip
+    given, chance = batch(n=6), source()
+    loss, scalars = module.loss(given, source())
+    means = given["moments"][:, :C]
+    drawn = means + (0.5 * given["moments"][:, C:]).exp() * torch.randn(
+        means.shape, generator=chance
+    )
+    x1 = drawn * 2 + 0.1
+    x0 = torch.randn(x1.shape, generator=chance)
+    t = torch.randn(6, generator=chance).sigmoid()
+    hidden = torch.rand(6, generator=chance) < drop
+    assert hidden.any() == (drop > 0) and not hidden.all()
+    xt = t[:, None, None, None] * x1 + (1 - t[:, None, None, None]) * x0
+    network = module.network
+    if condition == "text":
+        shown = ["" if h else c for c, h in zip(given["caption"], hidden, strict=True)]
+        text = module.encode_text(shown)
+        side = network.text_side(text.tokens, text.mask)
+    else:
+        labels = given["label"].masked_fill(hidden, 4)
+        side = network.label_side(labels * 0 if condition == "none" else labels)
+    predicted = network(xt, t, [side])[0]
+    expected = ((predicted - (x1 - x0)) ** 2).mean()
+    if cosine:
+        torch.testing.assert_close(scalars["squared"], expected)
+        direction = 1 - torch.cosine_similarity(predicted, x1 - x0, dim=1)
+        expected = expected + direction.mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_loss_of_ddpm(make: Make) -> None:
+    objective = {"kind": "ddpm", "train_steps": 50}
+    module = make("none", objective=objective, sampling={"solver": "ddim"})
+    given, chance = batch(), source()
+    loss, _ = module.loss(given, source())
+    x = module.latents_of(given, chance)
+    noise = torch.randn(x.shape, generator=chance)
+    k = torch.randint(50, (4,), generator=chance)
+    share = process.signal_shares(module.config.objective)[k].view(-1, 1, 1, 1).float()
+    side = module.network.label_side(torch.tensor([0]))
+    predicted = module.network(share**0.5 * x + (1 - share) ** 0.5 * noise, k, [side])[0]
+    torch.testing.assert_close(loss, ((predicted - noise) ** 2).mean())
+
+
+def test_all_chance_is_the_generators(make: Make) -> None:
+    module, before = make(), torch.get_rng_state()
+    one, two = (module.loss(batch(), source(7))[0] for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(one, module.loss(batch(), source(8))[0])
+
+
+def test_latents_are_drawn_afresh(make: Make) -> None:
+    module, given = make(), batch()
+    first, second = (module.latents_of(given, source(seed)) for seed in (1, 2))
+    mean = module.tokenizer.normalise(given["moments"][:, :C])  # type: ignore[attr-defined]
+    assert 0.1 < (first - second).std() < 3
+    many = torch.stack([module.latents_of(given, source(seed)) for seed in range(300)])
+    torch.testing.assert_close(many.mean(0), mean, rtol=0, atol=0.35)
+
+
+def test_pictures_are_encoded_where_no_cache_gave_moments(make: Make) -> None:
+    module, given = make(), batch()
+    images = torch.rand(4, 3, 8, 8, generator=source()) * 2 - 1
+    pictures = {"image": images, "caption": given["caption"]}
+    cached = {"moments": Blocks().moments(images), "caption": given["caption"]}
+    assert torch.equal(module.loss(pictures, source())[0], module.loss(cached, source())[0])
+
+
+def test_labels_that_cannot_be(make: Make) -> None:
+    module, given = make("label"), batch()
+    with pytest.raises(ValueError, match="num_classes is 4, but the data have the label 7"):
+        module.loss({**given, "label": torch.tensor([0, 7, 1, 1])}, source())
+    del given["label"]
+    with pytest.raises(ValueError, match="condition=label needs data with labels"):
+        module.loss(given, source())
+
+
+@pytest.mark.parametrize("kind", ["flow", "ddpm"])
+def test_learns_what_belongs_to_a_label(kind: str, make: Make) -> None:
+    """Four labels, four latents without spread: each label gives its own back."""
+    sampling: dict[str, Any] = {"solver": "heun", "steps": 12, "guidance": 1.0}
+    if kind == "ddpm":
+        sampling |= {"solver": "ddim", "steps": 25, "eta": 0.5}
+    # steep betas: 1000 small ones take longer to learn than a test may
+    objective = {"kind": kind, "train_steps": 100, "beta_start": 0.0085, "beta_end": 0.12}
+    module = make("label", speak=False, objective=objective, sampling=sampling).train()
+    given = batch()
+    given["moments"][:, C:] = -30
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
+    losses = []
+    for i in range(300):
+        repeated = {k: [*v] * 8 if k == "caption" else torch.cat([v] * 8) for k, v in given.items()}
+        loss, _ = module.loss(repeated, source(i))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.35 * losses[0]
+    drawn = module.eval().sample_tokens([""] * 4, seeds=[0, 1, 2, 3], labels=[0, 1, 2, 3])
+    wanted = module.latents_of(given, source())
+    distance = (drawn[:, None] - wanted).square().mean((2, 3, 4))
+    assert distance.argmin(1).tolist() == [0, 1, 2, 3]
+    assert distance.diagonal().mean() < 0.3 * wanted.var()
+
+
+# What is kept ----
+
+
+def test_what_is_trained_and_kept(make: Make, tmp_path: Path) -> None:
+    for condition in CONDITIONS:
+        module = make(condition, optim={"ema": 0.5, "lr": 1e-2})
+        trainer = fit(module)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+        rooms = {"network", "text_encoder"} if condition == "text" else {"network"}
+        for state in (content["state_dict"], content["ema"]["shadow"], module.export()[0]):
+            assert {name.partition(".")[0] for name in state} == rooms
+        trained = sum(len(g["params"]) for g in content["optimizer_states"][0]["param_groups"])
+        assert trained == len(list(module.parameters()))
+        again = LDMAEModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Blocks()).eval()
+        assert same(module.state_dict(), again.state_dict())
+        load_strict(again, module.export()[0], "the average")
+        prompts = PROMPTS[condition][:2]
+        one, two = (m.sample_tokens(prompts, seeds=[1, 2]) for m in (module.eval(), again))
+        assert not torch.equal(one, two)  # the average lies behind the last weights
+
+
+def test_a_resumed_epoch_equals_an_uninterrupted_one(make: Make) -> None:
+    losses = []
+    for seed in (0, 99):
+        torch.manual_seed(seed)
+        losses.append(float(fit(make("label"), 2).callback_metrics["train/loss"]))
+    assert losses[0] == losses[1]
+
+
+# Sampling ----
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("solver", ["euler", "heun", "dopri5", "ddim"])
+def test_a_picture_is_its_prompts_and_seeds(condition: str, solver: str, make: Make) -> None:
+    objective = {"kind": "ddpm" if solver == "ddim" else "flow", "train_steps": 50}
+    module = make(condition, objective=objective, sampling={"solver": solver, "eta": 0.5})
+    prompts, seeds = PROMPTS[condition], [7, 8, 9]
+    seeds = seeds + [7] * (len(prompts) - 3)
+    before = torch.get_rng_state()
+    together = module.sample(prompts, seeds=seeds)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert together.shape == (len(prompts), 3, 8, 8) and together.isfinite().all()
+    for i in range(len(prompts)):
+        alone = module.sample([prompts[i]], seeds=[seeds[i]])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-3, atol=1e-4)
+    other = module.sample(prompts, seeds=[s + 100 for s in seeds])
+    assert (other - together).abs().flatten(1).amax(1).min() > 1e-2
+    if condition != "none":
+        turned = module.sample([*prompts[1:], prompts[0]], seeds=seeds)
+        assert (turned - together).abs().flatten(1).amax(1).min() > 1e-3
+
+
+def test_guidance_one_is_no_guidance(make: Make) -> None:
+    module, passes = make(), []
+    forward = module.network.forward
+
+    def counted(x: Tensor, t: Tensor, sides: Any) -> Tensor:
+        passes.append(len(sides))
+        return forward(x, t, sides)
+
+    module.network.forward = counted  # type: ignore[method-assign]
+    own, null = (module.sample_tokens([p], seeds=[0], guidance=1.0) for p in (CAPTIONS[0], ""))
+    assert set(passes) == {1}
+    passes.clear()
+    one = module.sample_tokens(CAPTIONS[:1], seeds=[0], guidance=1.0001, guidance_start=0.0)
+    assert passes == [2] * 5
+    torch.testing.assert_close(one, own, rtol=1e-3, atol=1e-3)
+    passes.clear()
+    module.sample_tokens(CAPTIONS[:1], seeds=[0], timestep_shift=1.0)
+    assert passes == [1, 1, 2, 2, 2]  # times 0, 0.2 lie before 0.3
+    nothing = module.sample_tokens(CAPTIONS[:1], seeds=[0], guidance=0.0, guidance_start=0.0)
+    torch.testing.assert_close(nothing, null, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_some_channels_and_away_from_a_caption(make: Make) -> None:
+    module, first = make(), []
+
+    def ask(**sampling: Any) -> Tensor:
+        return module.sample_tokens(
+            CAPTIONS[:1], seeds=[0], steps=1, guidance_start=0.0,
+            on_step=lambda i, before, after: first.append(before), **sampling,
+        )  # fmt: skip
+
+    own, all_channels = ask(guidance=1.0), ask(guidance=5.0)
+    some = ask(guidance=5.0, guidance_channels=2)
+    torch.testing.assert_close(some[:, :2], all_channels[:, :2])
+    torch.testing.assert_close(some[:, 2:], own[:, 2:])
+    away = ask(guidance=5.0, negative=[CAPTIONS[3]])
+    other = module.sample_tokens([CAPTIONS[3]], seeds=[0], guidance=1.0, steps=1)
+    x0 = first[0]
+    torch.testing.assert_close(away - x0, 5 * (own - x0) - 4 * (other - x0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dopri5", "ddim"])
+def test_a_mask_keeps_what_is_given(solver: str, make: Make) -> None:
+    kind = "ddpm" if solver == "ddim" else "flow"
+    module = make(objective={"kind": kind, "train_steps": 50}, sampling={"solver": solver})
+    images = torch.rand(2, 3, 8, 8, generator=source()) * 2 - 1
+    mask = torch.zeros(2, *GRID)
+    mask[:, :2] = 1
+    out = module.sample(CAPTIONS[:2], seeds=[1, 2], start=images, mask=mask)
+    known = module.tokenizer.decode(module.tokenizer.encode(images))
+    torch.testing.assert_close(out[:, :, 4:], known[:, :, 4:], rtol=0, atol=1e-4)
+    assert (out - known)[:, :, :4].abs().mean() > 0.05
+    with pytest.raises(ValueError, match="a mask needs latents to start from"):
+        module.sample(CAPTIONS[:2], seeds=[1, 2], mask=mask)
+
+
+@pytest.mark.parametrize("solver", ["euler", "ddim"])
+def test_a_variation_stays_near_its_picture(solver: str, make: Make) -> None:
+    kind = "ddpm" if solver == "ddim" else "flow"
+    module = make(objective={"kind": kind}, sampling={"solver": solver, "steps": 50})
+    images = torch.rand(2, 3, 8, 8, generator=source()) * 2 - 1
+    images = images[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    distances = []
+    for first in (1, 25, 49):
+        out = module.sample(CAPTIONS[:2], seeds=[1, 2], start=images, first_step=first)
+        distances.append(float((out - images).abs().mean()))
+    assert distances[2] < 0.25 and distances == sorted(distances, reverse=True)
+    with pytest.raises(ValueError, match=r"sampling.first_step needs latents to start from"):
+        module.sample(CAPTIONS[:2], seeds=[1, 2], first_step=1)
+
+
+def test_steps_can_be_followed(make: Make) -> None:
+    module, seen = make(), []
+    out = module.sample_tokens(
+        CAPTIONS[:1], seeds=[0], on_step=lambda i, before, after: seen.append((i, before, after))
+    )
+    assert [i for i, _, _ in seen] == list(range(5))
+    assert torch.equal(seen[0][1], process.sample_noise([0], (C, *GRID)))
+    assert torch.equal(seen[1][1], seen[0][2]) and torch.equal(seen[-1][2], out)
+
+
+def test_prompts_name_labels(make: Make) -> None:
+    module = make("label")
+    read = ["a zero", "One, by hand", "3", "the sea lion", "a lion.", ""]
+    assert module.labels_of(read) == [0, 1, 3, 2, 3, 4]
+    for prompt in ("4", "nothing", "zero or one", "-1 0", "two sea lions"):
+        with pytest.raises(ValueError, match="must ask for one class: a number from 0 to 3"):
+            module.check_prompts([prompt])
+    named = module.sample_tokens(["zero", "2"], seeds=[0, 1])
+    told = module.sample_tokens(["", "zero"], seeds=[0, 1], labels=[0, 2])
+    assert torch.equal(named, told)
+
+
+def test_on_a_real_autoencoder() -> None:
+    vit = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "decoder_embed_dim": 16, "depth": 1,
+           "decoder_depth": 1, "num_heads": 2, "decoder_num_heads": 2}  # fmt: skip
+    codec = AutoencoderModule({"kind": "vmae", "channels": C, "vit": vit}).eval()
+    codec.set_statistics(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0]))
+    module = LDMAEModule({"grid": [*GRID], "sampling": SAMPLING, **CONDITIONS["label"]})
+    module.attach(codec)  # type: ignore[arg-type]
+    images = torch.rand(4, 3, 16, 16, generator=source()) * 2 - 1
+    loss, _ = module.loss({**batch(), "image": images}, source())
+    loss.backward()
+    assert all(p.grad is None for p in codec.parameters())
+    out = module.sample(["zero", "one"], seeds=[0, 1], start=images[:2], first_step=2)
+    assert out.shape == (2, 3, 16, 16) and out.abs().max() <= 1
+
+
+# Settings that do not fit ----
+
+
+@pytest.mark.parametrize(
+    ("condition", "sections", "message"),
+    [
+        ("text", {"text": {"width": 8}}, r"model.text_width must be text.width \(8\)"),
+        ("label", {"condition": "text"}, "model.text_width must be the width of the text encoder"),
+        ("text", {"condition": "label"}, "model.num_classes must be at least 1"),
+        ("label", {"condition": "none"}, "model.num_classes must be 1 and model.class_dropout"),
+        ("label", {"classes": ["a"]}, r"classes must name all of model.num_classes \(4\)"),
+        ("text", {"grid": [8, 8]}, "model.input_size must be the side of the latents 8x8"),
+        ("none", {"sampling": {"guidance": 2.0}}, "sampling.guidance must be 1 without"),
+        ("text", {"sampling": {"solver": "ddim"}}, "must be euler, heun or dopri5 with"),
+        ("text", {"objective": {"kind": "ddpm"}}, "sampling.solver must be ddim with"),
+        (
+            "text",
+            {"objective": {"kind": "ddpm", "train_steps": 4}, "sampling": {"solver": "ddim"}},
+            r"sampling.steps must be at most objective.train_steps \(4\)",
+        ),
+        (
+            "text",
+            {"sampling": {"solver": "dopri5", "first_step": 1}},
+            "sampling.first_step must be 0 with",
+        ),
+        ("text", {"sampling": {"first_step": 5}}, "first_step must be between 0 and steps - 1"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    condition: str, sections: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(condition, **sections)
+
+
+def test_an_autoencoder_that_does_not_fit(make: Make) -> None:
+    class Wide(Blocks):
+        channels = 5
+
+    with pytest.raises(ValueError, match=r"in_channels must be the autoencoder's 5 channels"):
+        make().attach(Wide())
+    with pytest.raises(ValueError, match="a negative prompt needs condition=text"):
+        make("label").sample_tokens(["zero"], seeds=[0], negative=["one"])
