@@ -9,9 +9,10 @@ from typing import Literal
 class TextConfig:
     """How captions become vectors."""
 
-    name: Literal["bytes", "byt5", "open_clip", "clip"] = "bytes"
-    """bytes: trained with the generator; byt5: frozen ByT5 and open_clip; open_clip: its pooled
-    vectors alone; clip: hidden states of a frozen CLIP text transformer."""
+    name: Literal["bytes", "byt5", "t5", "open_clip", "clip"] = "bytes"
+    """bytes: trained with the generator; byt5: frozen ByT5 and open_clip; t5: states of a frozen
+    T5; open_clip: its pooled vectors alone; clip: hidden states of a frozen CLIP text transformer.
+    """
     width: int = 128
     """bytes: width of the encoder and of its output vectors."""
     layers: int = 1
@@ -19,12 +20,12 @@ class TextConfig:
     buckets: int = 4096
     """bytes: rows of the table that byte n-grams are hashed into."""
     max_length: int = 64
-    """Longest text in tokens (bytes: words; byt5: bytes); the rest is cut."""
+    """Longest text in tokens (bytes: words; byt5: bytes; t5: pieces); the rest is cut."""
     path: str = "google/byt5-xl"
-    """byt5: folder or hub name of the T5 encoder. clip: that of the CLIP text model, such as
+    """byt5, t5: folder or hub name of the T5 encoder. clip: that of the CLIP text model, such as
     openai/clip-vit-base-patch32, or a file of OpenAI's weights."""
     mask_padding: bool = True
-    """byt5: hide padding from the generator; false attends to it, as the released code does."""
+    """byt5, t5: hide padding from the generator; false attends to it, as the released code does."""
     clip: str | None = "ViT-H-14"
     """byt5, open_clip: model of the pooled text and image vectors; null leaves them out."""
     clip_pretrained: str = "laion2b_s32b_b79k"

@@ -150,32 +150,45 @@ class OpenClipEncoder:
         return self._model.encode_image(((resized + 1) / 2 - mean) / std).float()
 
 
-class ByT5Encoder:
-    """Frozen ByT5 hidden states with pooled open_clip vectors (Paella v3), loaded at first use."""
+class T5Encoder:
+    """Frozen hidden states of a T5 encoder (Muse: T5-XXL), loaded at first use."""
+
+    usual = "google/t5-v1_1-xxl"
 
     def __init__(self, config: TextConfig) -> None:
         self.config = config
         self._t5: Any = None
-        self._clip = OpenClipEncoder(config) if config.clip is not None else None
 
     @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
     def _load(self, device: torch.device) -> None:
-        from transformers import ByT5Tokenizer, T5EncoderModel
+        from transformers import T5EncoderModel
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
+            self._tokenizer = self._make_tokenizer(self.config.path)
             t5 = T5EncoderModel.from_pretrained(self.config.path, dtype=dtype)
         except OSError as error:
             raise ValueError(
                 f"text.path={self.config.path} is neither a folder with a T5 encoder nor "
-                "a hub name that can be reached; download google/byt5-xl and name its folder"
+                f"a hub name that can be reached; download {self.usual} and name its folder"
             ) from error
-        self._tokenizer = ByT5Tokenizer()
         self._t5 = t5.eval().requires_grad_(False).to(device)
+
+    def _make_tokenizer(self, path: str) -> Any:
+        from transformers import T5Tokenizer
+
+        tokenizer = T5Tokenizer.from_pretrained(path)
+        # without a vocabulary transformers makes one up, of the special tokens alone
+        if tokenizer.unk_token_id in tokenizer("a").input_ids:
+            raise ValueError(
+                f"text.path={path} has no vocabulary; put the tokenizer.json or spiece.model of "
+                f"{self.usual} beside the encoder"
+            )
+        return tokenizer
 
     @torch.no_grad()
     def __call__(self, captions: list[str], device: torch.device) -> Condition:
-        """Encode captions to hidden states [B, L, D] and pooled vectors [B, P], float32."""
+        """Encode captions to hidden states [B, L, D] float32, L the longest."""
         if self._t5 is None:
             self._load(device)
         batch = self._tokenizer(
@@ -185,12 +198,35 @@ class ByT5Encoder:
             max_length=self.config.max_length,
             return_tensors="pt",
         ).to(device)
-        # the released code encodes and attends padding; hiding it equals encoding one by one
+        # the released code of Paella encodes and attends padding; hiding it equals encoding one
+        # by one
         hide = self.config.mask_padding
         attention = batch["attention_mask"] if hide else torch.ones_like(batch["input_ids"])
         hidden = self._t5(input_ids=batch["input_ids"], attention_mask=attention).last_hidden_state
-        pooled = self._clip(captions, device).pooled if self._clip is not None else None
-        return Condition(hidden.float(), attention.bool() if hide else None, pooled)
+        return Condition(hidden.float(), attention.bool() if hide else None)
+
+
+class ByT5Encoder(T5Encoder):
+    """Frozen ByT5 hidden states with pooled open_clip vectors (Paella v3), loaded at first use."""
+
+    usual = "google/byt5-xl"
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self._clip = OpenClipEncoder(config) if config.clip is not None else None
+
+    def _make_tokenizer(self, path: str) -> Any:
+        from transformers import ByT5Tokenizer
+
+        return ByT5Tokenizer()  # bytes need no vocabulary
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions to hidden states [B, L, D] and pooled vectors [B, P], float32."""
+        states = super().__call__(captions, device)
+        if self._clip is not None:
+            states.pooled = self._clip(captions, device).pooled
+        return states
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to CLIP image vectors [B, P].
@@ -346,6 +382,7 @@ class ClipTextEncoder:
 TEXT_ENCODERS = {
     "bytes": ByteEncoder,
     "byt5": ByT5Encoder,
+    "t5": T5Encoder,
     "open_clip": OpenClipEncoder,
     "clip": ClipTextEncoder,
 }

@@ -1,6 +1,7 @@
 """Text encoders: the trained one, and tiny stand-ins of the frozen ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lightning_modules.common.text import (
     ByteEncoder,
     ClipTextEncoder,
     OpenClipEncoder,
+    T5Encoder,
     clip_token_ids,
     ngram_ids,
 )
@@ -140,6 +142,41 @@ def test_a_missing_t5_is_named_in_one_line(tmp_path: Path) -> None:
         byt5(str(tmp_path / "none"))(["a"], CPU)
     said = str(raised.value)
     assert said.startswith(f"text.path={tmp_path}/none is neither") and "\n" not in said
+
+
+@pytest.fixture
+def worded_t5(tiny_t5: str, tmp_path: Path) -> str:
+    """A T5 encoder beside the vocabulary of a few pieces."""
+    from transformers import T5Tokenizer
+
+    folder = shutil.copytree(tiny_t5, tmp_path / "worded")
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁dog", "▁on", "s"]
+    T5Tokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def test_t5_gives_the_states_of_its_pieces(worded_t5: str) -> None:
+    from transformers import T5EncoderModel
+
+    encoder = T5Encoder(TextConfig(name="t5", path=worded_t5, max_length=5))
+    found = encoder(["a red dog", "", "a dogs on a dogs"], CPU)
+    assert found.pooled is None and found.mask is not None
+    assert found.mask.sum(1).tolist() == [4, 1, 5]  # the end of the text counts, cut or not
+    model = T5EncoderModel.from_pretrained(worded_t5).eval()
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([[4, 5, 6, 1]])).last_hidden_state
+    torch.testing.assert_close(found.tokens[0, :4], alone[0], rtol=1e-4, atol=1e-5)
+    shown = T5Encoder(TextConfig(name="t5", path=worded_t5, mask_padding=False))
+    assert shown(["a", "a dog"], CPU).mask is None
+
+
+def test_a_t5_without_vocabulary_is_refused(tiny_t5: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no vocabulary; put the tokenizer\.json"):
+        T5Encoder(TextConfig(name="t5", path=tiny_t5))(["a"], CPU)
+    with pytest.raises(ValueError, match=r"is neither a folder .* download google/t5-v1_1-xxl"):
+        T5Encoder(TextConfig(name="t5", path=str(tmp_path / "none")))(["a"], CPU)
 
 
 def test_open_clip_gives_pooled_vectors_of_text_and_images(tiny_clip: dict[str, str]) -> None:
