@@ -132,6 +132,34 @@ def write_token_cache(
     return summary
 
 
+def count_tokens(folder: Path, num_codes: int, sha256: str | None = None) -> Tensor:
+    """Count how often every code occurs in a cache of tokens, those of mirrored images included.
+
+    Args:
+        folder: what `write_token_cache` wrote.
+        num_codes: size of the tokenizer's codebook.
+        sha256: of the tokenizer's file; None takes any.
+
+    Returns:
+        [num_codes] int64.
+
+    Raises:
+        ValueError: no cache, or one of another tokenizer.
+    """
+    if not (folder / "cache.json").is_file():
+        raise ValueError(f"{folder} is no finished cache of tokens: there is no cache.json")
+    made = json.loads((folder / "cache.json").read_text())
+    if made["num_codes"] != num_codes or sha256 not in (None, made["tokenizer"]):
+        raise ValueError(f"{folder} was made with another tokenizer, of {made['num_codes']} codes")
+    counts = torch.zeros(num_codes, dtype=torch.int64)
+    for index in range(made["shards"]):
+        with safe_open(folder / f"{index:05d}.tokens.safetensors", "np") as f:
+            for name in f.keys():
+                tokens = torch.from_numpy(f.get_tensor(name).astype(np.int64))
+                counts += torch.bincount(tokens.flatten(), minlength=num_codes)
+    return counts
+
+
 def _pixels(sample: Sample, config: DataConfig) -> Sample:
     """Decode with the crop that belongs to the key, never mirrored."""
     rng = random.Random(f"{config.seed}/{sample['key']}")

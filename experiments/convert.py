@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from data.tokens import count_tokens
 from experiments.config import RUNS, load, resolved
 from experiments.edits import first_line
 from experiments.run import Parser, speaker
@@ -22,6 +23,7 @@ from lightning_modules.common.checkpoint import (
     file_hash,
     load_foreign,
     load_strict,
+    load_tensor,
     load_weights,
     save_weights,
 )
@@ -30,6 +32,7 @@ from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
 from lightning_modules.registry import GENERATORS
 from lightning_modules.vqgan import convert as vqgan_convert
 from lightning_modules.vqgan.module import VQGANModule
+from lightning_modules.vqgan.quantizer import map_from_counts, used_from_map
 
 COMMAND = "python -m experiments.convert"
 
@@ -49,15 +52,21 @@ examples:
 
 Pairs = list[tuple[str, Any]]
 
+HOLD_TOKENIZERS = ("vq_diffusion", "improved_vqd")  # papers whose official files do
+
 
 class Foreign(NamedTuple):
     """A generator as it was found."""
 
     what: str
+    num_codes: int
+    """Codes of the tokenizer that it was trained on."""
     pairs: Pairs
     """Its settings: (dotted key of the paper's config, value)."""
     state: dict[str, Tensor]
     """Its tensors by the names of the paper's module."""
+    text: dict[str, Tensor] | None = None
+    """A CLIP text encoder that came with it, by OpenAI's names."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,11 +105,12 @@ def run(argv: Sequence[str]) -> None:
     if args.paper == "vqgan":
         if args.tokenizer is not None:
             raise ConfigError("--tokenizer goes with generators; a tokenizer is named by --from")
-        convert_tokenizer(source, out, pairs, speaker())
+        convert_tokenizer(source, out, pairs, speaker(), args.codes)
     else:
-        if args.tokenizer is None:
+        tokenizer = args.tokenizer or _tokenizer_inside(args.paper, source)
+        if tokenizer is None:
             raise ConfigError("--tokenizer is missing; a generator works with its tokenizer alone")
-        convert_generator(args.paper, source, args.tokenizer, out, pairs, speaker())
+        convert_generator(args.paper, source, tokenizer, out, pairs, speaker(), args.codes)
 
 
 def make_parser() -> Parser:
@@ -117,19 +127,23 @@ def make_parser() -> Parser:
     add("--paper", metavar="NAME", help=", ".join([*GENERATORS, "vqgan (a tokenizer alone)"]))
     add("--from", type=Path, metavar="PATH", help="the official file, or a diffusers folder")
     add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer: official, or of this suite")
+    add("--codes", type=Path, metavar="PATH", help="new ids of its codes: a table, or a folder "
+        "of cached tokens, of which the codes that occur are kept")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="X.safetensors; the tokenizer goes beside it")
     add("--help", "-h", action="store_true", help="this text")
     return parser
 
 
-def convert_tokenizer(source: Path, out: Path, pairs: Pairs, say: Say) -> VQGANModule:
+def convert_tokenizer(
+    source: Path, out: Path, pairs: Pairs, say: Say, codes: Path | None = None
+) -> VQGANModule:
     """Convert a tokenizer and write it.
 
     Raises:
         ConfigError: an unfit file, or `out` exists.
     """
     _free(out)
-    state, config = read_tokenizer(source, pairs)
+    state, config = read_tokenizer(source, pairs, codes)
     module = VQGANModule.from_export(state, config)
     save_weights(out, state, config)
     count = sum(p.numel() for p in module.autoencoder.parameters())
@@ -140,12 +154,15 @@ def convert_tokenizer(source: Path, out: Path, pairs: Pairs, say: Say) -> VQGANM
     return module
 
 
-def read_tokenizer(source: Path, pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tokenizer(
+    source: Path, pairs: Pairs, codes: Path | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a tokenizer of this suite or an official one.
 
     Args:
         source: file, or diffusers folder.
         pairs: ("model.X", value) that the tensors do not say.
+        codes: file with the new id of every code, or folder of cached tokens to make it of.
 
     Raises:
         ConfigError: no such file, one of unknown layout, or one that says otherwise than `pairs`.
@@ -168,13 +185,60 @@ def read_tokenizer(source: Path, pairs: Pairs) -> tuple[dict[str, Tensor], dict[
 
     state, config = _reading(source, read)
     _agree("model", hints, config["model"])
-    return state, config
+    if codes is None:
+        return state, config
+    return _reading(codes, lambda: renumbered(state, config, new_ids(source, codes, config)))
+
+
+def new_ids(source: Path, codes: Path, config: Mapping[str, Any]) -> Tensor:
+    """Read the new id of every code [K] from a file, or count it in a folder of cached tokens.
+
+    Raises:
+        ValueError: a file of another form, or tokens of another tokenizer.
+    """
+    if not codes.is_dir():
+        return load_tensor(codes)
+    sha256 = file_hash(source) if source.is_file() else None
+    return map_from_counts(count_tokens(codes, config["model"]["num_codes"], sha256))
+
+
+def renumbered(
+    state: dict[str, Tensor], config: dict[str, Any], ids: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give a tokenizer's codes new ids; those that share id 0 are no longer told apart.
+
+    Args:
+        state: the tokenizer's tensors.
+        config: its settings.
+        ids: [K] int64, every id of [0, max] occurring.
+
+    Raises:
+        ValueError: ids of another form, or codes that have new ids already.
+    """
+    model = config["model"]
+    if model["used_codes"]:
+        raise ValueError(f"the tokenizer keeps {model['used_codes']} of its codes already")
+    if ids.dtype != torch.int64 or ids.shape != (model["num_codes"],) or int(ids.min()) < 0:
+        raise ValueError(
+            f"the new ids must be {model['num_codes']} whole numbers of at least 0, "
+            f"got {ids.dtype} of shape {list(ids.shape)}"
+        )
+    used = used_from_map(ids)
+    kept = {"used_codes": len(used), "unknown_code": "id", "unknown_id": 0}
+    renamed = {**state, "quantize.used": used}
+    return VQGANModule.from_export(renamed, {**config, "model": {**model, **kept}}).export()
 
 
 def convert_generator(
-    paper: str, source: Path, tokenizer: Path, out: Path, pairs: Pairs, say: Say
+    paper: str,
+    source: Path,
+    tokenizer: Path,
+    out: Path,
+    pairs: Pairs,
+    say: Say,
+    codes: Path | None = None,
 ) -> None:
-    """Convert a generator with its tokenizer and write both.
+    """Convert a generator with its tokenizer and write both, and a text encoder it came with.
 
     What the tensors do not say comes from the paper's scale `paper`, then from `pairs`.
 
@@ -182,30 +246,36 @@ def convert_generator(
         ConfigError: an unfit file, files that do not belong together, or `out` exists.
     """
     beside = out.with_name(f"{out.stem}.tokenizer.safetensors")
-    _free(out)
-    _free(beside)
-    found = _reading(source, lambda: FOREIGN[paper](load_foreign(source), pairs))
+    text = out.with_name(f"{out.stem}.text.safetensors")
+    for file in (out, beside, text):
+        _free(file)
+    found = _reading(source, lambda: FOREIGN[paper](source, pairs))
     given = dict(pairs)
+    if found.text and "text.path" not in given:
+        found.pairs.append(("text.path", text.name))
     for key, value in found.pairs:
         if key in given and given[key] != value:
             raise ConfigError(f"{key} is {value} in {source}, not {given[key]}")
     config = fill(load(paper, "paper"), [("tokenizer.ckpt", str(tokenizer)), *found.pairs, *pairs])
 
     hints = [(k.removeprefix("tokenizer."), v) for k, v in pairs if k.startswith("tokenizer.")]
-    codes = VQGANModule.from_export(*read_tokenizer(tokenizer, hints))
-    side, rest = divmod(config.data.resolution, codes.factor)
+    codec = VQGANModule.from_export(*read_tokenizer(tokenizer, hints, codes))
+    side, rest = divmod(config.data.resolution, codec.factor)
     if rest:
-        raise ConfigError(f"data.resolution must be a multiple of {codes.factor}")
+        raise ConfigError(f"data.resolution must be a multiple of {codec.factor}")
     own = {f.name for f in dataclasses.fields(GENERATORS[paper].config_class)}
     plain = {
         "paper": paper,
         "seed": 0,
         "grid": [side, side],
-        "num_codes": codes.num_codes,
+        "num_codes": codec.num_codes,
         **{name: value for name, value in resolved(config).items() if name in own},
     }
-    _check(paper, plain, found, source, codes.num_codes)
-    convert_tokenizer(tokenizer, beside, hints, say)
+    _check(paper, plain, found, source, codec.num_codes)
+    convert_tokenizer(tokenizer, beside, hints, say, codes)
+    if found.text and plain["text"]["path"] == text.name:
+        save_weights(text, found.text, {"paper": "clip"})
+        say(f"text encoder {source} -> {text}")
     named = {"file": beside.name, "sha256": file_hash(beside)}
     save_weights(out, found.state, {**plain, "tokenizer": named})
     count = sum(v.numel() for v in found.state.values())
@@ -213,14 +283,14 @@ def convert_generator(
     say(f'try: python -m experiments.sample --ckpt {out} --prompt "..."')
 
 
-def paella(state: Mapping[str, Tensor], pairs: Pairs) -> Foreign:
+def paella(source: Path, pairs: Pairs) -> Foreign:
     """Paella's token predictors of 2023 (v3) and 2022 (v1).
 
     Raises:
         ValueError: another file, or the diffusion prior, which draws no tokens.
     """
     kind, tensors, model = paella_convert.convert(
-        state, {**_section(pairs, "v1"), **_section(pairs, "model")}
+        load_foreign(source), {**_section(pairs, "v1"), **_section(pairs, "model")}
     )
     settings: Pairs = [("network", kind)]
     if kind == "prior":
@@ -238,19 +308,19 @@ def paella(state: Mapping[str, Tensor], pairs: Pairs) -> Foreign:
         if not model["clip_embd"]:
             settings += [("text.clip", None)]
     what = {"v3": "Paella's token predictor of 2023 (v3)", "v1": "Paella of 2022 (v1)"}[kind]
-    return Foreign(what, settings, {f"network.{k}": v for k, v in tensors.items()})
+    own = {f"network.{k}": v for k, v in tensors.items()}
+    return Foreign(what, model["num_labels"], settings, own)
 
 
-FOREIGN: dict[str, Callable[[Mapping[str, Tensor], Pairs], Foreign]] = {"paella": paella}
+FOREIGN: dict[str, Callable[[Path, Pairs], Foreign]] = {"paella": paella}
 
 
 def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_codes: int) -> None:
     """Check that the tensors fit the module and the tokenizer, without memory for a second copy."""
-    labels = next(v for k, v in found.pairs if k.endswith(".num_labels"))
-    if labels != num_codes:
+    if found.num_codes != num_codes:
         raise ConfigError(
-            f"{source} was trained on {labels} codes and the tokenizer has {num_codes}; "
-            "they do not belong together"
+            f"{source} was trained on {found.num_codes} codes and the tokenizer has {num_codes}; "
+            "they do not belong together, or --codes says which of the codes it was trained on"
         )
     try:
         with torch.device("meta"):
@@ -258,6 +328,13 @@ def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_
         load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
+
+
+def _tokenizer_inside(paper: str, source: Path) -> Path | None:
+    """The tokenizer that came with a generator, in its folder or in the same file."""
+    if (source / "vqvae").is_dir():
+        return source / "vqvae"
+    return source if paper in HOLD_TOKENIZERS and source.is_file() else None
 
 
 def _section(pairs: Pairs, name: str) -> dict[str, Any]:

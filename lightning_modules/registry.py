@@ -71,10 +71,18 @@ def load_generator(
         )
     if file_hash(found) != named["sha256"]:
         raise ValueError(f"{found} is not the tokenizer that {path} was trained on")
-    module = GENERATORS[paper](config)
+    module = GENERATORS[paper](_text_beside(config, Path(path).parent))
     load_strict(module, state, str(path))
     module.attach(load_tokenizer(found, device))
     return module.eval().requires_grad_(False).to(device)
+
+
+def _text_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Find a text encoder's file that lies beside the checkpoint and is named without a folder."""
+    text = config.get("text")
+    if not text or not (folder / text["path"]).is_file():
+        return config
+    return {**config, "text": {**text, "path": str(folder / text["path"])}}
 
 
 def generator_file(

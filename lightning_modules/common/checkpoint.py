@@ -98,6 +98,20 @@ def load_foreign(path: Path | str) -> dict[str, Tensor]:
     return state
 
 
+def load_tensor(path: Path | str) -> Tensor:
+    """Read the one tensor of a foreign file, bare or under a name, as safely as `load_foreign`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: none, or several.
+    """
+    content = _load_any(Path(path))
+    found = [content] if isinstance(content, Tensor) else [*_tensors(content).values()]
+    if len(found) != 1:
+        raise ValueError(f"{path} must hold one tensor, it holds {len(found)}")
+    return found[0]
+
+
 def load_entries(path: Path | str) -> dict[str, dict[str, Tensor]]:
     """Read the state dicts of an official training file by the names of their entries.
 

@@ -359,6 +359,24 @@ def usage(counts: Tensor) -> Tensor:
     return (counts > 0).float().mean()
 
 
+def map_from_counts(counts: Tensor) -> Tensor:
+    """Return new ids for codes by how often they occurred: 1, 2, ... in order, and 0 for none.
+
+    This is VQ-Diffusion's form (2886 codes of 8192 keep an id of their own, 5306 share id 0). Where
+    every code occurred they keep their ids.
+
+    Args:
+        counts: [K] int64.
+
+    Returns:
+        [K] int64.
+    """
+    seen = counts > 0
+    if bool(seen.all()):
+        return torch.arange(len(counts))
+    return seen.cumsum(0) * seen
+
+
 def used_from_map(new_ids: Tensor) -> Tensor:
     """Return the kept codes of a map that gives every old code its new id.
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lightning_modules.common import checkpoint
 from lightning_modules.common.checkpoint import (
     file_hash,
+    load_entries,
     load_foreign,
     load_strict,
+    load_tensor,
     load_weights,
     save_weights,
 )
@@ -245,3 +247,27 @@ def test_strict_loading(tmp_path: Path) -> None:
         "1 of wrong shape, first 'weight'"
     )
     assert same(module.state_dict(), state)  # nothing was loaded by halves
+
+
+def test_entries_of_a_training_file(tmp_path: Path) -> None:
+    model = {f"module.{k}": v for k, v in weights().items()}
+    file = {"model": model, "ema": weights(), "step": 3, "rest": {"state": {}}, "b": torch.ones(1)}
+    torch.save(file, tmp_path / "a.pth")
+    found = load_entries(tmp_path / "a.pth")
+    assert found.keys() == {"", "model", "ema"} and same(found[""], {"b": torch.ones(1)})
+    assert same(found["model"], weights()) and same(found["ema"], weights())
+    torch.save({"step": 3}, tmp_path / "b.pth")
+    assert load_entries(tmp_path / "b.pth") == {}
+    with pytest.raises(FileNotFoundError):
+        load_entries(tmp_path / "none.pth")
+
+
+def test_a_single_tensor(tmp_path: Path) -> None:
+    value = torch.arange(4)
+    for content in (value, {"map": value}, {"module.map": value, "note": "x"}):
+        torch.save(content, tmp_path / "a.pt")
+        assert torch.equal(load_tensor(tmp_path / "a.pt"), value)
+    for content in ({"map": value, "other": value}, {"note": "x"}, [value]):
+        torch.save(content, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match=r"b\.pt must hold one tensor"):
+            load_tensor(tmp_path / "b.pt")

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from data.shards import write_shards
-from data.tokens import TokenData, cache_settings, write_token_cache
+from data.tokens import TokenData, cache_settings, count_tokens, write_token_cache
 from data.webdata import DataConfig, WebData, prepare
 
 COUNT = 23
@@ -52,6 +52,20 @@ def cache(config: DataConfig, tmp_path_factory) -> Path:
 
 def batches(data: TokenData, **where) -> list[dict]:
     return list(data.stream(**where))
+
+
+def test_codes_are_counted(config: DataConfig, cache: Path, tmp_path: Path) -> None:
+    counts = count_tokens(cache, 256, "abc")
+    data = TokenData(cache, batch_size=COUNT, epoch_batches=1)
+    expected = np.bincount(data.tokens.astype(np.int64).ravel(), minlength=256)
+    assert counts.tolist() == expected.tolist() and counts.sum() == COUNT * 16
+    write(replace(config, flip=True), tmp_path)
+    assert count_tokens(tmp_path, 256).sum() == 2 * COUNT * 16
+    for wrong in ((cache, 200), (cache, 256, "abd")):
+        with pytest.raises(ValueError, match="another tokenizer, of 256 codes"):
+            count_tokens(*wrong)
+    with pytest.raises(ValueError, match=r"no finished cache .* no cache\.json"):
+        count_tokens(tmp_path / "none", 256)
 
 
 def test_tokens_are_what_the_tokenizer_says(config: DataConfig, cache: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments import sample
 from experiments.convert import FOREIGN, main
 from experiments.pictures import load_png
-from lightning_modules.common.checkpoint import load_weights
+from lightning_modules.common.checkpoint import file_hash, load_weights
 from lightning_modules.paella.config import ModelConfig, PriorConfig, V1Config
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
@@ -153,6 +153,75 @@ def test_taming_files_with_hints(convert: Callable[..., int], tmp_path: Path) ->
     assert load_tokenizer("t.safetensors").config.model.norm_groups == 4
 
 
+GUMBEL: dict[str, Any] = {
+    "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
+    "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "gumbel",
+}  # fmt: skip
+IDS = [0, 1, 0, 0, 2, 3, 0, 0, 0, 0, 0, 4]
+
+
+@pytest.fixture
+def gumbel(tmp_path: Path) -> VQGANModule:
+    torch.manual_seed(5)
+    module = VQGANModule({"model": GUMBEL, "objective": {"disc_weight": 0.0}})
+    module.autoencoder.quantize.proj.weight.data.normal_(std=9)
+    torch.save({"state_dict": module.export()[0]}, tmp_path / "last.ckpt")
+    return module.eval()
+
+
+CODES = ("--paper", "vqgan", "--from", "last.ckpt", "--out", "t")
+HINTS = ("model.norm_groups=4", "model.sample_tokens=false")
+
+
+def test_codes_get_the_ids_of_a_table(convert: Callable[..., int], gumbel: VQGANModule) -> None:
+    torch.save(torch.tensor(IDS), "taming_vqvae_12.pt")
+    assert convert(*CODES, "--codes", "taming_vqvae_12.pt", *HINTS) == 0
+    ours = load_tokenizer("t.safetensors")
+    assert ours.num_codes == 5
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    tokens = gumbel.encode(images)
+    assert len({IDS[i] for i in tokens.unique()}) > 1
+    assert torch.equal(ours.encode(images), torch.tensor(IDS)[tokens])
+    first = torch.tensor([0, 1, 4, 5, 11])
+    ids = torch.arange(4).view(1, 2, 2) + 1
+    torch.testing.assert_close(ours.decode(ids), gumbel.decode(first[ids]))
+
+
+def test_codes_that_occur_in_a_cache_are_kept(
+    convert: Callable[..., int], gumbel: VQGANModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(*CODES, *HINTS) == 0
+    cache = Path("cache")
+    cache.mkdir()
+    tokens = torch.tensor([[[1, 4], [5, 11]], [[1, 1], [4, 4]]], dtype=torch.int32)
+    save_file({"tokens": tokens[:1]}, cache / "00000.tokens.safetensors")
+    save_file({"tokens": tokens[1:]}, cache / "00001.tokens.safetensors")
+    made = {"num_codes": 12, "shards": 2, "tokenizer": file_hash("t.safetensors")}
+    (cache / "cache.json").write_text(json.dumps(made))
+    words = ("--paper", "vqgan", "--from", "t.safetensors", "--codes", "cache", "--out")
+    assert convert(*words, "kept") == 0
+    ours = load_tokenizer("kept.safetensors")
+    assert ours.num_codes == 5
+    assert ours.autoencoder.quantize.used.tolist() == [0, 1, 4, 5, 11]
+    capsys.readouterr()
+
+    torch.save(torch.zeros(11, dtype=torch.int64), "short.pt")
+    torch.save({"a": torch.zeros(1), "b": torch.zeros(1)}, "two.pt")
+    (cache / "cache.json").write_text(json.dumps({**made, "tokenizer": "other"}))
+    for source, codes, message in (
+        ("t.safetensors", "cache", "cache was made with another tokenizer"),
+        ("t.safetensors", "short.pt", "12 whole numbers"),
+        ("t.safetensors", "two.pt", "one tensor"),
+        ("t.safetensors", "none.pt", "there is no file none.pt"),
+        ("kept.safetensors", "short.pt", "keeps 5 of its codes already"),
+    ):
+        wrong = ("--paper", "vqgan", "--from", source, "--codes", codes, "--out", "z")
+        assert convert(*wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not Path("z.safetensors").exists()
+
+
 def test_nothing_is_overwritten(
     convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,9 +233,11 @@ def test_nothing_is_overwritten(
         (tmp_path / taken).unlink()
 
 
-def test_settings_of_the_network_of_2022() -> None:
+def test_settings_of_the_network_of_2022(tmp_path: Path) -> None:
     state = DenoiseUNet(V1Config(24, 8, 16, 4, [1, 1], [1, 1])).state_dict()
-    found = FOREIGN["paella"](state, [("v1.c_r", 4), ("sampling.steps", 5)])
+    torch.save(state, tmp_path / "model_600000.pt")
+    found = FOREIGN["paella"](tmp_path / "model_600000.pt", [("v1.c_r", 4), ("sampling.steps", 5)])
+    assert found.num_codes == 24
     pairs = dict(found.pairs)
     assert pairs["network"] == "v1" and pairs["text.name"] == "open_clip"
     assert (pairs["v1.num_labels"], pairs["v1.c_hidden"], pairs["v1.c_r"]) == (24, 8, 4)

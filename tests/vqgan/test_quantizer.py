@@ -155,6 +155,34 @@ def test_kept_codes_of_a_map_with_a_catch_all() -> None:
         q.used_from_map(torch.tensor([0, 2]))
 
 
+def test_new_ids_from_counts() -> None:
+    ids = q.map_from_counts(torch.tensor([3, 0, 1, 0, 9]))
+    assert ids.tolist() == [1, 0, 2, 0, 3]
+    assert q.used_from_map(ids).tolist() == [1, 0, 2, 4]
+    assert q.map_from_counts(torch.tensor([0, 5])).tolist() == [0, 1]
+    assert q.map_from_counts(torch.tensor([2, 1, 7])).tolist() == [0, 1, 2]
+
+
+def test_gumbel_codes_are_renumbered_after_the_choice_or_chosen_among_the_kept() -> None:
+    z, plain = 3 * latents(1), make("gumbel")
+    choice = plain.assign(z)
+    chosen = choice.unique()
+    counts = torch.zeros(K, dtype=torch.int64)
+    counts[chosen[::2]] = 1  # every other one of the codes that these latents choose
+    assert len(chosen) > 2
+    ids = q.map_from_counts(counts)
+    kept = q.used_from_map(ids)
+    after = make("gumbel", used_codes=len(kept), unknown_code="id", unknown_id=0)
+    among = make("gumbel", used_codes=len(kept))
+    for made in (after, among):
+        made.used.copy_(kept)
+    assert torch.equal(after.to_used(after.assign(z)), ids[choice])
+    assert torch.equal(after.eval()(z).tokens, choice)
+    assert set(among.assign(z).flatten().tolist()) <= set(kept.tolist())
+    noise = q.gumbel_noise(plain.proj(z), torch.Generator().manual_seed(0))
+    assert torch.equal(after(z, noise=noise).tokens, (plain.proj(z) + noise).argmax(1))
+
+
 def test_unknown_codes_may_become_random_kept_ones() -> None:
     made = make("nearest", used_codes=3, unknown_code="random")
     made.used.copy_(torch.tensor([7, 1, 4]))
