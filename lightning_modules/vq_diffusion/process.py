@@ -22,6 +22,7 @@ from lightning_modules.vq_diffusion.config import SamplingConfig
 
 # alpha_schedule of the released code: A from the first to the last time, and C at the first
 KEEP_FIRST, KEEP_LAST, MASK_FIRST = 0.99999, 0.000009, 0.000009
+TRUNCATED_AT_ONCE = 32  # rows; the order of K codes takes three times the memory of their logits
 LEAST = 1e-30  # probabilities below are taken for this in logarithms, as in the released code
 
 
@@ -495,9 +496,13 @@ def truncate(logits: Tensor, rate: float) -> Tensor:
     """
     if rate >= 1:
         return logits
-    p, order = logits.softmax(-1).sort(-1, descending=True)
-    drop = torch.nn.functional.pad(p.cumsum(-1)[..., :-1] >= rate, (1, 0))
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    parts = []
+    for part in logits.split(TRUNCATED_AT_ONCE):
+        p, order = part.softmax(-1).sort(-1, descending=True)
+        drop = torch.nn.functional.pad(p.cumsum(-1)[..., :-1] >= rate, (1, 0))
+        drop = torch.zeros_like(drop).scatter(-1, order, drop)
+        parts.append(part.masked_fill(drop, -torch.inf))
+    return torch.cat(parts)
 
 
 class Chance(NamedTuple):
