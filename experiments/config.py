@@ -26,6 +26,7 @@ from experiments.settings import (
     to_yaml,
 )
 from lightning_modules.ldmae.config import (
+    AUTOENCODER_LOSSES,
     AUTOENCODER_OBJECTIVES,
     AUTOENCODER_OPTIM,
     DIT_MODELS,
@@ -57,7 +58,7 @@ TOKENIZER_PRESETS = {
     for section in ("model", "objective", "optim")
 }
 AUTOENCODER_PRESETS: dict[str, Mapping[str, Any]] = {
-    "objective": AUTOENCODER_OBJECTIVES,
+    "objective": {**AUTOENCODER_OBJECTIVES, **AUTOENCODER_LOSSES},
     "optim": AUTOENCODER_OPTIM,
 }
 

@@ -452,6 +452,27 @@ AUTOENCODER_OBJECTIVES = {
     ),
 }
 
+# The rows of the paper's ablation, losses added one by one: L_R, L_M, L_reg, L_P. Without L_reg
+# nothing keeps the variance up, and the posterior's mean is decoded; without L_M nothing is hidden.
+AUTOENCODER_LOSSES: dict[str, dict[str, Any]] = {
+    "l_r": {
+        "mask_ratio": 0.0, "masked_weight": 0.0, "kl_weight": 0.0, "sample": False,
+        "perceptual_weight": 0.0,
+    },
+    "l_rm": {
+        "mask_ratio": 0.6, "masked_weight": 1.0, "kl_weight": 0.0, "sample": False,
+        "perceptual_weight": 0.0,
+    },
+    "l_rm_reg": {
+        "mask_ratio": 0.6, "masked_weight": 1.0, "kl_weight": None, "sample": True,
+        "perceptual_weight": 0.0,
+    },
+    "all": {
+        "mask_ratio": 0.6, "masked_weight": 1.0, "kl_weight": None, "sample": True,
+        "perceptual_weight": 1.0,
+    },
+}  # fmt: skip
+
 # VMAE/train_ae.sh: batch 2048 of ImageNet, 400 epochs of 626 batches with 10 of warm-up, then 10
 # epochs at 256 px. sdvae: LDM's autoencoder_kl, 4.5e-6 per sample of a batch of 12 on one device.
 AUTOENCODER_OPTIM = {

@@ -1,0 +1,292 @@
+"""Sweeps: the files are W&B's, the points are runs, and what stands is not done again."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments import sweep
+from experiments.config import RUNS, ConfigError
+from experiments.reported import REPORTED, every_reported, load_reported
+from experiments.run import parse
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+HEAD = """
+program: experiments/run.py
+command: ["${env}", "${interpreter}", -m, experiments.run, "${args}"]
+method: grid
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(HEAD + text)
+    return path
+
+
+def small(path: Path, values: str = "[1, 2]") -> Path:
+    return write(
+        path,
+        "metric: {name: eval/scene_accuracy, goal: maximize}\n"
+        "parameters:\n"
+        "  paper: {value: paella}\n"
+        "  scale: {value: micro}\n"
+        f"  sampling.steps: {{values: {values}}}\n"
+        "  sampling.guidance_end: {values: [1.0, 2.0]}\n",
+    )
+
+
+# The files of the project ----
+
+
+def test_there_are_sweeps_and_no_package() -> None:
+    assert {"paella_steps", "paella_guidance", "ldmae_autoencoders", "ldmae_losses"} <= {
+        path.stem for path in FILES
+    }
+    assert not list((ROOT / "sweeps").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
+    read = sweep.read_sweep(path)
+    _, points = sweep.make_points(read, [], None)
+    assert len(points) > 1 and read.metric and len({p.out for p in points}) == len(points)
+    # an agent reads with PyYAML, where 1e-5 is a text; it sorts by name and writes --key=value
+    raw = yaml.safe_load(path.read_text())
+    values = {k: v.get("values", [v.get("value")]) for k, v in raw["parameters"].items()}
+    assert values == read.values
+    assert raw["command"][-1] == "${args}" and raw["command"][2:4] == ["-m", sweep.PROGRAM]
+    assert set(raw) <= sweep.KNOWN
+    for point in points:
+        args, words = parse(sorted(point.argv, key=lambda word: word.partition("=")[0]))
+        own = [] if "logger" in values else ["logger=csv"]
+        assert sweep.load(args.paper, args.scale, [*own, *words]) == point.config
+    head = path.read_text().split("program:")[0]
+    for part in (f"python -m experiments.sweep sweeps/{path.name}", "# time:"):
+        assert part in head
+
+
+# What is read ----
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("parameters: {seed: {value: 1}}\nearly_terminate: {type: hyperband}", "early_terminate"),
+        ("parameters: {seed: {min: 0, max: 3}}", "seed needs `value: x` or `values: [x, y]`"),
+        ("parameters: {seed: {values: []}}", "seed.values must be a list"),
+        ("parameters: {seed: {values: 3}}", "seed.values must be a list"),
+        ("parameters: [1]", "a sweep has `parameters`"),
+        ("parameters: {seed: {value: 1}}", "names no paper"),
+        ("parameters: {paper: {value: paela}}", "did you mean paella?"),
+        ("parameters: {paper: {value: paella}, sampling.step: {value: 1}}", "sampling.steps?"),
+        ("parameters: {paper: {value: paella}, seed: {values: [0, -1]}}", "seed must be at least"),
+        ("parameters: [", "no readable YAML"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_any_work(
+    text: str, said: str, tmp_path: Path, capsys
+) -> None:
+    assert sweep.main([str(write(tmp_path / "x.yaml", text)), "--out", str(tmp_path / "o")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_mistakes(tmp_path: Path, capsys) -> None:
+    path = small(tmp_path / "a.yaml")
+    path.write_text(path.read_text().replace("method: grid", "method: bayes"))
+    other = tmp_path / "b.yaml"
+    other.write_text("method: grid\nparameters: {paper: {value: paella}}\n")
+    for argv, said in [
+        ([str(path)], "method must be grid, got bayes"),
+        ([str(other)], "command must run experiments.run"),
+        ([str(tmp_path / "none.yaml")], "there is no sweep file"),
+        ([], "name a sweep file"),
+        ([str(path), "seed"], "'seed' is neither a sweep file nor a setting"),
+        ([str(path), str(path), "--out", "x"], "--out takes the results of one sweep"),
+    ]:
+        assert sweep.main(argv) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_points_are_the_product_the_last_setting_fastest(tmp_path: Path) -> None:
+    read = sweep.read_sweep(small(tmp_path / "a.yaml"))
+    out, points = sweep.make_points(read, [], None)
+    assert out == Path("runs/sweep-a")
+    found = [(p.settings["sampling.steps"], p.settings["sampling.guidance_end"]) for p in points]
+    assert found == [(1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]
+    assert [p.config.sampling.steps for p in points] == [1, 1, 2, 2]  # type: ignore[attr-defined]
+    assert points[1].out == out / "steps=1,guidance_end=2.0"
+    assert points[0].argv == ["--paper=paella", "--scale=micro", "--sampling.steps=1",
+                              "--sampling.guidance_end=1.0"]  # fmt: skip
+    assert all(p.config.logger == "csv" for p in points)
+
+    out, points = sweep.make_points(read, ["sampling.steps=3", "logger=wandb"], None)
+    assert out.name.startswith("sweep-a-") and len(points) == 2
+    assert {(p.config.sampling.steps, p.config.logger) for p in points} == {(3, "wandb")}  # type: ignore[attr-defined]
+    assert points[0].settings == {"sampling.guidance_end": 1.0}
+
+
+def test_words_of_the_command_count(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        'command: ["${env}", python, -m, experiments.run, --paper, vqgan, "${args_no_hyphens}"]\n'
+        "method: grid\nparameters: {seed: {values: [0, 1]}, scale: {value: micro}}\n"
+    )
+    _, points = sweep.make_points(sweep.read_sweep(path), [], None)
+    assert [p.paper for p in points] == ["vqgan", "vqgan"]
+
+
+# A whole sweep ----
+
+
+def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    words = [f"cache={cache}", "--out", str(out)]
+    assert sweep.main([str(small(tmp_path / "s.yaml")), *words]) == 0
+    said = capsys.readouterr().out
+    assert said.count("train: runs") == 1 and said.count("sample: runs") == 4
+    assert "[2/4] s: steps=1 guidance_end=2.0 (about" in said
+    assert "in all points: tokenizer/psnr" in said
+    assert sorted(p.name for p in out.glob("*.*") if p.is_file()) == [
+        "picture.png", "table.csv", "table.html",
+    ]  # fmt: skip
+    with open(out / "table.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["sampling.steps"], r["sampling.guidance_end"]) for r in rows] == [
+        ("1", "1.0"), ("1", "2.0"), ("2", "1.0"), ("2", "2.0"),
+    ]  # fmt: skip
+    for row in rows:
+        metrics = json.loads((Path(row["run"]) / "metrics.json").read_text())
+        for name, score in metrics.items():
+            assert float(row[name]) == score["value"]
+            for key in ("low", "high", "n"):
+                found = row[f"{name} {key}"]
+                assert (float(found) if found else None) == score.get(key)
+    page = (out / "table.html").read_text()
+    assert "data:image/png" in page and 'src="http' not in page and "clip_scenes" in page
+
+    # one point more; one whose folder was lost; the rest stands
+    (Path(rows[3]["run"]) / "metrics.json").unlink()
+    kept = (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns
+    again = [str(small(tmp_path / "s.yaml", "[1, 2, 3]")), *words]
+    assert sweep.main([*again, "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("stands  ") == 3 and listed.count("to do  ") == 3
+    assert sweep.main(again) == 0
+    said = capsys.readouterr().out
+    assert said.count("stands in") == 3 and "train: runs" not in said
+    assert said.count("sample: runs") == 2  # of the lost one only the folder is made again
+    assert (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns == kept
+
+
+def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, capsys) -> None:
+    path = write(
+        tmp_path / "f.yaml",
+        "parameters:\n  paper: {value: vqgan}\n  scale: {value: micro}\n"
+        f"  objective.lpips_path: {{values: [{tmp_path}/none.pth, null]}}\n"
+        "  objective.perceptual_weight: {value: 1.0}\n",
+    )
+    out = tmp_path / "out"
+    assert sweep.main([str(path), f"cache={tmp_path}/cache", "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("failed: ") == 2 and "none.pth" in said
+    with open(out / "table.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert "none.pth" in rows[0]["error"] and rows[0]["eval/psnr"] == ""
+    assert rows[1]["error"] == "" and float(rows[1]["eval/psnr"]) > 0
+
+
+def points_of(scores: list[dict], settings: list[dict], tmp_path: Path) -> list[sweep.Point]:
+    config = sweep.load("vqgan", "micro")
+    return [
+        sweep.Point(s, [], "vqgan", "micro", config, tmp_path / str(i), found)
+        for i, (s, found) in enumerate(zip(settings, scores, strict=True))
+    ]
+
+
+def test_scans_have_a_table_and_a_chart(tmp_path: Path) -> None:
+    def scores(x: float) -> dict:
+        values = {"eval/a": x, "eval/a/noise=0.1": 2 * x, "eval/a/noise=0.05": 1.5 * x}
+        return {k: {"value": v, "low": v - 1, "high": v + 1, "n": 5} for k, v in values.items()}
+
+    read = sweep.Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
+    points = points_of([scores(1.0), scores(3.0)], [{"kind": "x"}, {"kind": "y"}], tmp_path)
+    ((key, values),) = sweep.scan_tables(points).items()
+    assert key == ("eval/a", "noise") and list(values) == [0.0, 0.05, 0.1]
+    heads, rows = sweep.scan_rows(points, "eval/a", values)
+    assert heads == ["a", "0", "0.05", "0.1"]
+    assert rows[1] == ["kind=y", "3 (2 to 4)", "4.5 (3.5 to 5.5)", "6 (5 to 7)"]
+    made = sweep.write_results(read, points, tmp_path, "command", [], [])
+    assert [p.name for p in made] == ["table.csv", "table.html", "picture.png", "a-noise.png"]
+
+
+def test_published_numbers_stand_beside_measured_ones(tmp_path: Path) -> None:
+    table = sweep.Published(
+        columns={"PSNR": "eval/a", "gFID": None}, rows={"x": {"PSNR": 9.5, "gFID": 4.0}},
+        setting="kind", sweep="s",
+    )  # fmt: skip
+    read = sweep.Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
+    scores = [{"eval/a": {"value": v}, "eval/b": {"value": 1}} for v in (1.0, 2.0)]
+    points = points_of(scores, [{"kind": "x"}, {"kind": "y"}], tmp_path)
+    grid = sweep.make_grid(read, points)
+    assert grid.columns == ["eval/a"] and list(grid.same) == ["eval/b"]
+    heads, rows = sweep.rows_of(grid, points, [table])
+    # fewer points than columns: a column for each point
+    assert heads == ["kind", "x", "y"]
+    assert rows == [["a", "1", "2"], ["PSNR, published", "9.5", ""], ["gFID, published", "4", ""]]
+    more = points_of([scores[0]] * 4, [{"kind": k} for k in "xyzw"], tmp_path)
+    heads, rows = sweep.rows_of(grid, more, [table])
+    assert heads == ["kind", "a", "PSNR, published", "gFID, published"]
+    assert rows[0] == ["x", "1", "9.5", "4"] and rows[1] == ["y", "1", "", ""]
+
+
+# Published numbers ----
+
+
+@pytest.mark.parametrize("path", sorted(REPORTED.glob("*.yaml")), ids=lambda p: p.stem)
+def test_published_numbers_say_where_they_come_from(path: Path) -> None:
+    reported = load_reported(path)
+    assert path.stem in RUNS and reported.tables
+    for table in reported.tables.values():
+        assert table.title and table.source and table.protocol and table.rows
+    for claim in reported.claims:
+        assert claim.claim and claim.source
+
+
+def test_published_rows_are_points_of_their_sweep() -> None:
+    known = {path.stem: sweep.read_sweep(path) for path in FILES}
+    for name, table in every_reported().tables.items():
+        if table.sweep in known:
+            values = known[table.sweep].values[table.setting or ""]
+            assert {str(v) for v in values} >= table.rows.keys(), name
+
+
+def test_wrong_published_numbers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for text, said in [
+        ("tables: {a: {evidence: hearsay}}", "evidence must be one of"),
+        ("tables: {a: {columns: {X: null}, rows: {r: {Y: 1.0}}}}", "no column 'Y'"),
+        ("tables: {a: {colums: {}}}", "has no setting 'colums'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            load_reported(path)
+
+
+def test_help(capsys) -> None:
+    assert sweep.main(["--help"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_a_wrong_option_is_refused(capsys) -> None:
+    assert sweep.main([str(FILES[0]), "--dryrun"]) == 2
+    assert "--dryrun" in capsys.readouterr().err
+
+
+def test_errors_are_config_errors() -> None:
+    with pytest.raises(ConfigError):
+        sweep.run(["nothing.yaml"])
