@@ -1,14 +1,18 @@
 """The diffusion model against the released code; everything is read from the cases."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from experiments.pictures import to_uint8
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.settings import build
 from lightning_modules.ldmae import process
+from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.ldmae.config import DiTConfig, SamplingConfig
-from lightning_modules.ldmae.convert import convert_dit
+from lightning_modules.ldmae.convert import convert_dit, convert_vmae
 from lightning_modules.ldmae.network import DiT, timestep_embedding
 
 pytestmark = pytest.mark.golden
@@ -165,6 +169,28 @@ def test_euler(golden):
     check(ours[-1] * io["latent_std"] + io["latent_mean"], "cfg.latents")
     always = walk(process.guided(predict, scale, channels), shifted)
     check(always[-1], io["cfg_no_interval.final"][: len(z)])
+
+
+@torch.inference_mode()
+def test_the_guided_latents_decoded(golden):
+    case = golden("ldmae/flow_train_and_sample")
+    io, check, network = case.io, close(case, "trajectory "), load_network(case)
+    sample = case.case["sample"]
+    velocity = process.guided(
+        predictor(network, io["sample.y"]), sample["cfg_scale"],
+        SamplingConfig().guidance_channels, (sample["cfg_interval_start"], 1.0),
+    )  # fmt: skip
+    times = process.time_grid(sample["num_sampling_steps"] - 1, sample["timestep_shift"])
+    latents = process.integrate(velocity, io["sample.z"], times)
+
+    other = golden(f"ldmae/{case.case['vmae_case']}")
+    state, settings = convert_vmae(other.weights, other.config)
+    autoencoder = AutoencoderModule.from_export(state, settings)
+    autoencoder.set_statistics(io["latent_mean"], io["latent_std"])
+    check(autoencoder.decode_raw(autoencoder.denormalise(latents)), "cfg.decoded")
+    levels = int(re.search(r"\d+", case.tolerance["decoded_uint8"])[0])
+    grey = to_uint8(autoencoder.decode(latents)).permute(0, 2, 3, 1).int()
+    assert (grey - io["cfg.decoded_uint8"].int()).abs().max() <= levels
 
 
 @torch.inference_mode()
