@@ -60,6 +60,21 @@ class GeneratorModule(LightningModule):
         self._attached["tokenizer"] = tokenizer
         return self
 
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture per token of `sample_tokens` along a side."""
+        return self.tokenizer.factor
+
+    @property
+    def mask_factor(self) -> int:
+        """Pixels of a picture per cell of an edit's mask along a side."""
+        return self.tokenizer.factor
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether pictures of another size than the trained one are made window by window."""
+        return False
+
     def encode_text(self, captions: list[str]) -> Condition:
         """Encode captions on this module's device, in full precision whatever the trainer's."""
         with torch.autocast(self.device.type, enabled=False):
@@ -117,6 +132,18 @@ class GeneratorModule(LightningModule):
         if start is not None:
             sampling["start"] = self.tokenizer.encode(start.to(self.device))
         return self.tokenizer.decode(self.sample_tokens(prompts, seeds=seeds, **sampling))
+
+    def pictures(
+        self, prompts: list[str], *, seeds: list[int], **sampling: Any
+    ) -> dict[str, Tensor]:
+        """Draw the pictures of every stage by its name, the final ones last and as `sample` does.
+
+        Args:
+            prompts: B captions.
+            seeds: B seeds.
+            **sampling: what `sample` takes.
+        """
+        return {"": self.sample(prompts, seeds=seeds, **sampling)}
 
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the batch's tokens [B, h, w], encoding its images where no cache gave them."""

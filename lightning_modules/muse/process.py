@@ -493,7 +493,7 @@ def decode(
             scored = not planned and (on_scores is not None or bool(counts[i].any()))
             rows = predict(x, float(weights[i]), keep)  # [n, C]
             new = opened[keep]  # [n] rows whose token is drawn; the others' is only scored
-            tokens, sure = _draw(
+            tokens, sure = draw_tokens(
                 rows[new] if again else rows, draws[i][opened], head, draw,
                 temperature=float(heats[i]), top_k=top_k,
                 confidence=confidence if scored and order == "confidence" else None,
@@ -523,7 +523,7 @@ def decode(
     return x
 
 
-def _draw(
+def draw_tokens(
     rows: Tensor,
     chances: Tensor,
     head: Head,
@@ -531,10 +531,24 @@ def _draw(
     *,
     temperature: float,
     top_k: int | None,
-    confidence: Confidence | None,
+    confidence: Confidence | None = None,
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token per row, `chunk` rows at a time, and say how sure it is (if asked)."""
+    """Draw a token per row, `chunk` rows at a time, and say how sure it is.
+
+    Args:
+        rows: [n, C].
+        chances: [n] in [0, 1) for `draw`.
+        head: [m, C] -> logits [m, K].
+        draw: like `draw_rows`.
+        temperature: of the draw; 0 takes the likeliest.
+        top_k: draw among so many of the likeliest codes.
+        confidence: what `confidence_of` gives; None gives nothing.
+        chunk: rows that pass the head at once.
+
+    Returns:
+        Tokens [n] int64, and their confidence [n] or [0].
+    """
 
     def narrowed(logits: Tensor) -> Tensor:
         return logits if top_k is None else top_k_filter(logits, top_k)

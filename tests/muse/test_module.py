@@ -1,0 +1,560 @@
+"""MuseModule and its super-resolution stage: training, resuming, and every way to sample."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_modules.common.text import Condition
+from lightning_modules.muse import process
+from lightning_modules.muse.module import MuseModule, SuperResModule
+
+K, GRID, HIGH = 12, (4, 4), (8, 8)
+MODEL = {"num_codes": K, "hidden": 16, "mlp": 32, "layers": 2, "heads": 2, "max_side": 8,
+         "text_width": 16, "dropout": 0.1}  # fmt: skip
+UVIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 24, "in_channels": 8, "block_out_channels": 8, "block_num_heads": 2,
+        "num_res_blocks": 1, "vocab_size": K + 2, "codebook_size": K, "encoder_hidden_size": 16,
+        "cond_embed_dim": 12, "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20}  # fmt: skip
+SUPERRES = {**MODEL, "low_num_codes": K, "low_layers": 1, "low_max_side": 8, "block": 2,
+            "max_side": 16}  # fmt: skip
+BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
+SAMPLING = {"steps": 4, "guidance_start": 1.0, "guidance_end": 3.0, "superres": {"steps": 3}}
+CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
+BATCHES = 3
+
+Make = Callable[..., MuseModule]
+
+
+class Colours(nn.Module):
+    """A tokenizer without learning: a picture of 2x2 squares of K greys. Its weights are a trap."""
+
+    num_codes, factor = K, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trap = nn.Parameter(torch.zeros(1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return ((images[:, 0, ::2, ::2] + 1) / 2 * (K - 1)).round().long()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        grey = tokens.to(self.trap.dtype) / (K - 1) * 2 - 1
+        return grey[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
+
+    def codebook(self) -> Tensor:
+        return torch.linspace(-1, 1, K, dtype=self.trap.dtype)[:, None]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CLIP text model of random weights, 16 wide, with 12 pooled numbers."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("clip_text")
+    config = CLIPTextConfig(hidden_size=16, intermediate_size=32, projection_dim=12,
+                            num_hidden_layers=2, num_attention_heads=2,
+                            max_position_embeddings=16)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPTextModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make(clip_folder: str) -> Make:
+    """Make a module of one kind; keyword arguments extend its sections."""
+    clip = {"name": "clip", "path": clip_folder, "projected": True, "hidden_state": -2,
+            "unit_norm": False}  # fmt: skip
+    kinds: dict[str, dict[str, Any]] = {
+        "muse": {"network": "muse", "model": MODEL, "text": BYTES},
+        "learned": {"network": "muse", "model": {**MODEL, "null_text": "learned"}, "text": BYTES},
+        "empty": {"network": "muse", "model": {**MODEL, "null_text": "empty"}, "text": BYTES},
+        "critic": {"network": "muse", "model": MODEL, "text": BYTES, "critic": {"layers": 1}},
+        "uvit": {"network": "uvit", "uvit": UVIT, "text": clip},
+        "superres": {"network": "muse", "model": MODEL, "text": BYTES,
+                     "superres": {"on": True, "model": SUPERRES},
+                     "high": {"grid": [*HIGH], "num_codes": K}},
+    }  # fmt: skip
+
+    def build(kind: str = "muse", random: float | None = None, **sections: Any) -> MuseModule:
+        config: dict[str, Any] = {"paper": "muse", "seed": 5, "grid": [*GRID], "num_codes": K,
+                                  "sampling": SAMPLING, **kinds[kind]}  # fmt: skip
+        for name, section in sections.items():
+            both = isinstance(section, dict) and name in config
+            config[name] = {**config[name], **section} if both else section
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            module = MuseModule(config)
+            if random:  # the initialisation begins with next to no dependence on anything
+                for p in module.parameters():
+                    if p.ndim > 1:
+                        nn.init.normal_(p, std=random)
+        module.attach(Colours())
+        return module.eval()
+
+    return build
+
+
+@pytest.fixture
+def upscaler(make: Make) -> Callable[..., SuperResModule]:
+    """Make the super-resolution stage alone, on top of a base of random weights."""
+
+    def build(random: float | None = None, **superres: Any) -> SuperResModule:
+        base = make(random=0.3)
+        whole = make("superres", random, superres={"on": True, "model": SUPERRES, **superres})
+        assert whole.superres is not None
+        return whole.superres.attach_low(base.tokenizer, base)
+
+    return build
+
+
+def exact(module: MuseModule) -> MuseModule:
+    """The module in float64, so that different orders of summing draw no other token."""
+    module.double().attach(Colours().double())
+    for part in (module, module.superres):
+        if part is not None:
+            _exact_text(part)
+    return module
+
+
+def _exact_text(part: Any) -> None:
+    encode = part.encode_text
+
+    def double(captions: list[str]) -> Condition:
+        c = encode(captions)
+        return Condition(c.tokens.double(), c.mask, None if c.pooled is None else c.pooled.double())
+
+    part.encode_text = double
+
+
+KINDS = ["muse", "learned", "empty", "critic", "uvit"]
+
+
+def batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(K, (n, *GRID), generator=generator)
+    return {"tokens": tokens, "caption": [CAPTIONS[i % 4] for i in range(n)]}
+
+
+def high_batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
+    low = batch(seed, n)
+    high = low["tokens"].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return {"tokens": high, "low": low["tokens"], "caption": low["caption"]}
+
+
+def source(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fit(module: Any, epochs: int, ckpt: Path | None = None, make_batch: Any = batch,
+        callbacks: list[L.Callback] | None = None) -> L.Trainer:  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,
+    )  # fmt: skip
+    batches: Any = [make_batch(i) for i in range(BATCHES)]
+    loader: Any = DataLoader(batches, batch_size=None)
+    trainer.fit(module.train(), loader, loader, ckpt_path=ckpt)
+    return trainer
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Stop(L.Callback):
+    """Ends a training after so many epochs, with the schedule of the whole one."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+# Save, reload, resume ----
+
+
+@pytest.mark.parametrize("kind", ["critic", "superres"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    kind: str, make: Make, upscaler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    optim = {"lr": 1e-2, "ema": 0.9, "warmup_steps": 2, "schedule": "cosine"}
+
+    def fresh() -> Any:
+        if kind == "superres":
+            return upscaler(optim=optim, low="predicted")
+        return make(kind, optim=optim)
+
+    batches = high_batch if kind == "superres" else batch
+    whole, half, resumed = fresh(), fresh(), fresh()
+    fit(whole, 4, make_batch=batches)
+    fit(half, 4, make_batch=batches, callbacks=[Stop(2)]).save_checkpoint(tmp_path / "half.ckpt")
+    torch.manual_seed(99)
+    trainer = fit(resumed, 4, tmp_path / "half.ckpt", batches)
+    assert trainer.global_step == 4 * BATCHES
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert not same(whole.state_dict(), half.state_dict())
+    assert whole.average is not None and resumed.average is not None
+    assert same(whole.average.shadow, resumed.average.shadow)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "superres"])
+def test_reloads_with_safe_loading(
+    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    module = make(kind, random=0.3)
+    module.sample(CAPTIONS[:1], seeds=[0])  # loads the frozen encoder
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = MuseModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Colours()).eval()
+    assert same(module.state_dict(), again.state_dict())
+    rooms = {"network", "text_encoder", "critic", "superres"}
+    assert {name.partition(".")[0] for name in module.state_dict()} <= rooms
+    one, two = (m.sample(CAPTIONS, seeds=[1, 2, 3, 4]) for m in (module, again))
+    assert torch.equal(one, two)
+
+
+def test_the_stages_put_together_are_what_was_trained(make: Make, upscaler: Any) -> None:
+    """The checkpoint of a run: the base's tensors, and the stage's under superres."""
+    base, stage = make(random=0.3), upscaler(random=0.3)
+    whole = make("superres")
+    state = {**base.state_dict(), **{f"superres.{k}": v for k, v in stage.state_dict().items()}}
+    assert whole.state_dict().keys() == state.keys()
+    whole.load_state_dict(state)
+    tokens = base.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4])
+    high = stage.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], low=tokens)
+    made = whole.pictures(CAPTIONS, seeds=[1, 2, 3, 4])
+    assert list(made) == ["base", "superres"]
+    assert torch.equal(made["base"], base.tokenizer.decode(tokens))
+    assert torch.equal(made["superres"], stage.tokenizer.decode(high))
+    assert made["superres"].shape == (4, 3, 16, 16)
+
+
+# The loss ----
+
+
+@pytest.mark.parametrize("kind", ["muse", "uvit"])
+@pytest.mark.parametrize("reduction", ["tokens", "samples"])
+@pytest.mark.parametrize("visible", [0.0, 0.3])
+def test_the_loss_is_the_masked_cross_entropy(
+    kind: str, reduction: str, visible: float, make: Make
+) -> None:
+    objective = {"label_smoothing": 0.2, "text_drop": 0.0, "reduction": reduction,
+                 "visible_weight": visible, "visible_law": "rate", "min_rate": 0.2}  # fmt: skip
+    module = make(kind, random=0.3, objective=objective)
+    given, network = batch(n=6), module.network
+    loss, scalars = module.loss(given, source())
+    tokens, chance = given["tokens"], source()
+    rates = torch.cos(torch.rand(6, generator=chance) * torch.pi / 2).clamp(min=0.2)
+    number = (rates * 16).round().clamp(min=1)
+    uniforms = torch.rand(tokens.shape, generator=chance)
+    mask = (uniforms.flatten(1).argsort(1) < number[:, None]).view(tokens.shape)
+    x = tokens.masked_fill(mask, K if kind == "muse" else K + 1)
+    text = module.encode_text(given["caption"])
+    if kind == "muse":
+        logits = network(x, text.tokens, text.mask)
+    else:
+        logits = network(x, text.tokens, text.pooled, torch.tensor([[8.0, 8, 0, 0, 6]]))
+    ce = F.cross_entropy(logits.permute(0, 3, 1, 2), tokens, reduction="none", label_smoothing=0.2)
+    seen = 1 - (1 - rates[:, None, None]) * 0.7 if visible else torch.zeros(6, 1, 1)
+    weight = torch.where(mask, 1.0, seen)
+    parts = (ce * weight).flatten(1).sum(1), weight.flatten(1).sum(1)
+    expected = parts[0].sum() / parts[1].sum() if reduction == "tokens" else None
+    expected = (parts[0] / parts[1]).mean() if expected is None else expected
+    torch.testing.assert_close(loss, expected)
+    right = (logits.argmax(-1) == tokens)[mask].float().mean()
+    torch.testing.assert_close(scalars["accuracy"], right)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_rectangles_are_masked_as_often_as_asked(share: float, make: Make) -> None:
+    module = make(objective={"rectangle": share})
+    tokens = torch.zeros(400, 8, 8, dtype=torch.int64)
+    x, mask, _ = module.masked(tokens, source())
+    assert torch.equal(x == K, mask)
+    rows, columns = mask.any(2), mask.any(1)
+    boxes = mask.flatten(1).sum(1) == rows.sum(1) * columns.sum(1)
+    several = (rows.sum(1) > 2) & (columns.sum(1) > 2) & (mask.flatten(1).sum(1) < 60)
+    assert float(boxes[several].float().mean()) == pytest.approx(share, abs=0.1)
+
+
+def test_all_chance_is_the_generators(make: Make) -> None:
+    module = make("critic", random=0.3)
+    before = torch.get_rng_state()
+    one, two = (module.loss(batch(), source(7))[0] for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(one, module.loss(batch(), source(8))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drop", [0.0, 0.5, 1.0])
+def test_every_parameter_gets_a_gradient(kind: str, drop: float, make: Make) -> None:
+    """Whatever is hidden: DDP waits for the gradient of a parameter that was not used."""
+    module = make(kind, random=0.3, objective={"text_drop": drop})
+    module.loss(batch(), source())[0].backward()
+    assert [n for n, p in module.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_caption_leaves_no_trace(kind: str, make: Make) -> None:
+    def loss(drop: float, captions: list[str]) -> Tensor:
+        module = make(kind, random=0.3, objective={"text_drop": drop})
+        return module.loss({**batch(), "caption": captions}, source())[0]
+
+    others = CAPTIONS[::-1]
+    torch.testing.assert_close(loss(1.0, CAPTIONS), loss(1.0, others))
+    assert not torch.isclose(loss(0.0, CAPTIONS), loss(0.0, others), rtol=1e-4)
+    assert not torch.isclose(loss(0.0, CAPTIONS), loss(1.0, CAPTIONS), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dropped_caption_of_training_is_that_of_guidance(kind: str, make: Make) -> None:
+    module = make(kind, random=0.3)
+    x = torch.full((4, *GRID), module.network.mask_id)
+    keep = torch.ones_like(x, dtype=torch.bool)
+    x[:, 0] = 1  # not all alike
+    trained = module.side(CAPTIONS, torch.ones(4, dtype=torch.bool))
+    guided = module.side(None)
+    rows = [module.network.mixed_rows(x, [side], [1.0], keep) for side in (trained, guided)]
+    torch.testing.assert_close(*rows)
+
+
+def test_overfits_one_batch_and_draws_it(make: Make) -> None:
+    """A few captions, a few grids: the loss falls, and each caption gives its grid back."""
+    module = make(model={**MODEL, "dropout": 0.0, "hidden": 32}).train()
+    given = {**batch(), "caption": CAPTIONS}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
+    losses = []
+    for i in range(160):
+        loss, _ = module.loss(given, source(i))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(K), abs=0.1)
+    assert sum(losses[-20:]) / 20 < 0.3 * losses[0]
+    shown, sure = CAPTIONS[:2] + CAPTIONS[3:], {"guidance_end": 1.5, "temperature_start": 0.5}
+    drawn = module.eval().sample_tokens(shown, seeds=[0, 1, 2], temperature_end=0.3, **sure)
+    wanted = given["tokens"][[0, 1, 3]]  # type: ignore[index]
+    assert (drawn == wanted).float().mean() > 0.8
+
+
+def test_the_critic_learns_what_is_drawn(make: Make) -> None:
+    """Pictures of one and the same token; a generator that knows nothing draws others."""
+    module = make("critic", model={**MODEL, "dropout": 0.0, "hidden": 32}).train()
+    module.network.requires_grad_(False)
+    critic: Any = module.critic
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2)
+    for i in range(60):
+        tokens = torch.full((8, *GRID), 3)
+        loss, scalars = module.loss({"tokens": tokens, "caption": [""] * 8}, source(i))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert scalars["critic"] < 0.3
+    tokens = torch.full((1, *GRID), 3)
+    tokens[0, 1, 2] = 7
+    scores = module.eval()._scores(critic, tokens, module._critic_side([""]))
+    assert int(scores.flatten().argmin()) == 6
+
+
+# Sampling ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_do_not_depend_on_their_batch(kind: str, make: Make) -> None:
+    order = {"order": "critic", "frozen": False} if kind == "critic" else {"order": "halton"}
+    for sampling in ({}, order):
+        module = exact(make(kind, random=0.3))
+        seeds = [5, 6, 7, 8]
+        together = module.sample_tokens(CAPTIONS, seeds=seeds, **sampling)
+        for i, caption in enumerate(CAPTIONS):
+            alone = module.sample_tokens([caption], seeds=[seeds[i]], **sampling)
+            assert torch.equal(alone[0], together[i])
+        assert len({tuple(t.flatten().tolist()) for t in together}) == 4
+        other = module.sample_tokens(CAPTIONS, seeds=[9, 10, 11, 12], **sampling)
+        assert not torch.equal(other, together)
+
+
+def test_guidance_runs_as_it_is_asked(make: Make) -> None:
+    module, shares = make(random=0.3), []
+    mixed_rows = module.network.mixed_rows
+
+    def record(x: Tensor, sides: Any, weights: Any, keep: Tensor) -> Tensor:
+        shares.append(list(weights))
+        return mixed_rows(x, sides, weights, keep)
+
+    module.network.mixed_rows = record  # type: ignore[method-assign, assignment]
+    module.sample_tokens(CAPTIONS[:1], seeds=[0])
+    assert [len(s) for s in shares] == [1, 2, 2, 2]  # the first step has scale 1
+    assert [s[0] for s in shares] == pytest.approx([1, 5 / 3, 7 / 3, 3])
+    assert all(sum(s) == pytest.approx(1) for s in shares)
+    shares.clear()
+    module.sample_tokens(CAPTIONS[:1], seeds=[0], guidance_start=0.0, guidance_end=0.0)
+    assert shares == [[1.0]] * 4
+
+
+@pytest.mark.parametrize("kind", ["muse", "uvit"])
+def test_negative_prompts_and_blends(kind: str, make: Make) -> None:
+    module, seeds = exact(make(kind, random=0.3)), [1, 2]
+    prompts, others = CAPTIONS[:2], [CAPTIONS[3]] * 2
+
+    def draw(**options: Any) -> Tensor:
+        return module.sample_tokens(prompts, seeds=seeds, **options)
+
+    unguided = draw(guidance_start=1.0, guidance_end=1.0)
+    same_side = draw(guidance_start=3.0, guidance_end=3.0, negative=prompts)
+    assert torch.equal(unguided, same_side)  # guidance between two equal sides is none
+    assert not torch.equal(draw(negative=others), draw())
+    assert torch.equal(draw(blend_with=others, blend=0.0), draw())
+    whole = module.sample_tokens(others, seeds=seeds)
+    assert torch.equal(draw(blend_with=others, blend=1.0), whole)
+
+
+def test_known_tokens_never_change(make: Make) -> None:
+    module, start = make(random=0.3), batch(3)["tokens"]
+    mask = torch.rand(start.shape, generator=source(1)) < 0.4
+    for sampling in ({}, {"order": "halton"}, {"frozen": False}, {"first_step": 2}):
+        out = module.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], start=start, mask=mask, **sampling)
+        assert torch.equal(out[~mask], start[~mask]) and bool((out < K).all())
+        assert not torch.equal(out, start)
+    with pytest.raises(ValueError, match="needs the given tokens"):
+        module.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], mask=mask)
+
+
+def test_variations_keep_what_their_first_step_has_opened(make: Make) -> None:
+    module, start = make(random=0.3), batch(3)["tokens"]
+    kept, seeds = [], [1, 2, 3, 4]
+    for first in (1, 2, 3):
+        states: list[Tensor] = []
+        note = partial(lambda found, i, before, after: found.append(before), states)
+        module.sample_tokens(CAPTIONS, seeds=seeds, start=start, first_step=first, on_step=note)
+        ratio = process.mask_ratio("cosine", torch.tensor(first / 4))
+        assert (states[0] == K).flatten(1).sum(1).tolist() == [round(16 * float(ratio))] * 4
+        known = states[0] != K
+        assert torch.equal(states[0][known], start[known]) and len(states) == 4 - first
+        kept.append(int(known.sum()))
+    assert kept == sorted(kept)
+
+
+def test_settings_of_sections_are_replaced_one_by_one(make: Make) -> None:
+    module = make("superres")
+    settings = module.settings({"steps": 7, "superres": {"top_k": 2}})
+    assert settings.steps == 7 and settings.guidance_end == 3.0
+    assert settings.superres.steps == 3 and settings.superres.top_k == 2
+    with pytest.raises(ValueError, match="has no setting 'stepz'"):
+        module.sample_tokens(["a"], seeds=[0], stepz=3)
+    with pytest.raises(ValueError, match="trained without one"):
+        module.sample_tokens(["a"], seeds=[0], order="critic")
+
+
+def test_a_frozen_encoder_reads_the_empty_caption_once(make: Make) -> None:
+    module, asked = make("uvit", random=0.3), []
+    encode = module.encode_text
+    module.encode_text = lambda c: (asked.append(c), encode(c))[1]  # type: ignore[method-assign]
+    for _ in range(3):
+        module.sample_tokens(CAPTIONS[:1], seeds=[0])
+    assert asked.count([""]) == 1 and len(asked) == 4
+
+
+@pytest.mark.parametrize("kind", ["muse", "superres"])
+def test_wrong_codes_are_named(kind: str, make: Make) -> None:
+    with pytest.raises(ValueError, match=r"model.num_codes must be the tokenizer's 13 codes"):
+        make(kind, num_codes=13)
+    if kind == "superres":
+        with pytest.raises(ValueError, match=r"superres.model.low_num_codes must be"):
+            make(kind, num_codes=13, model={**MODEL, "num_codes": 13})
+
+
+# The super-resolution stage ----
+
+
+def test_low_tokens_of_training(upscaler: Any) -> None:
+    given = high_batch()
+    real = upscaler()
+    assert torch.equal(real.low_tokens(given, source()), given["low"])
+    pictures = {"image": Colours().decode(given["tokens"]), "caption": given["caption"]}
+    assert torch.equal(real.low_tokens(pictures, source()), given["low"])
+    predicted, many = upscaler(low="predicted", low_rate=1.0), high_batch(n=64)
+    low = predicted.low_tokens(many, source())
+    share = float((low != many["low"]).float().mean())
+    assert 0.3 < share < 0.6 and bool((low < K).all())  # half are masked, 11 of 12 guesses wrong
+    assert torch.equal(low, predicted.low_tokens(many, source()))
+    few = upscaler(low="predicted", low_rate=0.01).low_tokens(given, source())
+    assert torch.equal(few, given["low"])  # less than half a token
+
+
+def test_the_base_is_not_trained_by_its_super_resolution(upscaler: Any) -> None:
+    stage = upscaler(low="predicted", optim={"lr": 1e-2})
+    before = {k: v.clone() for k, v in stage._attached["base"].state_dict().items()}
+    trainer = fit(stage, 1, make_batch=high_batch)
+    assert same(before, stage._attached["base"].state_dict())
+    assert not any("base" in name for name in stage.state_dict())
+    groups = trainer.optimizers[0].param_groups
+    assert sum(len(g["params"]) for g in groups) == len(list(stage.parameters()))
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_every_parameter_of_the_stage_gets_a_gradient(drop: float, upscaler: Any) -> None:
+    stage = upscaler(random=0.3, objective={"text_drop": drop})
+    stage.loss(high_batch(), source())[0].backward()
+    without = [n for n, p in stage.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_learns_to_enlarge(upscaler: Any) -> None:
+    """Each low token becomes its 2x2 square, for low tokens that training never showed."""
+    model = {**SUPERRES, "dropout": 0.0, "hidden": 32, "low_layers": 0, "qk_norm": True}
+    stage = upscaler(model=model).train()
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=3e-3)
+    for i in range(80):
+        loss, _ = stage.loss(high_batch(i, 16), source(i))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    fresh = high_batch(999)
+    drawn = stage.eval().sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], low=fresh["low"],
+                                       superres={"guidance_end": 1.0})  # fmt: skip
+    assert (drawn == fresh["tokens"]).float().mean() > 0.9
+
+
+def test_stages_do_not_depend_on_their_batch(make: Make) -> None:
+    module = exact(make("superres", random=0.3))
+    together = module.sample(CAPTIONS, seeds=[1, 2, 3, 4])
+    for i, caption in enumerate(CAPTIONS):
+        assert torch.equal(module.sample([caption], seeds=[1 + i])[0], together[i])
+    other = module.sample(CAPTIONS, seeds=[1, 2, 3, 4], superres={"steps": 5})
+    assert not torch.equal(other, together)
+
+
+def test_sizes_of_pictures_masks_and_tokens(make: Make) -> None:
+    base, both = make(), make("superres")
+    assert (base.factor, base.mask_factor) == (2, 2)
+    assert (both.factor, both.mask_factor) == (4, 2)
+    assert base.fixed_size and both.fixed_size and not make("uvit").fixed_size
+
+
+def test_a_frozen_encoder_is_held_once(make: Make, clip_folder: str) -> None:
+    text = {"name": "clip", "path": clip_folder, "projected": True}
+    module = make("superres", text=text)
+    stage: Any = module.superres
+    assert stage._attached["text"] is module._attached["text"]
+
+
+def test_the_stage_needs_low_tokens(make: Make) -> None:
+    stage: Any = make("superres").superres
+    with pytest.raises(ValueError, match="needs low"):
+        stage.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4])
