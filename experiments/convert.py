@@ -27,6 +27,9 @@ from lightning_modules.common.checkpoint import (
     load_weights,
     save_weights,
 )
+from lightning_modules.common.text import CLIP_END
+from lightning_modules.muse import convert as muse_convert
+from lightning_modules.muse.config import PRESETS as MUSE_PRESETS
 from lightning_modules.paella import convert as paella_convert
 from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
 from lightning_modules.registry import GENERATORS
@@ -38,6 +41,8 @@ COMMAND = "python -m experiments.convert"
 
 EPILOG = f"""what can be read:
   paella   paella_v3.pt with vqgan_f4.pt, bare or under state_dict
+  muse     folders of aMUSEd's pipeline (amused-256, amused-512; open-muse's too) or its
+           transformer; their text encoder stays where it is
   vqgan    vqgan_f4.pt, taming and latent-diffusion files, diffusers folders of VQModel and
            PaellaVQModel
 Files are read without running anything in them. A key that is missing or left over is an error.
@@ -48,6 +53,7 @@ data.resolution=256 (size it was trained at), sampling.steps=12.
 
 examples:
   {COMMAND} --paper paella --from paella_v3.pt --tokenizer vqgan_f4.pt --out paella.safetensors
+  {COMMAND} --paper muse --from amused-256 --out amused-256.safetensors
   {COMMAND} --paper vqgan --from vq-f4/model.ckpt --out vq_f4.safetensors"""
 
 Pairs = list[tuple[str, Any]]
@@ -312,7 +318,47 @@ def paella(source: Path, pairs: Pairs) -> Foreign:
     return Foreign(what, model["num_labels"], settings, own)
 
 
-FOREIGN: dict[str, Callable[[Path, Pairs], Foreign]] = {"paella": paella}
+def muse(source: Path, pairs: Pairs) -> Foreign:
+    """aMUSEd's U-ViT: the folder of its pipeline (diffusers' or open-muse's), or the network alone.
+
+    Raises:
+        ValueError: another file.
+    """
+    inside = source / "transformer"
+    network = inside if inside.is_dir() else source
+    known, codec = _json(network / "config.json"), _json(source / "vqvae" / "config.json")
+    tensors, model = muse_convert.convert(
+        load_foreign(network), {**known, **_section(pairs, "uvit")}
+    )
+    settings: Pairs = [("network", "uvit"), *((f"uvit.{k}", v) for k, v in model.items())]
+    settings += [("superres.on", False), ("critic.layers", 0), ("text.name", "clip")]
+    settings += [("text.hidden_state", -2), ("text.unit_norm", False), ("text.projected", True)]
+    asked, decoding = {k for k, _ in pairs}, resolved(MUSE_PRESETS["amused"])
+    more = [(f"sampling.{k}", v) for k, v in decoding.items() if not isinstance(v, dict)]
+    words = "tokenizer" if (source / "tokenizer").is_dir() else "text_encoder"
+    more.append(("text.pad_id", _pad_id(_json(source / words / "tokenizer_config.json"))))
+    if (source / "text_encoder").is_dir():
+        more.append(("text.path", str(source / "text_encoder")))
+    if "sample_size" in known:
+        factor = 2 ** (len(codec.get("block_out_channels", [0] * 5)) - 1)
+        more.append(("data.resolution", known["sample_size"] * factor))
+    settings += [pair for pair in more if pair[0] not in asked]  # what a user may want otherwise
+    own = {f"network.{k}": v for k, v in tensors.items()}
+    return Foreign("aMUSEd's U-ViT", model["codebook_size"], settings, own)
+
+
+def _pad_id(settings: Mapping[str, Any]) -> int:
+    """What CLIP's tokenizer pads with: its end token, or the ! that OpenCLIP's settings name."""
+    token = settings.get("pad_token")
+    return 0 if (token.get("content") if isinstance(token, Mapping) else token) == "!" else CLIP_END
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The settings beside a network; none where there is no file."""
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+FOREIGN: dict[str, Callable[[Path, Pairs], Foreign]] = {"paella": paella, "muse": muse}
 
 
 def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_codes: int) -> None:
@@ -332,8 +378,9 @@ def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_
 
 def _tokenizer_inside(paper: str, source: Path) -> Path | None:
     """The tokenizer that came with a generator, in its folder or in the same file."""
-    if (source / "vqvae").is_dir():
-        return source / "vqvae"
+    for name in ("vqvae", "vae"):  # of diffusers, of open-muse
+        if (source / name).is_dir():
+            return source / name
     return source if paper in HOLD_TOKENIZERS and source.is_file() else None
 
 

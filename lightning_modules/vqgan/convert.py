@@ -225,7 +225,8 @@ def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
     own = {k: v for k, v in flat.items() if k in HINTS and v is not None}
     if "norm_num_groups" in flat:
         own["norm_groups"] = flat["norm_num_groups"]
-    if flat.get("lookup_from_codebook"):  # of diffusers' models only aMUSEd's says so
+    # of diffusers' VQModels only aMUSEd's says the first, and open-muse's class is the second
+    if flat.get("lookup_from_codebook") or flat.get("_class_name") == "VQGANModel":
         own.setdefault("unit_range", True)
     unknown = flat.get("unknown_index")
     if isinstance(unknown, int):

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments import sample
 from experiments.convert import FOREIGN, main
 from experiments.pictures import load_png
 from lightning_modules.common.checkpoint import file_hash, load_weights
+from lightning_modules.muse.config import UViTConfig
+from lightning_modules.muse.uvit import UViT
 from lightning_modules.paella.config import ModelConfig, PriorConfig, V1Config
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
@@ -243,6 +245,79 @@ def test_settings_of_the_network_of_2022(tmp_path: Path) -> None:
     assert (pairs["v1.num_labels"], pairs["v1.c_hidden"], pairs["v1.c_r"]) == (24, 8, 4)
     assert pairs["sampling.schedule"] == "cosine" and "sampling.steps" not in pairs
     assert set(found.state) == {f"network.{name}" for name in state}
+
+
+UVIT = UViTConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+    in_channels=8, block_out_channels=8, block_num_heads=2, num_res_blocks=1, vocab_size=24,
+    codebook_size=20, encoder_hidden_size=16, cond_embed_dim=12, micro_cond_encode_dim=4,
+    micro_cond_embed_dim=20,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def amused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny folder of aMUSEd's pipeline, with an f2 tokenizer by taming's names."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("amused")
+    torch.manual_seed(4)
+    network = UViT(UVIT)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    codec = {"num_codes": 20, "ch": 4, "ch_mult": [1, 1], "num_res_blocks": 1, "norm_groups": 4,
+             "attn_resolutions": [], "attn_type": "none", "z_channels": 4,
+             "embed_dim": 4}  # fmt: skip
+    tokenizer = VQGANModule({"model": codec, "objective": {"disc_weight": 0.0}})
+    torch.nn.init.normal_(tokenizer.autoencoder.quantize.embedding.weight)
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=16,
+            intermediate_size=16,
+            projection_dim=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+    text.save_pretrained(folder / "text_encoder")
+    sizes = {k: v for k, v in dataclasses.asdict(UVIT).items() if "heads" in k or "micro" in k}
+    settings = {
+        "transformer/config.json": {**sizes, "sample_size": 4, "use_bias": False},
+        "vqvae/config.json": {"norm_num_groups": 4, "lookup_from_codebook": True,
+                              "block_out_channels": [4, 4]},
+        "tokenizer/tokenizer_config.json": {"pad_token": "<|endoftext|>"},
+    }  # fmt: skip
+    for name, content in settings.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(json.dumps(content))
+    weights = "diffusion_pytorch_model.safetensors"
+    save_file(network.state_dict(), folder / "transformer" / weights)
+    save_file(tokenizer.export()[0], folder / "vqvae" / weights)
+    return folder
+
+
+def test_settings_of_amused(amused: Path) -> None:
+    found = FOREIGN["muse"](amused, [])
+    pairs, state = dict(found.pairs), load_file(next((amused / "transformer").glob("*.s*")))
+    assert found.num_codes == 20
+    assert {k: v for k, v in pairs.items() if k.startswith("uvit.")} == {
+        f"uvit.{k}": v for k, v in dataclasses.asdict(UVIT).items()
+        if f"uvit.{k}" in pairs
+    }  # fmt: skip
+    assert pairs["uvit.num_attention_heads"] == 2 and pairs["network"] == "uvit"
+    assert (pairs["sampling.guidance_end"], pairs["sampling.steps"]) == (10.0, 12)
+    assert (pairs["text.name"], pairs["text.hidden_state"], pairs["text.pad_id"]) == (
+        "clip", -2, 49407,
+    )  # fmt: skip
+    assert pairs["text.path"] == str(amused / "text_encoder") and pairs["data.resolution"] == 8
+    assert set(found.state) == {f"network.{name}" for name in state}
+    asked = [("sampling.steps", 3), ("text.path", "clip-l"), ("data.resolution", 16)]
+    other = dict(FOREIGN["muse"](amused, asked).pairs)
+    assert not {k for k, _ in asked} & other.keys() and other["sampling.guidance_end"] == 10.0
+    alone = dict(FOREIGN["muse"](amused / "transformer", []).pairs)  # the network without the rest
+    assert "text.path" not in alone and alone["uvit.hidden_size"] == 16
 
 
 def with_(*changes: str) -> list[str]:
