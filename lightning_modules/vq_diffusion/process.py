@@ -496,13 +496,12 @@ def truncate(logits: Tensor, rate: float) -> Tensor:
     """
     if rate >= 1:
         return logits
-    parts = []
-    for part in logits.split(TRUNCATED_AT_ONCE):
+    kept = logits.clone()
+    for part in kept.split(TRUNCATED_AT_ONCE):
         p, order = part.softmax(-1).sort(-1, descending=True)
         drop = torch.nn.functional.pad(p.cumsum(-1)[..., :-1] >= rate, (1, 0))
-        drop = torch.zeros_like(drop).scatter(-1, order, drop)
-        parts.append(part.masked_fill(drop, -torch.inf))
-    return torch.cat(parts)
+        part.masked_fill_(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    return kept
 
 
 class Chance(NamedTuple):
