@@ -18,6 +18,14 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Division by the root of the mean square, in the weight's precision, then a gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., C] -> [..., C]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 def norm(width: int) -> nn.LayerNorm:
     """LayerNorm with a gain and without a bias."""
     return nn.LayerNorm(width, eps=1e-6, bias=False)
@@ -61,8 +69,8 @@ class Heads(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         width = config.hidden // config.heads
-        self.q_norm = nn.RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

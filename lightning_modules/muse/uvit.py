@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.muse.config import UViTConfig
-from lightning_modules.muse.network import KeysValues, split_heads
+from lightning_modules.muse.network import KeysValues, RMSNorm, split_heads
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -53,7 +53,7 @@ class TokenEmbed(nn.Module):
         super().__init__()
         c = config
         self.embeddings = nn.Embedding(c.vocab_size, c.in_channels)
-        self.layer_norm = nn.RMSNorm(c.in_channels, c.layer_norm_eps)
+        self.layer_norm = RMSNorm(c.in_channels, c.layer_norm_eps)
         self.conv = nn.Conv2d(c.in_channels, c.block_out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class ResBlock(nn.Module):
         super().__init__()
         c, width = config, config.block_out_channels
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm = nn.RMSNorm(width, c.layer_norm_eps)
+        self.norm = RMSNorm(width, c.layer_norm_eps)
         self.channelwise_linear_1 = linear(width, 4 * width)
         self.channelwise_norm = ResponseNorm(4 * width)
         self.channelwise_linear_2 = linear(4 * width, width)
@@ -219,7 +219,7 @@ class TextBlock(nn.Module):
         c, width = config, config.block_out_channels
         if c.hidden_size != width:
             self.kv_mapper = linear(c.hidden_size, width)
-        self.norm1, self.norm2 = nn.RMSNorm(width, 1e-6), nn.RMSNorm(width, 1e-6)
+        self.norm1, self.norm2 = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
         self.attn1 = Attention(width, c.block_num_heads, c.attention_dropout)
         self.attn2 = Attention(width, c.block_num_heads, c.attention_dropout)
 
@@ -240,7 +240,7 @@ class Downsample(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps)
         self.conv = nn.Conv2d(width, width, 2, stride=2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps)
         self.conv = nn.ConvTranspose2d(width, width, 2, stride=2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.eps, self.centred = eps, centred
         self.linear = linear(width, 2 * width)
-        self.norm = nn.LayerNorm(width, bias=False) if centred else nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False) if centred else RMSNorm(width)
 
     def gain_shift(self, cond: Tensor) -> Tensor:
         """cond: [B, hidden] after SiLU -> [2, B, 1, hidden]; the norm's own gain is in it."""
@@ -302,7 +302,7 @@ class AdaptiveNorm(nn.Module):
         """x: [rows, N, D] -> [rows, N, D]."""
         gain, shift = joint.next_scale()
         norm = F.layer_norm if self.centred else F.rms_norm
-        return torch.addcmul(shift, norm(x, x.shape[-1:], eps=self.eps), gain)
+        return torch.addcmul(shift, norm(x.to(gain.dtype), x.shape[-1:], eps=self.eps), gain)
 
 
 class GatedLinear(nn.Module):
@@ -361,7 +361,7 @@ class MaskedHead(nn.Module):
         super().__init__()
         c = config
         self.conv1 = nn.Conv2d(c.block_out_channels, c.in_channels, 1, bias=False)
-        self.layer_norm = nn.RMSNorm(c.in_channels, c.layer_norm_eps)
+        self.layer_norm = RMSNorm(c.in_channels, c.layer_norm_eps)
         self.conv2 = nn.Conv2d(c.in_channels, c.codebook_size, 1, bias=False)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -382,14 +382,14 @@ class UViT(nn.Module):
         self.mask_id = c.vocab_size - 1
         width, eps = c.hidden_size, c.layer_norm_eps
         self.encoder_proj = linear(c.encoder_hidden_size, width)
-        self.encoder_proj_layer_norm = nn.RMSNorm(width, eps)
+        self.encoder_proj_layer_norm = RMSNorm(width, eps)
         self.embed = TokenEmbed(c)
         self.cond_embed = TwoLayers(c.cond_embed_dim + c.micro_cond_embed_dim, width)
         self.down_block = ConvBlock(c, down=True)
-        self.project_to_hidden_norm = nn.RMSNorm(c.block_out_channels, eps)
+        self.project_to_hidden_norm = RMSNorm(c.block_out_channels, eps)
         self.project_to_hidden = linear(c.block_out_channels, width)
         self.transformer_layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.project_from_hidden_norm = nn.RMSNorm(width, eps)
+        self.project_from_hidden_norm = RMSNorm(width, eps)
         self.project_from_hidden = linear(width, c.block_out_channels)
         self.up_block = ConvBlock(c, down=False)
         self.mlm_layer = MaskedHead(c)

@@ -159,6 +159,19 @@ def test_every_parameter_gets_a_gradient(changes):
     assert missing == []
 
 
+@pytest.mark.parametrize("changes", OPTIONS)
+def test_half_precision_by_autocast(changes):
+    network = tiny(**changes)
+    x, text = inputs()
+    expected = network(x, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(x, text)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).norm() < 0.1 * expected.norm()
+    logits.float().square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_dropout_only_in_training():
     network = tiny(dropout=0.5)
     x, text = inputs()

@@ -1,5 +1,7 @@
 """aMUSEd's U-ViT: released sizes, guidance, and the first step's savings."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,22 @@ def test_every_parameter_gets_a_gradient(downsample):
     network(x, text, pooled, MICRO).square().mean().backward()
     missing = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert missing == []
+
+
+def test_half_precision_by_autocast():
+    network = tiny()
+    x, text, pooled = inputs()
+    x[0] = network.mask_id
+    expected = network(x, text, pooled, MICRO)
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = network(x, text, pooled, MICRO)
+        same = network(torch.full_like(x, network.mask_id), text, pooled, MICRO)
+    for found, whole in ((logits, expected), (same[:1], expected[:1])):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - whole).norm() < 0.1 * whole.norm()
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.parametrize(
