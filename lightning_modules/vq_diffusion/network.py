@@ -77,7 +77,7 @@ class AdaLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x: [M, N, D]; modulation: [B or 1, 2 D], for each B rows of x or for all of them."""
-        scale, shift = modulation.chunk(2, dim=-1)
+        scale, shift = modulation.to(x.dtype).chunk(2, dim=-1)  # they differ under autocast
         if modulation.shape[0] == 1:  # a batch of equal t is one plain LayerNorm
             return F.layer_norm(x, (self.width,), 1 + scale[0], shift[0], EPS)
         return self._modulate(F.layer_norm(x, (self.width,), eps=EPS), scale, shift)

@@ -245,6 +245,21 @@ def test_every_parameter_learns(kind: dict) -> None:
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_mixed_and_half_precision(kind: dict) -> None:
+    network, (x, t) = tiny(**kind), inputs()
+    given = condition(kind["condition"])
+    for times in (t, t[:1]):
+        expected = network(x, times, given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = network(x, times, given)
+            logits.float().square().mean().backward()
+        error = (logits - expected).abs().mean() / expected.abs().mean()
+        assert logits.dtype == torch.bfloat16 and 0 < error < 0.05
+    text = given if given is None or not given.is_floating_point() else given.bfloat16()
+    assert network.bfloat16()(x, t, text).dtype == torch.bfloat16
+
+
 def test_released_initialisation() -> None:
     torch.manual_seed(0)
     network = Denoiser(ModelConfig(**{**TINY, "n_embd": 96, "pos_emb_type": "parameter"}))
