@@ -162,6 +162,8 @@ class SamplingConfig:
 class VQDiffusionConfig:
     """Everything that makes a VQ-Diffusion."""
 
+    classes: list[str] = field(default_factory=list)
+    """model.condition=class: names by label, for prompts that ask by name; empty: by number."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the denoiser; causal makes it the autoregressive baseline VQ-AR."""
     text: TextConfig = field(default_factory=TextConfig)

@@ -484,6 +484,7 @@ def make_steps(schedule: Schedule, config: SamplingConfig) -> list[Step]:
     return steps[config.first_step :]
 
 
+@torch.no_grad()
 def truncate(logits: Tensor, rate: float) -> Tensor:
     """Truncation sampling: keep the likeliest codes whose predecessors sum to less than `rate`.
 

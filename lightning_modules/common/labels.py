@@ -1,0 +1,33 @@
+"""Prompts that ask for a class."""
+
+from collections.abc import Sequence
+
+
+def read_label(prompt: str, classes: Sequence[str], count: int) -> int:
+    """Read the class that a prompt asks for: a number, or a text that names exactly one class.
+
+    Args:
+        prompt: such as "7" or "a handwritten seven".
+        classes: names of the classes by label; empty where they have none.
+        count: labels are 0..count-1.
+
+    Raises:
+        ValueError: no class, or several.
+    """
+    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+    named = [name.lower().split() for name in classes]
+    found = [i for i, name in enumerate(named) if name and _contains(words, name)]
+    if len(words) == 1 and words[0].isdecimal():
+        found = [int(words[0])]
+    if len(found) != 1 or found[0] >= count:
+        known = ", ".join(classes[:10]) or "no names"
+        raise ValueError(
+            f"the prompt {prompt!r} must ask for one class: a number from 0 to {count - 1} or its "
+            f"name (classes: {known})"
+        )
+    return found[0]
+
+
+def _contains(words: list[str], name: list[str]) -> bool:
+    """Whether the words of a name stand side by side."""
+    return any(words[i : i + len(name)] == name for i in range(len(words) - len(name) + 1))

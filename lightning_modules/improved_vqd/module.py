@@ -1,0 +1,180 @@
+"""Improved VQ-Diffusion as a LightningModule: VQ-Diffusion with guidance and purity sampling."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.common.checkpoint import load_strict, load_weights
+from lightning_modules.improved_vqd import process as improved
+from lightning_modules.improved_vqd.config import ImprovedVQDConfig, SamplingConfig
+from lightning_modules.vq_diffusion.module import VQDiffusionModule
+from lightning_modules.vq_diffusion.network import Side
+
+TABLE = "ln2.emb.weight"  # the class table of every block
+
+
+class ImprovedVQDModule(VQDiffusionModule):
+    """VQ-Diffusion with dropped conditions, guidance and purity sampling (arXiv 2205.16007).
+
+    Its weights are those of a VQ-Diffusion and, where the null is learned, the null: a text of
+    `null.length` token vectors, or one more row in every class table.
+    """
+
+    config_class = ImprovedVQDConfig
+    sampling_class = SamplingConfig
+    config: ImprovedVQDConfig
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        null, model = self.config.null, self.config.model
+        self.null: nn.Parameter | None = None
+        if model.condition == "text" and null.name == "learned":
+            # scale 1, as released, whatever the scale of the text's vectors is
+            self.null = nn.Parameter(torch.randn(null.length, model.condition_dim))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be asked for; the null may be one more row."""
+        return self.config.model.class_number - (self.config.null.name == "learned")
+
+    @classmethod
+    def from_plain(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
+        """A VQ-Diffusion's weights and settings as an Improved one, with the zero-shot null.
+
+        Args:
+            state: its tensors.
+            config: its plain settings.
+        """
+        settings = {**config, "paper": "improved_vqd", "null": {"name": "empty"}}
+        old = dict(config.get("sampling", {}))
+        own = {k: v for k, v in old.items() if k in ("steps", "first_step")}
+        module = cls({**settings, "sampling": own})
+        load_strict(module, state, "the VQ-Diffusion checkpoint")
+        return module
+
+    def begin(self) -> bool:
+        """Take over the weights of init.ckpt; False where nothing is to be trained.
+
+        Raises:
+            ValueError: a checkpoint of another paper, tokenizer or size.
+        """
+        init = self.config.init
+        if init.ckpt is None:
+            return True
+        state, config = load_weights(init.ckpt)
+        if config.get("paper") not in ("vq_diffusion", "improved_vqd"):
+            raise ValueError(
+                f"init.ckpt={init.ckpt} is a checkpoint of {config.get('paper')}, "
+                "not of vq_diffusion"
+            )
+        load_strict(self, self._completed(state), f"init.ckpt={init.ckpt}")
+        return init.train
+
+    def _completed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint with what this model has besides, at its start values."""
+        own, full = self.state_dict(), dict(state)
+        if self.null is None:
+            full.pop("null", None)
+        elif "null" not in full:
+            full["null"] = own["null"]
+        for key in [k for k in full if k.endswith(TABLE) and k in own]:
+            missing = len(own[key]) - len(full[key])
+            if missing == 1:  # the null begins as the mean of all classes
+                full[key] = torch.cat([full[key], full[key].mean(0, keepdim=True)])
+        return full
+
+    def _training_side(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
+        """The condition of a training batch, in a share of it the null."""
+        model, count = self.config.model, len(batch["caption"])
+        draws = torch.rand(count, generator=generator, device=self.device)
+        hide = draws < self.config.null.drop
+        if model.condition == "none":
+            return self.network.prepare()
+        if model.condition == "class":
+            labels = self._batch_labels(batch)
+            return self.network.prepare(labels.masked_fill(hide, self.num_classes))
+        if self.null is None:
+            pairs = zip(batch["caption"], hide.tolist(), strict=True)
+            return self._side(["" if hidden else caption for caption, hidden in pairs])
+        text = self.encode_text(batch["caption"])
+        return self.network.prepare(*with_null(text.tokens, text.mask, self.null, hide))
+
+    def _null_side(self, negative: list[str] | None) -> Side:
+        """The other side of the guidance, of all images at once or a caption for each."""
+        if negative is not None:
+            if self.config.model.condition != "text":
+                raise ValueError(
+                    "a negative prompt needs model.condition=text, "
+                    f"not {self.config.model.condition}"
+                )
+            return self._side(negative)
+        if self.config.model.condition == "class":
+            return self._side([], [self.num_classes])
+        if self.null is not None:
+            return self.network.prepare(self.null[None])
+        return self._side([""])
+
+    def _guided(
+        self, sides: list[Side], shares: list[float], settings: Any, negative: list[str] | None
+    ) -> tuple[list[Side], list[float]]:
+        """Conditions and weights with those of the guidance."""
+        if settings.guidance == 1 or self.config.model.condition == "none":
+            return sides, shares
+        own, other = improved.guidance_shares(settings.guidance)
+        return [*sides, self._null_side(negative)], [*(own * share for share in shares), other]
+
+    def _steps(self, settings: Any, tokens: int) -> list[Any]:
+        """The network calls that the settings ask for."""
+        return improved.make_calls(self.schedule, settings, tokens)
+
+    def _beginning(
+        self, uniforms: Tensor, start: Tensor | None, mask: Tensor | None, settings: Any, t: int
+    ) -> Tensor:
+        """Where a fixed number of masks opens per call, pure noise is masks alone, as released."""
+        if settings.order != "diffusion" and settings.first_step == 0:
+            uniforms = torch.ones_like(uniforms)
+        return super()._beginning(uniforms, start, mask, settings, t)
+
+    def _loop(self, predict: Any, steps: list[Any], settings: Any, **arguments: Any) -> Tensor:
+        """Run the sampling loop."""
+        height, width = arguments["x"].shape[1:]
+        return improved.sample(
+            predict,
+            self.network.head,
+            calls=steps,
+            order=settings.order,
+            purity_weight=settings.purity_weight,
+            tokens=height * width,
+            truncation=settings.truncation,
+            **arguments,
+        )
+
+
+def with_null(
+    tokens: Tensor, mask: Tensor | None, null: Tensor, hide: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Put the learned null text in the place of some conditions.
+
+    Args:
+        tokens: [B, L, D] token vectors.
+        mask: [B, L] bool, True where a token is real; None where all are.
+        null: [M, D].
+        hide: [B] bool, whose condition the null replaces.
+
+    Returns:
+        [B, max(L, M), D] and its mask, None where all tokens are real.
+    """
+    length = max(tokens.shape[1], len(null))
+    if mask is None and tokens.shape[1] != len(null):
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    padded = nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+    other = nn.functional.pad(null, (0, 0, 0, length - len(null))).to(padded.dtype)
+    # torch.where, so that the null has a gradient in every batch (DDP waits for it)
+    shown = torch.where(hide[:, None, None], other, padded)
+    if mask is None:
+        return shown, None
+    mask = nn.functional.pad(mask, (0, length - mask.shape[1]), value=False)
+    real = torch.arange(length, device=mask.device) < len(null)
+    return shown, torch.where(hide[:, None], real, mask)
