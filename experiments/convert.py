@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.tokens import count_tokens
-from experiments.config import RUNS, load, resolved
+from experiments.config import CODECS, RUNS, load, resolved
 from experiments.edits import first_line
 from experiments.run import Parser, speaker
 from experiments.settings import ConfigError, fill, parse_overrides, pick
 from experiments.store import Say
 from lightning_modules.common.checkpoint import (
     file_hash,
+    load_entries,
     load_foreign,
     load_strict,
     load_tensor,
@@ -28,6 +29,8 @@ from lightning_modules.common.checkpoint import (
     save_weights,
 )
 from lightning_modules.common.text import CLIP_END
+from lightning_modules.ldmae import convert as ldmae_convert
+from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.muse import convert as muse_convert
 from lightning_modules.muse.config import PRESETS as MUSE_PRESETS
 from lightning_modules.paella import convert as paella_convert
@@ -43,6 +46,9 @@ EPILOG = f"""what can be read:
   paella   paella_v3.pt with vqgan_f4.pt, bare or under state_dict
   muse     folders of aMUSEd's pipeline (amused-256, amused-512; open-muse's too) or its
            transformer; their text encoder stays where it is
+  ldmae    0100000.pt and the like, or LightningDiT's, with the autoencoder as --tokenizer
+  autoencoder
+           vmaef8d16.pth (VMAE); latents_stats.pt goes with --stats
   vqgan    vqgan_f4.pt, taming and latent-diffusion files, diffusers folders of VQModel and
            PaellaVQModel
 Files are read without running anything in them. A key that is missing or left over is an error.
@@ -65,8 +71,8 @@ class Foreign(NamedTuple):
     """A generator as it was found."""
 
     what: str
-    num_codes: int
-    """Codes of the tokenizer that it was trained on."""
+    num_codes: int | None
+    """Codes of the tokenizer that it was trained on; None on an autoencoder."""
     pairs: Pairs
     """Its settings: (dotted key of the paper's config, value)."""
     state: dict[str, Tensor]
@@ -103,20 +109,27 @@ def run(argv: Sequence[str]) -> None:
     for name in ("paper", "from", "out"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name} is missing")
-    pick("--paper", args.paper, [*GENERATORS, "vqgan"])
+    codecs = [codec.paper for codec in CODECS.values()]
+    pick("--paper", args.paper, [*GENERATORS, *codecs])
     pairs = parse_overrides(RUNS[args.paper], words)
     source, out = Path(getattr(args, "from")), args.out
     if out.suffix != ".safetensors":
         out = out.with_name(f"{out.name}.safetensors")
-    if args.paper == "vqgan":
+    if args.stats is not None and RUNS[args.paper].CODEC != "autoencoder":
+        raise ConfigError(f"--stats goes with an autoencoder, which {args.paper} has none of")
+    if args.paper in codecs:
         if args.tokenizer is not None:
             raise ConfigError("--tokenizer goes with generators; a tokenizer is named by --from")
-        convert_tokenizer(source, out, pairs, speaker(), args.codes)
+        if args.paper == "autoencoder":
+            convert_autoencoder(source, out, pairs, speaker(), args.stats)
+        else:
+            convert_tokenizer(source, out, pairs, speaker(), args.codes)
     else:
         tokenizer = args.tokenizer or _tokenizer_inside(args.paper, source)
         if tokenizer is None:
             raise ConfigError("--tokenizer is missing; a generator works with its tokenizer alone")
-        convert_generator(args.paper, source, tokenizer, out, pairs, speaker(), args.codes)
+        aside = args.stats or args.codes
+        convert_generator(args.paper, source, tokenizer, out, pairs, speaker(), aside)
 
 
 def make_parser() -> Parser:
@@ -130,11 +143,14 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--paper", metavar="NAME", help=", ".join([*GENERATORS, "vqgan (a tokenizer alone)"]))
+    papers = [*GENERATORS, *(f"{codec.paper} (a {name} alone)" for name, codec in CODECS.items())]
+    add("--paper", metavar="NAME", help=", ".join(papers))
     add("--from", type=Path, metavar="PATH", help="the official file, or a diffusers folder")
     add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer: official, or of this suite")
     add("--codes", type=Path, metavar="PATH", help="new ids of its codes: a table, or a folder "
         "of cached tokens, of which the codes that occur are kept")  # fmt: skip
+    add("--stats", type=Path, metavar="FILE", help="mean and std of an autoencoder's latents "
+        "(latents_stats.pt); without, an official one's latents are not normalised")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="X.safetensors; the tokenizer goes beside it")
     add("--help", "-h", action="store_true", help="this text")
     return parser
@@ -158,6 +174,59 @@ def convert_tokenizer(
         f"{module.num_codes} codes, f{module.factor} -> {out}"
     )
     return module
+
+
+def convert_autoencoder(
+    source: Path, out: Path, pairs: Pairs, say: Say, statistics: Path | None = None
+) -> AutoencoderModule:
+    """Convert an autoencoder and write it.
+
+    Raises:
+        ConfigError: an unfit file, or `out` exists.
+    """
+    _free(out)
+    state, config = read_autoencoder(source, pairs, statistics)
+    module = AutoencoderModule.from_export(state, config)
+    save_weights(out, state, config)
+    count = sum(p.numel() for p in module.network.parameters())
+    say(
+        f"autoencoder {source}: {config['kind']}, {count:,} parameters, "
+        f"{module.channels} channels, f{module.factor} -> {out}"
+    )
+    if bool((module.latent_std == 1).all()):
+        say("its latents are not normalised; --stats names the file of their mean and std")
+    return module
+
+
+def read_autoencoder(
+    source: Path, pairs: Pairs, statistics: Path | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an autoencoder of this suite or an official VMAE.
+
+    Args:
+        source: the file.
+        pairs: ("vit.X", value) that the tensors do not say.
+        statistics: file of mean and std of an official one's latents.
+
+    Raises:
+        ConfigError: no such file, one of unknown layout, or one that says otherwise than `pairs`.
+    """
+    hints = _section(pairs, "vit")
+
+    def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if source.suffix == ".safetensors":
+            try:
+                state, config = load_weights(source)
+            except ValueError:  # not ours
+                pass
+            else:
+                return AutoencoderModule.from_export(state, config).export()
+        stats = load_foreign(statistics) if statistics is not None else None
+        return ldmae_convert.convert_vmae(load_foreign(source), hints, stats)
+
+    state, config = _reading(source, read)
+    _agree("vit", hints, config.get("vit", {}))
+    return state, config
 
 
 def read_tokenizer(
@@ -242,11 +311,12 @@ def convert_generator(
     out: Path,
     pairs: Pairs,
     say: Say,
-    codes: Path | None = None,
+    aside: Path | None = None,
 ) -> None:
     """Convert a generator with its tokenizer and write both, and a text encoder it came with.
 
-    What the tensors do not say comes from the paper's scale `paper`, then from `pairs`.
+    What the tensors do not say comes from the paper's scale `paper`, then from `pairs`. `aside` is
+    what `read_tokenizer` or `read_autoencoder` takes besides.
 
     Raises:
         ConfigError: an unfit file, files that do not belong together, or `out` exists.
@@ -262,10 +332,15 @@ def convert_generator(
     for key, value in found.pairs:
         if key in given and given[key] != value:
             raise ConfigError(f"{key} is {value} in {source}, not {given[key]}")
-    config = fill(load(paper, "paper"), [("tokenizer.ckpt", str(tokenizer)), *found.pairs, *pairs])
+    below = RUNS[paper].CODEC
+    config = fill(load(paper, "paper"), [(f"{below}.ckpt", str(tokenizer)), *found.pairs, *pairs])
 
-    hints = [(k.removeprefix("tokenizer."), v) for k, v in pairs if k.startswith("tokenizer.")]
-    codec = VQGANModule.from_export(*read_tokenizer(tokenizer, hints, codes))
+    hints = [(k.removeprefix(f"{below}."), v) for k, v in pairs if k.startswith(f"{below}.")]
+    codec: VQGANModule | AutoencoderModule
+    if below == "autoencoder":
+        codec = AutoencoderModule.from_export(*read_autoencoder(tokenizer, hints, aside))
+    else:
+        codec = VQGANModule.from_export(*read_tokenizer(tokenizer, hints, aside))
     side, rest = divmod(config.data.resolution, codec.factor)
     if rest:
         raise ConfigError(f"data.resolution must be a multiple of {codec.factor}")
@@ -274,11 +349,14 @@ def convert_generator(
         "paper": paper,
         "seed": 0,
         "grid": [side, side],
-        "num_codes": codec.num_codes,
+        "num_codes": getattr(codec, "num_codes", None),
         **{name: value for name, value in resolved(config).items() if name in own},
     }
-    _check(paper, plain, found, source, codec.num_codes)
-    convert_tokenizer(tokenizer, beside, hints, say, codes)
+    _check(paper, plain, found, source, codec)
+    if below == "autoencoder":
+        convert_autoencoder(tokenizer, beside, hints, say, aside)
+    else:
+        convert_tokenizer(tokenizer, beside, hints, say, aside)
     if found.text and plain["text"]["path"] == text.name:
         save_weights(text, found.text, {"paper": "clip"})
         say(f"text encoder {source} -> {text}")
@@ -358,11 +436,32 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-FOREIGN: dict[str, Callable[[Path, Pairs], Foreign]] = {"paella": paella, "muse": muse}
+def ldmae(source: Path, pairs: Pairs) -> Foreign:
+    """The diffusion model of LDMAE, or LightningDiT's; the average where a file has one.
+
+    Raises:
+        ValueError: another file.
+    """
+    tensors = ldmae_convert.dit_entry(load_entries(source))
+    tensors, model = ldmae_convert.convert_dit(tensors, _section(pairs, "model"))
+    settings: Pairs = [(f"model.{k}", v) for k, v in model.items()]
+    settings.append(("condition", "label" if model["num_classes"] > 1 else "none"))
+    if not model["class_dropout_prob"] and "sampling.guidance" not in dict(pairs):
+        settings.append(("sampling.guidance", 1.0))
+    own = {f"network.{k}": v for k, v in tensors.items()}
+    return Foreign("LDMAE's diffusion model", None, settings, own)
 
 
-def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_codes: int) -> None:
+FOREIGN: dict[str, Callable[[Path, Pairs], Foreign]] = {
+    "paella": paella,
+    "muse": muse,
+    "ldmae": ldmae,
+}
+
+
+def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec: Any) -> None:
     """Check that the tensors fit the module and the tokenizer, without memory for a second copy."""
+    num_codes = plain["num_codes"]
     if found.num_codes != num_codes:
         raise ConfigError(
             f"{source} was trained on {found.num_codes} codes and the tokenizer has {num_codes}; "
@@ -372,6 +471,7 @@ def _check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, num_
         with torch.device("meta"):
             module = GENERATORS[paper](plain)
         load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
+        module.attach(codec)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
 

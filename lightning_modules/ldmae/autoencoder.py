@@ -176,7 +176,10 @@ class AutoencoderModule(TwoPlayerModule):
                 noise = torch.randn(moments[:, : self.channels].shape, generator=generator)
                 yield self.sample_posterior(moments, noise)
 
+        training = self.training
+        self.eval()
         self.set_statistics(*channel_statistics(draws()))
+        self.train(training)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Take mean and standard deviation of each channel, [C] each (or [1, C, 1, 1]).
