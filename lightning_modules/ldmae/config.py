@@ -1,5 +1,6 @@
 """Every setting of LDMAE: latent diffusion on the latents of an autoencoder (arXiv 2507.09984)."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,9 +42,9 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward part per hidden_size (SwiGLU takes two thirds of it)."""
     num_classes: int = 1000
-    """Rows of the label table without the null label; 1 where all samples are of one kind."""
+    """condition=label: rows of the label table without the null label."""
     text_width: int = 0
-    """Width of the text encoder's tokens; 0 leaves out the cross-attention to them."""
+    """condition=text: width of the text encoder's tokens, which cross-attention sees."""
     class_dropout_prob: float = 0.1
     """Share of training samples whose label or caption is hidden; 0 leaves out the null label."""
     learn_sigma: bool = False
@@ -70,11 +71,6 @@ class DiTConfig:
         for name in ("num_classes", "text_width"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 0, got {value}")
-        _require(
-            (self.num_classes > 0) != (self.text_width > 0),
-            "text_width must be 0 with labels and num_classes 0 with text (no condition is "
-            f"num_classes 1), got text_width {self.text_width} and num_classes {self.num_classes}",
-        )
         _require(
             0 <= self.class_dropout_prob <= 1,
             f"class_dropout_prob must be between 0 and 1, got {self.class_dropout_prob}",
@@ -185,9 +181,7 @@ class LDMAEConfig:
     """What the pictures are asked for by: captions, class labels, or nothing."""
     classes: list[str] = field(default_factory=list)
     """Names of the labels in order: a prompt asks for the one that it names (or a number)."""
-    model: DiTConfig = field(
-        default_factory=lambda: DiTConfig(num_classes=0, text_width=TextConfig.width)
-    )
+    model: DiTConfig = field(default_factory=lambda: DiTConfig(text_width=TextConfig.width))
     """Sizes of the network."""
     text: TextConfig = field(default_factory=TextConfig)
     """Text encoder, with condition=text."""
@@ -198,42 +192,41 @@ class LDMAEConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling loop."""
 
+    def network(self) -> DiTConfig:
+        """Return the sizes of the network under this condition.
+
+        Either text_width or num_classes is 0 in them; without a condition there is one label, which
+        is never hidden, as in the released CelebA-HQ setting.
+        """
+        if self.condition == "text":
+            return dataclasses.replace(self.model, num_classes=0)
+        if self.condition == "label":
+            return dataclasses.replace(self.model, text_width=0)
+        return dataclasses.replace(self.model, text_width=0, num_classes=1, class_dropout_prob=0.0)
+
     def check_diffusion(self) -> None:
         """Check that the sections of the latent diffusion model fit each other.
 
         Raises:
             ValueError: they do not; the message begins with the setting.
         """
-        model, sampling, text = self.model, self.sampling, self.text
+        model, text = self.model, self.text
         if self.condition == "text":
-            _require(
-                model.text_width > 0,
-                "model.text_width must be the width of the text encoder with condition=text, got 0 "
-                f"(and model.num_classes={model.num_classes}, which must be 0)",
-            )
+            _require(model.text_width > 0, "model.text_width must be above 0 with condition=text")
             _require(
                 text.name != "bytes" or model.text_width == text.width,
                 f"model.text_width must be text.width ({text.width}) with text.name=bytes, "
                 f"got {model.text_width}",
             )
-        else:
+        if self.condition == "label":
+            count = model.num_classes
+            _require(count > 0, "model.num_classes must be above 0 with condition=label")
             _require(
-                model.num_classes > 0,
-                f"model.num_classes must be at least 1 with condition={self.condition}, got 0 "
-                f"(and model.text_width={model.text_width}, which must be 0)",
+                len(self.classes) in (0, count),
+                f"classes must name all of model.num_classes ({count}) or none, "
+                f"got {len(self.classes)}",
             )
-        if self.condition == "none":
-            _require(
-                model.num_classes == 1 and model.class_dropout_prob == 0,
-                "model.num_classes must be 1 and model.class_dropout_prob 0 with condition=none, "
-                f"got {model.num_classes} and {model.class_dropout_prob}",
-            )
-        _require(
-            self.condition != "label" or len(self.classes) in (0, model.num_classes),
-            f"classes must name all of model.num_classes ({model.num_classes}) or none, "
-            f"got {len(self.classes)}",
-        )
-        check_sampling(sampling, self)
+        check_sampling(self.sampling, self)
 
 
 def check_sampling(sampling: SamplingConfig, config: LDMAEConfig) -> None:
@@ -252,6 +245,10 @@ def check_sampling(sampling: SamplingConfig, config: LDMAEConfig) -> None:
         flow or sampling.steps <= config.objective.train_steps,
         f"sampling.steps must be at most objective.train_steps ({config.objective.train_steps}), "
         f"got {sampling.steps}",
+    )
+    _require(
+        sampling.guidance == 1 or config.condition != "none",
+        f"sampling.guidance must be 1 with condition=none, got {sampling.guidance}",
     )
     _require(
         sampling.guidance == 1 or config.model.class_dropout_prob > 0,
@@ -501,7 +498,7 @@ DIT_MODELS = {
     "paper": DiTConfig(),
     "xl1": DiTConfig(hidden_size=1152, depth=28, num_heads=16),
     "celebahq": DiTConfig(num_classes=1, class_dropout_prob=0.0, use_qknorm=False),
-    "text": DiTConfig(num_classes=0, text_width=1024),
+    "text": DiTConfig(text_width=1024),
 }
 
 # `released` is the ImageNet setting of isno0907/ldmae, whose guidance reaches 3 of 16 channels by

@@ -26,7 +26,7 @@ class LDMAEModule(GeneratorModule):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         self.config.check_diffusion()
-        model = self.config.model
+        model = self.config.network()
         if self.grid != (model.input_size, model.input_size):
             raise ValueError(
                 f"model.input_size must be the side of the latents {self.grid[0]}x{self.grid[1]}, "
@@ -103,7 +103,7 @@ class LDMAEModule(GeneratorModule):
 
     def _training_side(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
         """The conditions of a batch, a share of them hidden."""
-        count, model = len(batch["caption"]), self.config.model
+        count, model = len(batch["caption"]), self.network.config
         draws = torch.rand(count, generator=generator, device=self.device)
         hidden = draws < model.class_dropout_prob
         if self.config.condition == "text":
@@ -135,7 +135,7 @@ class LDMAEModule(GeneratorModule):
             ValueError: a prompt names no class or several.
         """
         classes = [name.lower().split() for name in self.config.classes]
-        model = self.config.model
+        model = self.network.config
         labels = []
         for prompt in prompts:
             if not prompt.strip() and model.class_dropout_prob > 0:
@@ -181,7 +181,7 @@ class LDMAEModule(GeneratorModule):
                 raise ValueError(
                     f"a negative prompt needs condition=text, not {self.config.condition}"
                 )
-            return self._side([], [self.config.model.num_classes])
+            return self._side([], [self.network.config.num_classes])
         return self._text_side([""] if negative is None else negative)
 
     @torch.no_grad()

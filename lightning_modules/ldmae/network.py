@@ -350,7 +350,11 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """LightningDiT (hustvl/LightningDiT: models/lightningdit.py, as in isno0907/ldmae)."""
+    """LightningDiT (hustvl/LightningDiT: models/lightningdit.py, as in isno0907/ldmae).
+
+    Args:
+        config: sizes; with a text_width the network takes captions, without it labels.
+    """
 
     pos_embed: Tensor
 

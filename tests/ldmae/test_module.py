@@ -17,15 +17,12 @@ from lightning_modules.ldmae.module import LDMAEModule
 
 C, GRID = 3, (4, 4)
 SIZES = {"input_size": 4, "in_channels": C, "hidden_size": 32, "depth": 2, "num_heads": 2}
-TEXT = {**SIZES, "num_classes": 0, "text_width": 16}
+TEXT = {**SIZES, "text_width": 16}
 CLASSES = ["zero", "one", "sea lion", "lion"]
 CONDITIONS: dict[str, dict[str, Any]] = {
     "text": {"condition": "text", "model": TEXT, "text": {"width": 16, "buckets": 64}},
     "label": {"condition": "label", "classes": CLASSES, "model": {**SIZES, "num_classes": 4}},
-    "none": {
-        "condition": "none",
-        "model": {**SIZES, "num_classes": 1, "class_dropout_prob": 0.0},
-    },
+    "none": {"condition": "none", "model": SIZES},
 }
 SAMPLING = {
     "steps": 5, "guidance": 3.0, "guidance_channels": None, "guidance_start": 0.3,
@@ -391,16 +388,36 @@ def test_on_a_real_autoencoder() -> None:
 # Settings that do not fit ----
 
 
+def test_one_setting_of_sizes_serves_all_conditions(make: Make) -> None:
+    """Only what the condition needs is built, so that a word on the command line changes it."""
+    sizes = {**SIZES, "text_width": 16, "num_classes": 4}
+    shapes: dict[str, Any] = {}
+    for condition, guidance in (("text", 3.0), ("label", 3.0), ("none", 1.0)):
+        module = make("text", condition=condition, model=sizes, sampling={"guidance": guidance})
+        own = module.network
+        shapes[condition] = (
+            own.blocks[0].cross is not None,
+            own.y_embedder.embedding_table.num_embeddings if condition != "text" else 0,
+            module.text_encoder is not None,
+        )
+        assert module.sample(["1"], seeds=[0]).isfinite().all()
+    assert shapes == {
+        "text": (True, 0, True),
+        "label": (False, 5, False),
+        "none": (False, 1, False),
+    }
+
+
 @pytest.mark.parametrize(
     ("condition", "sections", "message"),
     [
         ("text", {"text": {"width": 8}}, r"model.text_width must be text.width \(8\)"),
-        ("label", {"condition": "text"}, "model.text_width must be the width of the text encoder"),
-        ("text", {"condition": "label"}, "model.num_classes must be at least 1"),
-        ("label", {"condition": "none"}, "model.num_classes must be 1 and model.class_dropout"),
+        ("label", {"condition": "text"}, "model.text_width must be above 0 with condition=text"),
+        ("label", {"model": {"num_classes": 0}}, "model.num_classes must be above 0 with"),
+        ("label", {"condition": "none"}, "sampling.guidance must be 1 with condition=none"),
+        ("text", {"model": {"class_dropout_prob": 0.0}}, "sampling.guidance must be 1 without"),
         ("label", {"classes": ["a"]}, r"classes must name all of model.num_classes \(4\)"),
         ("text", {"grid": [8, 8]}, "model.input_size must be the side of the latents 8x8"),
-        ("none", {"sampling": {"guidance": 2.0}}, "sampling.guidance must be 1 without"),
         ("text", {"sampling": {"solver": "ddim"}}, "must be euler, heun or dopri5 with"),
         ("text", {"objective": {"kind": "ddpm"}}, "sampling.solver must be ddim with"),
         (

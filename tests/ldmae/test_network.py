@@ -174,8 +174,7 @@ def test_half_precision(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_classes": 0}, "text_width must be 0 with labels and num_classes 0 with text"),
-        ({"text_width": 8}, "text_width must be 0 with labels and num_classes 0 with text"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
         ({"hidden_size": 770}, "hidden_size must be a multiple of 4 and of num_heads"),
         ({"hidden_size": 24, "num_heads": 4}, "a multiple of 4 num_heads with use_rope"),
         ({"patch_size": 3}, "input_size must be a multiple of patch_size"),
