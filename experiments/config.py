@@ -34,6 +34,9 @@ from lightning_modules.ldmae.config import (
     AutoencoderConfig,
     LDMAEConfig,
 )
+from lightning_modules.muse.config import MODELS as MUSE_MODELS
+from lightning_modules.muse.config import PRESETS as MUSE_PRESETS
+from lightning_modules.muse.config import SUPERRES_MODELS, UVIT_MODELS, MuseConfig
 from lightning_modules.paella.config import MODELS as PAELLA_MODELS
 from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
 from lightning_modules.paella.config import PaellaConfig
@@ -228,6 +231,8 @@ CODECS = {
 class StackedRun(RunSettings):
     """A generator on top of a codec, whose section is called as CODEC says."""
 
+    LATER: ClassVar[tuple[str, ...]] = ()  # sections of what is trained after the generator
+
     def check(self) -> None:
         """Check that the sections fit each other."""
         super().check()
@@ -363,9 +368,88 @@ class PaellaRun(PaellaConfig, GeneratorRun):
             )
 
 
+@dataclass
+class MuseRun(MuseConfig, GeneratorRun):
+    """Muse: text to tokens by parallel decoding of masked tokens, and super-resolution on top."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("superres", "superres_trainer")
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": MUSE_MODELS,
+        "uvit": UVIT_MODELS,
+        "superres.model": SUPERRES_MODELS,
+        "sampling": MUSE_PRESETS,
+        **{f"tokenizer.{section}": presets for section, presets in TOKENIZER_PRESETS.items()},
+    }
+
+    superres_trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long the super-resolution stage is trained; the machine's settings are trainer's."""
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        text, uvit = self.text, self.network == "uvit"
+        net, name = (self.uvit, "uvit.codebook_size") if uvit else (self.model, "model.num_codes")
+        self.check_tokens(net.num_codes, name, net.grid_multiple)
+        if uvit and (text.name != "clip" or not text.projected):
+            raise ValueError(
+                "network=uvit needs states and a pooled vector of CLIP: add text=clip and "
+                "text.projected=true"
+            )
+        if uvit and self.critic.layers:
+            raise ValueError("critic.layers must be 0 with network=uvit: the critic is of model")
+        if not uvit and text.name == "bytes" and self.model.text_width != text.width:
+            raise ValueError(
+                f"model.text_width must be text.width ({text.width}) with text.name=bytes, "
+                f"got {self.model.text_width}"
+            )
+        if self.tokenizer.ckpt in (None, "shipped"):
+            side = self.data.resolution // self.tokenizer.model.factor
+            if not uvit and side > self.model.max_side:
+                raise ValueError(
+                    f"model.max_side must be at least the token grid's {side}, "
+                    f"got {self.model.max_side}"
+                )
+            if self.superres.enabled:
+                self._check_superres(side)
+
+    def _check_superres(self, low_side: int) -> None:
+        stage, model = self.superres, self.superres.model
+        codes = self.tokenizer.model.used_codes or self.tokenizer.model.num_codes
+        at = "superres.model"
+        if model.low_num_codes != codes:
+            raise ValueError(
+                f"{at}.low_num_codes must be the tokenizer's {codes} codes, "
+                f"got {model.low_num_codes}"
+            )
+        if model.low_max_side < low_side:
+            raise ValueError(
+                f"{at}.low_max_side must be at least the token grid's {low_side}, "
+                f"got {model.low_max_side}"
+            )
+        if self.text.name == "bytes" and model.text_width != self.text.width:
+            raise ValueError(
+                f"{at}.text_width must be text.width ({self.text.width}) with text.name=bytes, "
+                f"got {model.text_width}"
+            )
+        if stage.tokenizer is not None:
+            return  # the file decides; it is checked when it is read
+        if model.num_codes != codes:
+            raise ValueError(
+                f"{at}.num_codes must be the tokenizer's {codes} codes, got {model.num_codes}"
+            )
+        if model.max_side < low_side * stage.factor:
+            raise ValueError(
+                f"{at}.max_side must be at least the token grid's {low_side * stage.factor}, "
+                f"got {model.max_side}"
+            )
+        _multiple("data.resolution", self.data.resolution * stage.factor,
+                  self.tokenizer.model.factor * model.grid_multiple)  # fmt: skip
+
+
 RUNS: dict[str, type[RunSettings]] = {
     "vqgan": VQGANRun,
     "paella": PaellaRun,
+    "muse": MuseRun,
     "autoencoder": AutoencoderRun,
     "ldmae": LDMAERun,
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -22,6 +23,12 @@ TOKENS = np.array([(128, 128, 128, 70), (217, 119, 40, 255)], np.uint8)  # same,
 def to_uint8(images: Tensor) -> Tensor:
     """Round images [..., H, W] in [-1, 1] to uint8: 127.5 x + 127.5, clamped to 0..255."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """Reduce square images [B, 3, H, W] uint8 to a side that divides theirs, by area averaging."""
+    factor = images.shape[-1] // side
+    return F.avg_pool2d(images.float(), factor).round().to(torch.uint8)
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -117,6 +117,8 @@ COMPANIONS = {"_floor": "floor", "_real": "real pictures"}
 SPLITS = {
     "val": "Val",
     "heldout": "Heldout: combinations never seen in training",
+    "superres": "Super-resolution: val, reduced for the judge",
+    "superres heldout": "Super-resolution: heldout, reduced for the judge",
     "tokenizer": "Tokenizer: reconstructions of val",
     "autoencoder": "Autoencoder: reconstructions of val",
 }

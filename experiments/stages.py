@@ -9,11 +9,13 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from data.config import DataConfig
 from experiments.config import (
     CODECS,
     CodecSection,
+    MuseRun,
     RunSettings,
     StackedRun,
     TrainerConfig,
@@ -64,14 +66,55 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
             paper, sections(config), config.trainer, config.seed,
             None if config.data.cache else pictures, upstream=source,
         )  # fmt: skip
+        stages.append(Stage("train", train))
+        if upscales(config):
+            stages += _superres(config, train, codec)
         e = config.eval
         sample = stage_key(
-            _sampling(config), [e.prompts, e.heldout, e.seed, e.traces], upstream=[data, train]
-        )
+            _sampling(config), [e.prompts, e.heldout, e.seed, e.traces],
+            upstream=[data, stages[-1].key],
+        )  # fmt: skip
         score = stage_key([e.bootstrap, e.seed, e.grid], _judges(config), upstream=[sample])
-        stages += [Stage("train", train), Stage("sample", sample), Stage("score", score)]
+        stages += [Stage("sample", sample), Stage("score", score)]
     report = stage_key(paper, resolved(config), upstream=[stages[-1].key])
     return [*stages, Stage("report", report)]
+
+
+def upscales(config: RunSettings) -> TypeGuard[MuseRun]:
+    """Say whether a run trains a super-resolution stage on top of its generator."""
+    return isinstance(config, MuseRun) and config.superres.enabled
+
+
+def _superres(config: MuseRun, train: str, codec: str) -> list[Stage]:
+    """Return what is done between the training of the base and the sampling of both stages."""
+    stage = config.superres
+    high = dataclasses.replace(config, data=high_data(config))
+    if stage.tokenizer is not None:
+        codec = stage_key(codec, _hash(Path(stage.tokenizer), "superres.tokenizer"))
+    pictures = _pictures(high)
+    if not config.data.cache:
+        pictures |= {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
+    pairs = stage_key(config.data.cache, pictures, upstream=[_data_key(high), codec])
+    # the picture's own tokens are there without the base
+    source = [pairs, train] if stage.low == "predicted" else [pairs]
+    superres = stage_key(
+        stage, config.text, on_machine(config, config.superres_trainer), config.seed,
+        upstream=source,
+    )  # fmt: skip
+    joined = stage_key(upstream=[train, superres])
+    return [Stage("pairs", pairs), Stage("superres", superres), Stage("joined", joined)]
+
+
+def high_data(config: MuseRun) -> DataConfig:
+    """Return the settings of the same data at the resolution of the super-resolution stage."""
+    resolution = config.data.resolution * config.superres.factor
+    return dataclasses.replace(config.data, resolution=resolution)
+
+
+def _hash(path: Path, setting: str) -> str:
+    if not path.is_file():
+        raise UserError(f"{setting}: there is no file {path}")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def codec_section(config: RunSettings) -> CodecSection:
@@ -150,15 +193,18 @@ def _codec_key(config: RunSettings, data: str) -> str:
 
 def codec_trainer(config: RunSettings, section: CodecSection) -> TrainerConfig:
     """Return how long the section says, on the devices of the run's own trainer section."""
+    return on_machine(config, section.trainer)
+
+
+def on_machine(config: RunSettings, trainer: TrainerConfig) -> TrainerConfig:
+    """Return another trainer's settings with the devices of the run's own."""
     machine = ("accelerator", "devices", "num_nodes", "strategy", "progress")
-    return dataclasses.replace(
-        section.trainer, **{name: getattr(config.trainer, name) for name in machine}
-    )
+    return dataclasses.replace(trainer, **{name: getattr(config.trainer, name) for name in machine})
 
 
 def sections(config: StackedRun) -> dict[str, Any]:
     """Return the paper's own sections as plain containers, without the sampling loop's."""
-    shared = {config.CODEC, *(f.name for f in dataclasses.fields(StackedRun))}
+    shared = {config.CODEC, *config.LATER, *(f.name for f in dataclasses.fields(StackedRun))}
     names = [f.name for f in dataclasses.fields(config)]
     plain = resolved(config)
     return {name: plain[name] for name in names if name not in shared and name != "sampling"}

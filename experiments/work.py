@@ -24,7 +24,7 @@ from eval.reconstruction import score_reconstructions
 from eval.scene_clip import load_clip
 from eval.scenes import score_scenes
 from experiments.config import CODECS, RunSettings, StackedRun, resolved, to_yaml
-from experiments.pictures import grid, load_png, save_png, strip, to_uint8
+from experiments.pictures import grid, load_png, reduced, save_png, strip, to_uint8
 from experiments.progress import Counter
 from experiments.report import Card, Report, StageRow, Trace, write_report
 from experiments.stages import (
@@ -34,6 +34,7 @@ from experiments.stages import (
     codec_trainer,
     plan,
     sections,
+    upscales,
 )
 from experiments.store import Say, Store
 from experiments.training import (
@@ -44,6 +45,7 @@ from experiments.training import (
     fit,
     wandb_logger,
 )
+from experiments.upscale import upscale
 from lightning_modules.common.checkpoint import file_hash, load_weights, save_weights
 from lightning_modules.common.perceptual import load_lpips
 from lightning_modules.common.seeding import mix_seed
@@ -106,6 +108,8 @@ class Work:
         if isinstance(self.config, StackedRun):
             cache = self.cache(codec) if self.config.data.cache else None
             generator = self.train(self.config, codec, cache)
+            if upscales(self.config):
+                generator = upscale(self, self.config, generator, codec)
         if not self.store.leader:
             return Outcome()
         samples = self.sample(generator) if generator else None
@@ -256,13 +260,16 @@ class Work:
             missing = [p for p in prompts if not (folder / p["file"]).exists()]
             for first in range(0, len(missing), e.batch_size):
                 part = missing[first : first + e.batch_size]
-                images = module.sample(
+                made = module.pictures(
                     [p["prompt"] for p in part], seeds=[p["seed"] for p in part],
                     **_labels(module, part), **sampling,
                 )  # fmt: skip
-                for p, image in zip(part, to_uint8(images.cpu()), strict=True):
-                    text = {"prompt": p["prompt"], "seed": str(p["seed"])}
-                    save_png(folder / p["file"], image, text)
+                for stage, images in made.items():
+                    # the final pictures come last, and have the plain names
+                    end = "" if stage == list(made)[-1] else f"{stage}-"
+                    for p, image in zip(part, to_uint8(images.cpu()), strict=True):
+                        text = {"prompt": p["prompt"], "seed": str(p["seed"])}
+                        save_png(folder / f"{end}{p['file']}", image, text)
                 counter.update(len(prompts) - len(missing) + first + len(part))
             counter.close()
             traces = [self._trace(module, p, sampling, folder) for p in prompts[: e.traces]]
@@ -400,13 +407,33 @@ class Work:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Score generated pictures by what the data knows of them; `others` come last."""
         prompts = json.loads((samples / "prompts.json").read_text())
-        images = torch.stack([load_png(samples / p["file"])[0] for p in prompts])
-        e = self.config.eval
+        scores: dict[str, Any] = {}
+        verdicts: list[dict[str, Any]] = []
+        # with super-resolution the base's pictures are scored as those of every other paper
+        stages = {"base-": "eval", "": "superres"} if upscales(self.config) else {"": "eval"}
+        for start, prefix in stages.items():
+            images = torch.stack([load_png(samples / f"{start}{p['file']}")[0] for p in prompts])
+            found, verdicts = self._score_pictures(prompts, images, real, prefix)
+            scores |= found
+        return {**scores, **others}, verdicts
+
+    def _score_pictures(
+        self,
+        prompts: list[dict[str, Any]],
+        images: Tensor,
+        real: list[dict[str, Any]],
+        prefix: str,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Score pictures [N, 3, H, W] uint8, reduced to the data's resolution if larger."""
+        e, size, resolution = self.config.eval, images.shape[-1], self.config.data.resolution
+        if size > resolution:
+            images = reduced(images, resolution)
         scores: dict[str, Any] = {}
         verdicts: list[dict[str, Any]] = [{} for _ in prompts]
         if self.config.data.name == "digits":
             labels = [p["label"] for p in prompts]
             scores, verdicts = score_digits(images, labels, resamples=e.bootstrap, seed=e.seed)
+            scores = {f"{prefix}/{k.removeprefix('eval/')}": v for k, v in scores.items()}
         elif self.config.data.name == "scenes":
             for split in ("val", "heldout"):
                 chosen = [i for i, p in enumerate(prompts) if p["split"] == split]
@@ -416,14 +443,17 @@ class Work:
                 truth = real
                 if split != "val":
                     truth = self.web(e.batch_size, 1).samples(split, max(len(asked), 4))
-                prefix = "eval" if split == "val" else f"eval/{split}"
                 found, read = self._scene_scores(
-                    images[chosen], asked, [p["prompt"] for p in asked], truth, prefix
-                )
+                    images[chosen], asked, [p["prompt"] for p in asked], truth,
+                    prefix if split == "val" else f"{prefix}/{split}",
+                )  # fmt: skip
                 scores |= found
                 for i, verdict in zip(chosen, read, strict=True):
                     verdicts[i] = verdict
-        return {**scores, **others}, verdicts
+        if size > resolution:
+            how = f"{size} px, reduced to {resolution} px by area averaging"
+            scores = {name: {**score, "pictures": how} for name, score in scores.items()}
+        return scores, verdicts
 
     def _scene_scores(
         self,
@@ -468,6 +498,9 @@ class Work:
             state, trained = load_weights(generator / CHECKPOINT)
             sampling = resolved(self.config)["sampling"]
             save_weights(self.out / CHECKPOINT, state, {**trained, "sampling": sampling})
+            for path in generator.glob("*.safetensors"):  # further tokenizers that it needs
+                if path.name not in (CHECKPOINT, self.codec_name):
+                    _copy(path, self.out / path.name)
         _copy(codec, self.out / self.codec_name)
         name = CHECKPOINT if generator is not None else self.codec_name
         files["checkpoint"] = self.out / name

@@ -10,6 +10,7 @@ from lightning_modules.common.checkpoint import file_hash, load_strict, load_wei
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.ldmae.module import LDMAEModule
+from lightning_modules.muse.module import MuseModule
 from lightning_modules.paella.module import PaellaModule
 from lightning_modules.vqgan.module import VQGANModule
 
@@ -17,7 +18,11 @@ TOKENIZERS: dict[str, type[VQGANModule] | type[AutoencoderModule]] = {
     "vqgan": VQGANModule,
     "autoencoder": AutoencoderModule,
 }
-GENERATORS: dict[str, type[GeneratorModule]] = {"paella": PaellaModule, "ldmae": LDMAEModule}
+GENERATORS: dict[str, type[GeneratorModule]] = {
+    "paella": PaellaModule,
+    "muse": MuseModule,
+    "ldmae": LDMAEModule,
+}
 
 
 def load_tokenizer(
@@ -61,9 +66,20 @@ def load_generator(
     paper = str(config.get("paper"))
     if paper not in GENERATORS:
         raise ValueError(f"{path} is a checkpoint of {paper}, not of {', '.join(GENERATORS)}")
-    named = config["tokenizer"]
-    beside = Path(path).parent / named["file"]
-    found = Path(tokenizer) if tokenizer is not None else beside
+    found = _tokenizer_of(Path(path), config["tokenizer"], tokenizer)
+    module = GENERATORS[paper](_text_beside(config, Path(path).parent))
+    load_strict(module, state, str(path))
+    module.attach(load_tokenizer(found, device))
+    high = config.get("high", {}).get("tokenizer")
+    if high is not None and isinstance(module, MuseModule):  # super-resolution with its own
+        own = load_tokenizer(_tokenizer_of(Path(path), high), device)
+        module.attach(module.tokenizer, own)
+    return module.eval().requires_grad_(False).to(device)
+
+
+def _tokenizer_of(path: Path, named: dict[str, str], given: Path | str | None = None) -> Path:
+    """Find the tokenizer that a checkpoint names, beside it or as it is given."""
+    found = Path(given) if given is not None else path.parent / named["file"]
     if not found.is_file():
         raise FileNotFoundError(
             f"{path} needs its tokenizer {named['file']}, which is not beside it; "
@@ -71,10 +87,7 @@ def load_generator(
         )
     if file_hash(found) != named["sha256"]:
         raise ValueError(f"{found} is not the tokenizer that {path} was trained on")
-    module = GENERATORS[paper](_text_beside(config, Path(path).parent))
-    load_strict(module, state, str(path))
-    module.attach(load_tokenizer(found, device))
-    return module.eval().requires_grad_(False).to(device)
+    return found
 
 
 def _text_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -357,7 +357,7 @@ class SamplingConfig(DecodeConfig):
 class SuperResStage:
     """The super-resolution stage (section 2.4): its own network, trained on top of the base."""
 
-    on: bool = False
+    enabled: bool = False
     """Train it and draw pictures with it; false draws the base's."""
     factor: int = 2
     """Pixels of its pictures per pixel of the base's, along a side."""

@@ -177,7 +177,7 @@ class MuseModule(MaskedStage):
     """Text to tokens by parallel decoding (arXiv 2301.00704), with or without super-resolution.
 
     Args:
-        config: as for every generator; with superres.on also `high`: the token grid and the
+        config: as for every generator; with superres.enabled also `high`: the token grid and the
             number of codes of the super-resolution stage.
     """
 
@@ -197,7 +197,7 @@ class MuseModule(MaskedStage):
             sizes = dataclasses.replace(c.model, layers=c.critic.layers)
             self.critic = MaskedTransformer(sizes, outputs=1)
         self.superres: SuperResModule | None = None
-        if c.superres.on:
+        if c.superres.enabled:
             self.superres = SuperResModule(config)
             if self.text_encoder is None:  # a frozen one is held once
                 self.superres._attached["text"] = self._attached["text"]

@@ -152,7 +152,7 @@ def module(request: pytest.FixtureRequest) -> MuseModule:
         "sampling": {"steps": 3, "superres": {"steps": 2}, "edit": {"iterations": 5}},
     }  # fmt: skip
     if request.param:
-        config["superres"] = {"on": True, "model": high}
+        config["superres"] = {"enabled": True, "model": high}
         config["high"] = {"grid": [8, 8], "num_codes": K}
     with torch.random.fork_rng():
         torch.manual_seed(0)

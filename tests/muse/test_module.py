@@ -81,7 +81,7 @@ def make(clip_folder: str) -> Make:
         "critic": {"network": "muse", "model": MODEL, "text": BYTES, "critic": {"layers": 1}},
         "uvit": {"network": "uvit", "uvit": UVIT, "text": clip},
         "superres": {"network": "muse", "model": MODEL, "text": BYTES,
-                     "superres": {"on": True, "model": SUPERRES},
+                     "superres": {"enabled": True, "model": SUPERRES},
                      "high": {"grid": [*HIGH], "num_codes": K}},
     }  # fmt: skip
 
@@ -110,7 +110,7 @@ def upscaler(make: Make) -> Callable[..., SuperResModule]:
 
     def build(random: float | None = None, **superres: Any) -> SuperResModule:
         base = make(random=0.3)
-        whole = make("superres", random, superres={"on": True, "model": SUPERRES, **superres})
+        whole = make("superres", random, superres={"enabled": True, "model": SUPERRES, **superres})
         assert whole.superres is not None
         return whole.superres.attach_low(base.tokenizer, base)
 
