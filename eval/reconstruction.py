@@ -15,6 +15,7 @@ MEANS = {
     "l1": "mean absolute error, pictures in [0, 1], 8 bit",
     "mse": "mean squared error, pictures in [0, 1], 8 bit",
     "lpips": "LPIPS (VGG16), pictures in [-1, 1]",
+    "lpips_scenes": "distance in LPIPS's form, in a small network that learnt to read scenes",
 }
 
 
@@ -100,6 +101,7 @@ def score_reconstructions(
     batches: Iterable[Tensor],
     *,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lpips_name: str = "lpips",
     device: torch.device | str = "cpu",
     resamples: int = 1000,
     seed: int = 0,
@@ -116,13 +118,14 @@ def score_reconstructions(
         batches: pictures [B, 3, H, W] float in [-1, 1], batch by batch.
         lpips: pictures [B, 3, H, W] and reconstructions in [-1, 1] to the distance [B]; None
             leaves LPIPS out.
+        lpips_name: lpips, or lpips_scenes with the weights of eval/perceptual.py.
         device: where the codec and LPIPS live.
         resamples: bootstrap draws of the intervals.
         seed: seed of the bootstrap.
         prefix: put before the names.
 
     Returns:
-        Scores `prefix`/psnr, /ssim, /l1, /mse, with `lpips` /lpips, and with a codebook
+        Scores `prefix`/psnr, /ssim, /l1, /mse, with `lpips` also `lpips_name`, and with a codebook
         /codebook_usage, /codebook_perplexity.
 
     Raises:
@@ -145,7 +148,7 @@ def score_reconstructions(
             "mse": gap.square().mean(dim=(1, 2, 3)),
         }
         if lpips is not None:
-            found["lpips"] = lpips(images, decoded)
+            found[lpips_name] = lpips(images, decoded)
         for name, row in found.items():
             values.setdefault(name, []).append(row.flatten().cpu())
         if num_codes is not None:

@@ -100,6 +100,9 @@ METRICS = {
     "l1": Metric("L1", "mean absolute error of pictures in [0, 1]; lower is better"),
     "mse": Metric("MSE", "mean squared error of pictures in [0, 1]; lower is better"),
     "lpips": Metric("LPIPS", "perceptual distance in VGG16; lower is better"),
+    "lpips_scenes": Metric(
+        "LPIPS scenes", "distance in LPIPS's form, in a small network of scenes; lower is better"
+    ),
     "rfd_scenes": Metric(
         "rFD scenes",
         "Frechet distance of reconstructions to their originals in the judge's features",

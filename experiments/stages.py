@@ -31,6 +31,7 @@ SHIPPED = {
     "autoencoder": ROOT / "lightning_modules" / "ldmae" / "shipped",
 }
 JUDGES = ROOT / "eval" / "weights"
+LPIPS_SCENES = JUDGES / "lpips-32px-2objects.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
     if not isinstance(config, StackedRun):
         e = config.eval
         score = stage_key(
-            [e.prompts, e.bootstrap, e.seed, e.grid], _judges(config), upstream=[data, codec]
-        )
+            [e.prompts, e.bootstrap, e.seed, e.grid], _judges(config), _lpips(config),
+            upstream=[data, codec],
+        )  # fmt: skip
         stages.append(Stage("score", score))
     else:
         pictures = _pictures(config)
@@ -74,7 +76,9 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
             _sampling(config), [e.prompts, e.heldout, e.seed, e.traces],
             upstream=[data, stages[-1].key],
         )  # fmt: skip
-        score = stage_key([e.bootstrap, e.seed, e.grid], _judges(config), upstream=[sample])
+        score = stage_key(
+            [e.bootstrap, e.seed, e.grid], _judges(config), _lpips(config), upstream=[sample]
+        )
         stages += [Stage("sample", sample), Stage("score", score)]
     report = stage_key(paper, resolved(config), upstream=[stages[-1].key])
     return [*stages, Stage("report", report)]
@@ -149,6 +153,21 @@ def codec_file(config: RunSettings) -> Path | None:
     return path
 
 
+def lpips_file(config: RunSettings) -> Path | None:
+    """Return the weights of the codec's perceptual term; `shipped` are those made of scenes.
+
+    Raises:
+        UserError: there is nothing at that path.
+    """
+    objective: Any = codec_section(config).objective  # type: ignore[attr-defined]
+    if objective.lpips_path is None:
+        return None
+    path = LPIPS_SCENES if objective.lpips_path == "shipped" else Path(objective.lpips_path)
+    if not path.exists():
+        raise UserError(f"objective.lpips_path: there is no file or folder {path}")
+    return path
+
+
 def _data_key(config: RunSettings) -> str:
     data = config.data
     names = ["name", "resolution", "seed", "max_objects", "train_size", "val_size", "heldout_size"]
@@ -187,8 +206,9 @@ def _codec_key(config: RunSettings, data: str) -> str:
     loader = {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
     settings = [getattr(section, f.name) for f in dataclasses.fields(CODECS[config.CODEC].config)]
     return stage_key(
-        *settings, codec_trainer(config, section), config.seed, pictures | loader, upstream=[data]
-    )
+        *settings, _lpips(config), codec_trainer(config, section), config.seed, pictures | loader,
+        upstream=[data],
+    )  # fmt: skip
 
 
 def codec_trainer(config: RunSettings, section: CodecSection) -> TrainerConfig:
@@ -219,8 +239,17 @@ def _judges(config: RunSettings) -> list[str]:
     if config.data.name != "scenes":
         return []
     return [
-        hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(JUDGES.glob("*.safetensors"))
+        hashlib.sha256(p.read_bytes()).hexdigest()
+        for kind in ("clip", "judge")
+        for p in sorted(JUDGES.glob(f"{kind}-*.safetensors"))
     ]
+
+
+def _lpips(config: RunSettings) -> list[str]:
+    """Fingerprints of the weights of LPIPS, where a run names any."""
+    path = lpips_file(config)
+    files = [] if path is None else sorted(path.iterdir()) if path.is_dir() else [path]
+    return [hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()]
 
 
 def run(

@@ -28,10 +28,12 @@ from experiments.pictures import grid, load_png, reduced, save_png, strip, to_ui
 from experiments.progress import Counter
 from experiments.report import Card, Report, StageRow, Trace, write_report
 from experiments.stages import (
+    LPIPS_SCENES,
     Outcome,
     codec_file,
     codec_section,
     codec_trainer,
+    lpips_file,
     plan,
     sections,
     upscales,
@@ -166,6 +168,8 @@ class Work:
             seed_everything(self.config.seed, verbose=False)
             plain = resolved(section)
             own = {f.name: plain[f.name] for f in dataclasses.fields(settings)}
+            lpips = lpips_file(self.config)
+            own["objective"]["lpips_path"] = None if lpips is None else str(lpips)
             module = TOKENIZERS[paper]({"seed": self.config.seed, **own})
             data = self.web(trainer.batch_size, trainer.epochs[1])
             fit(
@@ -349,9 +353,12 @@ class Work:
             made = torch.cat([module.decode(x).cpu() for x in encoded])
             prefix = "eval" if samples is None else self.config.CODEC
             chance: dict[str, Any] = {"resamples": e.bootstrap, "seed": e.seed}
+            weights = lpips_file(self.config)
             scores = score_reconstructions(
-                module, batches, lpips=self._lpips(), device=self.device, prefix=prefix, **chance
-            )
+                module, batches, device=self.device, prefix=prefix, **chance,
+                lpips=None if weights is None else load_lpips(weights).to(self.device),
+                lpips_name="lpips_scenes" if weights == LPIPS_SCENES else "lpips",
+            )  # fmt: skip
             pairs = torch.stack([torch.cat(batches), made], dim=1)[
                 : max(1, e.grid // 2)
             ]  # [n, 2, ...]
@@ -374,11 +381,6 @@ class Work:
             return {name: s["value"] for name, s in scores.items()}
 
         return self._stage("score", work)
-
-    def _lpips(self) -> Any:
-        """Return LPIPS where its weights are given, else None."""
-        path = codec_section(self.config).objective.lpips_path  # type: ignore[attr-defined]
-        return None if path is None else load_lpips(path).to(self.device)
 
     def _score_latents(
         self, module: Any, latents: Tensor, real: list[dict[str, Any]]

@@ -354,7 +354,8 @@ class AutoencoderObjective(AdversarialConfig):
     perceptual_weight: float = 1.0
     """vmae, sdvae: lambda_P of L_P, LPIPS of the whole image; without lpips_path it is off."""
     lpips_path: str | None = None
-    """File of VGG16 and LPIPS weights, a checkpoint that holds them, or a folder of both."""
+    """File of VGG16 and LPIPS weights, a checkpoint that holds them, or a folder of both; shipped
+    is a small network of scenes in that form (eval/perceptual.py)."""
     kl_weight: float | None = None
     """lambda_reg of L_reg per latent position; null: vmae 2e-6, vae 1e-4, sdvae 5e-9."""
     fixed_std: float | None = None

@@ -140,7 +140,8 @@ class ObjectiveConfig(AdversarialConfig):
     perceptual_weight: float = 1.0
     """weight of LPIPS; without lpips_path the term is off"""
     lpips_path: str | None = None
-    """file of VGG16 and LPIPS weights, a taming checkpoint that holds them, or a folder of both"""
+    """file of VGG16 and LPIPS weights, a taming checkpoint that holds them, or a folder of both;
+    shipped is a small network of scenes in that form (eval/perceptual.py)"""
     codebook_weight: float = 1.0
     """weight of the quantizer's loss"""
 
