@@ -1,6 +1,7 @@
 """What Improved VQ-Diffusion sets besides VQ-Diffusion's own settings (arXiv 2205.16007)."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lightning_modules.vq_diffusion import config as plain
@@ -34,12 +35,20 @@ class InitConfig:
     """Where the training starts."""
 
     ckpt: str | None = None
-    """Checkpoint of a VQ-Diffusion to fine-tune; null starts from scratch."""
+    """Run folder or checkpoint of a VQ-Diffusion to fine-tune; null starts from scratch."""
     train: bool = True
     """false takes ckpt as it is: guidance (null=empty) and purity without any training."""
 
     def __post_init__(self) -> None:
         _require(self.train or self.ckpt is not None, "train must be true without ckpt, got false")
+
+    @property
+    def file(self) -> Path | None:
+        """The checkpoint, of a run folder that which lies in it."""
+        if self.ckpt is None:
+            return None
+        path = Path(self.ckpt)
+        return path / "checkpoint.safetensors" if path.is_dir() else path
 
 
 @dataclass
@@ -60,6 +69,10 @@ class SamplingConfig(plain.SamplingConfig):
     the released tables (1024 tokens), or tokens_per_call in each."""
     tokens_per_call: int | None = None
     """order=random and purity: largest number of tokens that one call reveals; null is no limit."""
+    compare: bool = True
+    """Also draw and score each picture of a run as VQ-Diffusion does, in as many steps."""
+    compare_truncation: float = 0.86
+    """compare: truncation rate of these pictures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +82,10 @@ class SamplingConfig(plain.SamplingConfig):
         _require(
             self.tokens_per_call is None or self.tokens_per_call >= 1,
             f"tokens_per_call must be at least 1, got {self.tokens_per_call}",
+        )
+        _require(
+            0 < self.compare_truncation <= 1,
+            f"compare_truncation must be in (0, 1], got {self.compare_truncation}",
         )
         _require(
             self.reveal != "constant" or self.tokens_per_call is not None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.common.checkpoint import load_strict, load_weights
+from lightning_modules.common.settings import plain
 from lightning_modules.improved_vqd import process as improved
 from lightning_modules.improved_vqd.config import ImprovedVQDConfig, SamplingConfig
 from lightning_modules.vq_diffusion.module import VQDiffusionModule
@@ -47,30 +48,40 @@ class ImprovedVQDModule(VQDiffusionModule):
             state: its tensors.
             config: its plain settings.
         """
-        settings = {**config, "paper": "improved_vqd", "null": {"name": "empty"}}
-        old = dict(config.get("sampling", {}))
-        own = {k: v for k, v in old.items() if k in ("steps", "first_step")}
-        module = cls({**settings, "sampling": own})
+        steps = config.get("sampling", {}).get("steps", SamplingConfig.steps)
+        module = cls(
+            {
+                **config,
+                "paper": "improved_vqd",
+                "null": {"name": "empty"},
+                "sampling": {"steps": steps},
+            }
+        )
         load_strict(module, state, "the VQ-Diffusion checkpoint")
         return module
 
-    def begin(self) -> bool:
+    def begin(self, tokenizer: str) -> bool:
         """Take over the weights of init.ckpt; False where nothing is to be trained.
 
+        Args:
+            tokenizer: sha256 of the tokenizer's file.
+
         Raises:
+            FileNotFoundError: no such checkpoint.
             ValueError: a checkpoint of another paper, tokenizer or size.
         """
-        init = self.config.init
-        if init.ckpt is None:
+        file = self.config.init.file
+        if file is None:
             return True
-        state, config = load_weights(init.ckpt)
+        state, config = load_weights(file)
         if config.get("paper") not in ("vq_diffusion", "improved_vqd"):
             raise ValueError(
-                f"init.ckpt={init.ckpt} is a checkpoint of {config.get('paper')}, "
-                "not of vq_diffusion"
+                f"init.ckpt: {file} is a checkpoint of {config.get('paper')}, not of vq_diffusion"
             )
-        load_strict(self, self._completed(state), f"init.ckpt={init.ckpt}")
-        return init.train
+        if config.get("tokenizer", {}).get("sha256", tokenizer) != tokenizer:
+            raise ValueError(f"init.ckpt: {file} was trained on another tokenizer than this one")
+        load_strict(self, self._completed(state), f"init.ckpt {file}")
+        return self.config.init.train
 
     def _completed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint with what this model has besides, at its start values."""
@@ -115,6 +126,29 @@ class ImprovedVQDModule(VQDiffusionModule):
         if self.null is not None:
             return self.network.prepare(self.null[None])
         return self._side([""])
+
+    @torch.no_grad()
+    def pictures(
+        self, prompts: list[str], *, seeds: list[int], **sampling: Any
+    ) -> dict[str, Tensor]:
+        """Draw the pictures, and beside them those of VQ-Diffusion from the same weights.
+
+        Args:
+            prompts: B captions.
+            seeds: B seeds.
+            **sampling: what `sample` takes; of its settings `compare` asks for both.
+        """
+        fields = set(plain(self.config.sampling))
+        settings = self.settings({k: v for k, v in sampling.items() if k in fields})
+        made = {}
+        if settings.compare:
+            without = {
+                "guidance": 1.0, "order": "diffusion", "reveal": "schedule",
+                "tokens_per_call": None, "truncation": settings.compare_truncation,
+            }  # fmt: skip
+            made["vq_diffusion"] = self.sample(prompts, seeds=seeds, **{**sampling, **without})
+        made["improved_vqd"] = self.sample(prompts, seeds=seeds, **sampling)
+        return made
 
     def _guided(
         self, sides: list[Side], shares: list[float], settings: Any, negative: list[str] | None
