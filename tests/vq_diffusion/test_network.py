@@ -228,9 +228,11 @@ def test_token_by_token_equals_all_at_once(kind: dict) -> None:
 def test_recomputing_blocks_changes_no_gradient() -> None:
     gradients = []
     for again in (False, True):
-        network = tiny(checkpoint_blocks=again).train()
+        network, runs = tiny(checkpoint_blocks=again).train(), []
+        network.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         (x, t), side = inputs(), a_side(network)
         network.features(x, t, [side]).square().mean().backward()
+        assert len(runs) == 1 + again
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 40
     for one, other in zip(*gradients, strict=True):
