@@ -409,7 +409,7 @@ def muse(source: Path, pairs: Pairs) -> Foreign:
         load_foreign(network), {**known, **_section(pairs, "uvit")}
     )
     settings: Pairs = [("network", "uvit"), *((f"uvit.{k}", v) for k, v in model.items())]
-    settings += [("superres.on", False), ("critic.layers", 0), ("text.name", "clip")]
+    settings += [("superres.enabled", False), ("critic.layers", 0), ("text.name", "clip")]
     settings += [("text.hidden_state", -2), ("text.unit_norm", False), ("text.projected", True)]
     asked, decoding = {k for k, _ in pairs}, resolved(MUSE_PRESETS["amused"])
     more = [(f"sampling.{k}", v) for k, v in decoding.items() if not isinstance(v, dict)]

@@ -320,6 +320,26 @@ def test_settings_of_amused(amused: Path) -> None:
     assert "text.path" not in alone and alone["uvit.hidden_size"] == 16
 
 
+def test_amused_converts_and_samples(
+    amused: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert("--paper", "muse", "--from", str(amused), "--out", "x", "sampling.steps=3") == 0
+    said = capsys.readouterr().out
+    count = sum(p.numel() for p in UViT(UVIT).parameters())
+    assert f"{count:,} parameters, 4x4 tokens -> x.safetensors" in said
+    module = load_generator("x.safetensors")
+    assert module.tokenizer.config.model.unit_range and module.grid == (4, 4)
+    assert module.config.uvit == UVIT and module.config.sampling.steps == 3
+    for name, value in load_file(next((amused / "transformer").glob("*.s*"))).items():
+        assert torch.equal(module.state_dict()[f"network.{name}"], value), name
+    words = ["--ckpt", "x.safetensors", "--prompt", "a bowl", "--seed", "3"]
+    assert sample.main([*words, "--out", "a"]) == 0
+    assert load_png("a/00000.png")[0].shape == (3, 8, 8)
+    # pictures of prompts do not hang on each other
+    both = module.sample(["a", "a bowl"], seeds=[1, 3])
+    assert torch.equal(both[1:], module.sample(["a bowl"], seeds=[3]))
+
+
 def with_(*changes: str) -> list[str]:
     """The good command with options replaced: with_("--from", "x") or further words."""
     words = [*PAELLA, "--out", "x", *WORDS]
