@@ -1,6 +1,6 @@
 """Muse's decoding with aMUSEd's U-ViT against a plain loop as in diffusers: time, equal tokens.
 
-    python -m tests.bench.muse [--repeats 3] [--steps 12] [--check-steps 12]
+    python -m tests.bench.muse [--repeats 5] [--steps 12] [--check-steps 12]
 
 Both sides run in one process on one thread with the same weights, interleaved. The plain side is
 tests/bench/plain_muse.py. Before timing, both draw by inverse CDF from the same uniforms and score
