@@ -22,6 +22,7 @@ class LDMAEModule(GeneratorModule):
 
     config_class = LDMAEConfig
     config: LDMAEConfig
+    shares: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -35,6 +36,9 @@ class LDMAEModule(GeneratorModule):
         if self.config.condition != "text":
             self.text_encoder = None  # none of its weights is trained or kept
         self.network = DiT(model)
+        self.register_buffer(
+            "shares", process.signal_shares(self.config.objective).float(), persistent=False
+        )
 
     def attach(self, tokenizer: Any) -> "LDMAEModule":
         """Give the generator its (frozen) autoencoder.
@@ -70,8 +74,7 @@ class LDMAEModule(GeneratorModule):
         batch_size = latents.shape[0]
         if objective.kind == "ddpm":
             time = torch.randint(objective.train_steps, (batch_size,), **chance)
-            share = process.signal_shares(objective).to(self.device)[time]
-            x, target = process.diffuse(noise, latents, share), noise
+            x, target = process.diffuse(noise, latents, self.shares[time]), noise
         else:
             if objective.t_law == "lognormal":
                 time = process.training_times(torch.randn(batch_size, **chance))
@@ -85,6 +88,18 @@ class LDMAEModule(GeneratorModule):
             return error, {}
         direction = process.direction_error(predicted, target).mean()
         return error + direction, {"squared": error, "direction": direction}
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Any:
+        """Check labels while they are on the CPU, where looking at them waits for nothing."""
+        if self.config.condition == "label" and "label" in batch:
+            self._check_labels(torch.as_tensor(batch["label"]), "the data have")
+        return batch
+
+    def _check_labels(self, labels: Tensor, who: str) -> None:
+        count = self.network.config.num_classes
+        wrong = labels[(labels < 0) | (labels >= count)]
+        if len(wrong) > 0:
+            raise ValueError(f"model.num_classes is {count}, but {who} the label {int(wrong[0])}")
 
     def latents_of(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Draw the batch's latents from their posterior and normalise them: [B, C, h, w].
@@ -112,12 +127,7 @@ class LDMAEModule(GeneratorModule):
         if self.config.condition == "none":
             labels = torch.zeros(count, dtype=torch.int64, device=self.device)
         elif "label" in batch:
-            labels = torch.as_tensor(batch["label"], device=self.device)
-            if int(labels.max()) >= model.num_classes or int(labels.min()) < 0:
-                raise ValueError(
-                    f"model.num_classes is {model.num_classes}, but the data have the label "
-                    f"{int(labels.max() if labels.min() >= 0 else labels.min())}"
-                )
+            labels = batch["label"]
         else:
             raise ValueError("condition=label needs data with labels, such as data=digits")
         return self.network.label_side(labels.masked_fill(hidden, model.num_classes))
@@ -173,6 +183,8 @@ class LDMAEModule(GeneratorModule):
             labels = [0]
         elif labels is None:
             labels = self.labels_of(prompts)
+        else:
+            self._check_labels(torch.tensor(labels), "there is asked for")
         return self.network.label_side(torch.tensor(labels, device=self.device))
 
     def _null_side(self, negative: list[str] | None) -> Side:
@@ -181,7 +193,8 @@ class LDMAEModule(GeneratorModule):
                 raise ValueError(
                     f"a negative prompt needs condition=text, not {self.config.condition}"
                 )
-            return self._side([], [self.network.config.num_classes])
+            null = torch.tensor([self.network.config.num_classes], device=self.device)
+            return self.network.label_side(null)
         return self._text_side([""] if negative is None else negative)
 
     @torch.no_grad()
@@ -221,6 +234,8 @@ class LDMAEModule(GeneratorModule):
         if start is None and (mask is not None or settings.first_step > 0):
             needs = "a mask" if mask is not None else "sampling.first_step"
             raise ValueError(f"{needs} needs latents to start from (start)")
+        if labels is not None and self.config.condition != "label":
+            raise ValueError(f"labels need condition=label, not {self.config.condition}")
         own = self._side(prompts, labels)
         null = self._null_side(negative) if settings.guidance != 1 else None
 
@@ -228,39 +243,27 @@ class LDMAEModule(GeneratorModule):
             sides = [own, null] if with_null and null is not None else [own]
             return self.network(x, t.to(x.device, torch.float32), sides)
 
-        shape = (self.config.model.in_channels, *self.grid)
-        noise = process.sample_noise(seeds, shape).to(self.device)
-        if start is not None:
-            start = start.to(self.device)
+        noise = process.sample_noise(seeds, (self.config.model.in_channels, *self.grid))
+        noise = noise.to(self.device)
+        start = None if start is None else start.to(noise)
         generate = None if mask is None else mask.to(self.device).bool()[:, None]
-        interval = (settings.guidance_start, settings.guidance_end)
-        scale, channels = settings.guidance, settings.guidance_channels
-        first = settings.first_step
-
         if settings.solver == "ddim":
-            shares = process.signal_shares(self.config.objective)
-            total = self.config.objective.train_steps
-            grid = process.chain_grid(settings.steps, total)[first:]
-            model = process.guided(
-                predict, scale, channels, interval, progress=lambda k: 1 - k / total
-            )
-            x = noise
-            if start is not None and generate is not None:
-                model = process.held_noise(model, start, shares, generate)
-            if start is not None and first > 0:
-                share = shares[grid[0]].to(self.device).expand(len(seeds))
-                x = process.diffuse(noise, start, share)
+            return self._walk_the_chain(settings, predict, noise, seeds, start, generate, on_step)
+        return self._follow_the_flow(settings, predict, noise, start, generate, on_step)
 
-            def fresh() -> Iterator[Tensor]:
-                for i in range(1, len(grid)):
-                    yield process.sample_noise(seeds, shape, i).to(self.device)
-
-            return process.ddim(
-                model, x, grid, shares, eta=settings.eta, fresh=fresh(), on_step=on_step
-            )
+    def _follow_the_flow(
+        self,
+        settings: SamplingConfig,
+        predict: process.Predict,
+        noise: Tensor,
+        start: Tensor | None,
+        generate: Tensor | None,
+        on_step: process.OnStep | None,
+    ) -> Tensor:
+        interval = (settings.guidance_start, settings.guidance_end)
 
         def velocity(interval: tuple[float, float]) -> process.Velocity:
-            made = process.guided(predict, scale, channels, interval)
+            made = process.guided(predict, settings.guidance, settings.guidance_channels, interval)
             if start is None or generate is None:
                 return made
             return process.held(made, start, noise, generate)
@@ -269,12 +272,44 @@ class LDMAEModule(GeneratorModule):
             return process.piecewise_dopri5(
                 velocity, noise, interval, atol=settings.atol, rtol=settings.rtol, on_step=on_step
             )
-        times = process.time_grid(settings.steps, settings.timestep_shift)[first:]
+        times = process.time_grid(settings.steps, settings.timestep_shift)[settings.first_step :]
         x = noise
         if start is not None:
-            t = times[:1].to(self.device).expand(len(seeds))
-            x = process.straight_path(noise, start, t)[0]
-        return process.integrate(velocity(interval), x, times, settings.solver, on_step)
+            x = process.straight_path(noise, start, times[:1].to(noise))[0]
+        solver: Any = settings.solver
+        return process.integrate(velocity(interval), x, times, solver, on_step)
+
+    def _walk_the_chain(
+        self,
+        settings: SamplingConfig,
+        predict: process.Predict,
+        noise: Tensor,
+        seeds: list[int],
+        start: Tensor | None,
+        generate: Tensor | None,
+        on_step: process.OnStep | None,
+    ) -> Tensor:
+        shares = process.signal_shares(self.config.objective)
+        total = self.config.objective.train_steps
+        grid = process.chain_grid(settings.steps, total)[settings.first_step :]
+        interval = (settings.guidance_start, settings.guidance_end)
+        model = process.guided(
+            predict, settings.guidance, settings.guidance_channels, interval,
+            progress=lambda k: 1 - k / total,
+        )  # fmt: skip
+        x = noise
+        if start is not None and generate is not None:
+            model = process.held_noise(model, start, shares, generate)
+        if start is not None and settings.first_step > 0:
+            x = process.diffuse(noise, start, shares[grid[:1]].to(noise))
+
+        def fresh() -> Iterator[Tensor]:
+            for i in range(1, len(grid)):
+                yield process.sample_noise(seeds, tuple(noise.shape[1:]), i).to(noise)
+
+        return process.ddim(
+            model, x, grid, shares, eta=settings.eta, fresh=fresh(), on_step=on_step
+        )
 
 
 def _contains(words: list[str], name: list[str]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.ldmae.config import DiffusionConfig
 
+Predict = Callable[[Tensor, Tensor, bool], Tensor]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], None]
 
@@ -51,7 +52,7 @@ def straight_path(noise: Tensor, data: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     Args:
         noise: [B, C, h, w] x0.
         data: [B, C, h, w] x1.
-        t: [B] in [0, 1].
+        t: [B] in [0, 1], or [1] for all.
 
     Returns:
         x_t and u, both [B, C, h, w].
@@ -90,7 +91,7 @@ def diffuse(noise: Tensor, data: Tensor, share: Tensor) -> Tensor:
     Args:
         noise: [B, C, h, w].
         data: [B, C, h, w].
-        share: [B] alpha-bar.
+        share: [B] alpha-bar, or [1] for all.
     """
     share = share[:, None, None, None].to(data.dtype)
     return share.sqrt() * data + (1 - share).sqrt() * noise
@@ -139,7 +140,7 @@ def guide(own: Tensor, null: Tensor, scale: float, channels: int | None = None) 
 
 
 def guided(
-    predict: Callable[[Tensor, Tensor, bool], Tensor],
+    predict: Predict,
     scale: float,
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),

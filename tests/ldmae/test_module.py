@@ -188,7 +188,11 @@ def test_pictures_are_encoded_where_no_cache_gave_moments(make: Make) -> None:
 def test_labels_that_cannot_be(make: Make) -> None:
     module, given = make("label"), batch()
     with pytest.raises(ValueError, match="num_classes is 4, but the data have the label 7"):
-        module.loss({**given, "label": torch.tensor([0, 7, 1, 1])}, source())
+        module.on_before_batch_transfer({**given, "label": torch.tensor([0, 7, 1, 1])}, 0)
+    with pytest.raises(ValueError, match="num_classes is 4, but there is asked for the label -1"):
+        module.sample_tokens(["", ""], seeds=[0, 1], labels=[3, -1])
+    with pytest.raises(ValueError, match="labels need condition=label, not text"):
+        make("text").sample_tokens(["", ""], seeds=[0, 1], labels=[3, 1])
     del given["label"]
     with pytest.raises(ValueError, match="condition=label needs data with labels"):
         module.loss(given, source())
