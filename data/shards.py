@@ -182,7 +182,7 @@ class SkipCounter:
         """
         for counter in (self.counts, self.recent, self.untold):
             counter.update(counts)
-        if self.recent[SEEN] >= self.window:
+        if self._considered(self.recent) >= self.window:
             recent, self.recent = self.recent, Counter()
             self.check(recent)
 
@@ -202,16 +202,25 @@ class SkipCounter:
         return counts
 
     def check(self, counts: Mapping[str, int] | None = None) -> None:
-        """Raise ValueError where more than `max_skipped` of the counted samples is bad."""
+        """Raise ValueError where more than `max_skipped` of the counted samples is bad.
+
+        What metadata filters remove is not counted at all: it is neither good nor bad.
+        """
         counts = self.counts if counts is None else counts
         bad = {r: n for r, n in counts.items() if r != SEEN and not r.startswith(FILTERED)}
-        skipped, seen = sum(bad.values()), counts.get(SEEN, 0)
+        skipped, seen = sum(bad.values()), self._considered(counts)
         if skipped > self.max_skipped * seen:
             reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items()))
             raise ValueError(
                 f"{skipped} of {seen} samples were skipped: {reasons}{self.example}, more than "
                 f"max_skipped={self.max_skipped} allows; repair the shards or raise max_skipped"
             )
+
+    @staticmethod
+    def _considered(counts: Mapping[str, int]) -> int:
+        """Return how many samples were seen and not removed by a filter."""
+        filtered = sum(n for reason, n in counts.items() if reason.startswith(FILTERED))
+        return max(0, counts.get(SEEN, 0) - filtered)
 
 
 class SampleError(Exception):

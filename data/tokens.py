@@ -11,6 +11,7 @@ import json
 import os
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -99,7 +100,8 @@ def write_token_cache(
         progress: is told in words what happens.
 
     Returns:
-        What cache.json holds: `cache_settings`, "shards" and "count".
+        What cache.json holds: `cache_settings`, "shards", "count", and "skipped", what became of
+        the samples that were read (see `SkipCounter`).
 
     Raises:
         ValueError: too many bad samples, a token outside the codebook, a moment that half
@@ -109,25 +111,26 @@ def write_token_cache(
     settings = cache_settings(config, sha256, num_codes)
     holdout = holdout_share(config, splits)
     skips = SkipCounter(config.max_skipped)
-    urls, count = splits["train"], 0
+    urls, count, skipped = splits["train"], 0, Counter[str]()
     for index, url in enumerate(urls):
         path = folder / f"{index:05d}.{content(num_codes)}.safetensors"
         source = {"shard": os.path.abspath(url), "bytes": os.path.getsize(url), "holdout": holdout}
         stamp = json.dumps({**settings, **source})
-        rows = _rows_of(path, stamp)
-        if rows is None:
+        done = _rows_of(path, stamp)
+        if done is None:
             encoded = selected([url], config, skips, "train", holdout)
             samples = apply(lambda s: _pixels(s, config), encoded, skips)
-            rows = _write_shard(
-                path, samples, encode, stamp, config.flip, num_codes, batch_size, device
+            done = _write_shard(
+                path, samples, encode, stamp, config.flip, num_codes, batch_size, device, skips
             )
             if progress:
-                progress(f"shard {index + 1} of {len(urls)}: {rows} images encoded")
-        count += rows
+                progress(f"shard {index + 1} of {len(urls)}: {done[0]} images encoded")
+        count += done[0]
+        skipped.update(done[1])
     skips.check()
     if not count:
         raise ValueError("the training shards hold no sample to encode")
-    summary = {**settings, "shards": len(urls), "count": count}
+    summary = {**settings, "shards": len(urls), "count": count, "skipped": dict(skipped)}
     _atomically(folder / "cache.json", lambda p: p.write_text(json.dumps(summary, indent=1)))
     return summary
 
@@ -175,8 +178,13 @@ def _write_shard(
     num_codes: int | None,
     batch_size: int,
     device: str | torch.device,
-) -> int:
-    """Encode one shard; its tokens appear after its captions, and stand for the whole."""
+    skips: SkipCounter,
+) -> tuple[int, dict[str, int]]:
+    """Encode one shard; its tokens appear after its captions, and stand for the whole.
+
+    Returns:
+        Its rows, and what `skips` counted meanwhile.
+    """
     name = content(num_codes)
     grids: dict[str, list[np.ndarray]] = {name: [], f"{name}_flip": []}
     rows: list[dict[str, Any]] = []
@@ -209,9 +217,10 @@ def _write_shard(
         for key, parts in grids.items()
         if parts
     }
-    metadata = {"made_with": stamp, "rows": str(len(rows))}
+    skipped = skips.take()
+    metadata = {"made_with": stamp, "rows": str(len(rows)), "skipped": json.dumps(skipped)}
     _atomically(path, lambda p: save_file(tensors, p, metadata))
-    return len(rows)
+    return len(rows), skipped
 
 
 def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarray:
@@ -231,12 +240,12 @@ def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarra
     return encoded.astype(np.uint16 if num_codes <= 2**16 else np.int32)  # [B, h, w]
 
 
-def _rows_of(path: Path, stamp: str) -> int | None:
-    """Return how many rows a finished shard holds; None where it must be made (again)."""
+def _rows_of(path: Path, stamp: str) -> tuple[int, dict[str, int]] | None:
+    """Return rows and counts of a finished shard; None where it must be made (again)."""
     with suppress(OSError, SafetensorError), safe_open(path, "numpy") as stored:
         metadata = stored.metadata() or {}
         if metadata.get("made_with") == stamp and path.with_suffix(".parquet").exists():
-            return int(metadata["rows"])
+            return int(metadata["rows"]), json.loads(metadata["skipped"])
     return None
 
 

@@ -75,6 +75,8 @@ class Report:
     """Pairs (original, reconstruction), or one picture of them."""
     config_yaml: str = ""
     stages: list[StageRow] = field(default_factory=list)
+    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Stage -> what became of the training samples that it read: "seen", and numbers by reason."""
     files: Mapping[str, Path | str] = field(default_factory=dict)
 
 
@@ -155,6 +157,7 @@ def page(report: Report) -> str:
         _traces(report.traces),
         _curves(report.curves),
         _reconstructions(report.reconstructions),
+        _skipped(report.skipped),
         _repeat(report),
         _config(report),
     ]
@@ -471,6 +474,21 @@ def _reconstructions(given: list[tuple[Picture, Picture]] | Picture | None) -> s
     )
     about = "What is kept of a picture: the original left, its reconstruction right."
     return section("Reconstructions", f"<div class=pairs>{pairs}</div>", about)
+
+
+def _skipped(stages: Mapping[str, Mapping[str, int]]) -> str:
+    """What was left out of the training samples, where anything was."""
+    rows = [
+        [stage, str(counts.get("seen", 0)), reason, str(number)]
+        for stage, counts in stages.items()
+        for reason, number in sorted(counts.items())
+        if reason != "seen"
+    ]
+    if not rows:
+        return ""
+    body = html_table(["stage", "samples read", "left out because of", "number"], rows, (1, 3))
+    about = "A stage that reads the data several times counts a sample every time."
+    return section("Samples left out", body, about)
 
 
 def _repeat(report: Report) -> str:

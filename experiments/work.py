@@ -248,7 +248,8 @@ class Work:
             if self.store.leader:
                 _copy(codec, folder / self.codec_name)
                 save_weights(folder / CHECKPOINT, *generator_file(module, codec, self.codec_name))
-            return {"parameters": _count(module)}
+            skipped = {} if cache is not None else {"skipped": data.skipped}
+            return {"parameters": _count(module), **skipped}
 
         return self._stage("train", work, everyone=True)
 
@@ -533,6 +534,11 @@ class Work:
                 for s in self.stages.values()
                 if (done := self.store.done(s)) is not None
             ],
+            skipped={
+                s.name: done["what"]["skipped"]
+                for s in self.stages.values()
+                if (done := self.store.done(s)) is not None and "skipped" in done["what"]
+            },
         )
         if samples is not None:
             prompts = json.loads((samples / "prompts.json").read_text())

@@ -302,6 +302,27 @@ def test_moments_that_half_precision_cannot_hold_are_refused(
             write(config, tmp_path, lambda x, w=wrong: moments(x) * w, num_codes=None)
 
 
+def test_what_was_left_out_is_counted_once_however_often_it_resumes(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    config = replace(config, val_shards=None)
+    calls = []
+
+    def breaking(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(config, tmp_path / "a", breaking)
+    found = [write(config, tmp_path / "a")["skipped"] for _ in range(2)]
+    straight = write(config, tmp_path / "b")
+    assert found[0] == found[1] == straight["skipped"]
+    out = {"seen": COUNT, "filtered: other split": COUNT - straight["count"]}
+    assert straight["skipped"] == out and out["filtered: other split"] > 0
+
+
 def test_rows_are_read_across_files(config: DataConfig, cache: Path) -> None:
     data = TokenData(cache, batch_size=1)
     everything = data.tokens  # [23, 4, 4] of four files

@@ -263,3 +263,14 @@ def test_strip_shows_pictures_and_changed_tokens() -> None:
     marked = tokens[..., 3] == 255
     assert marked[:24, 72:].all() and marked.sum() == 24 * 24
     assert strip(steps, changed).width < sheet.shape[1]
+
+
+def test_what_was_left_out_is_shown_where_anything_was() -> None:
+    def text(skipped: dict[str, dict[str, int]]) -> str:
+        made = Report("t", "p", "micro", "c", skipped=skipped)
+        return Page(page(made)).said()
+
+    assert "Samples left out" not in text({"cache": {"seen": 12}})
+    said = text({"cache": {"seen": 12}, "tokenizer": {"seen": 40, "no caption": 3}})
+    assert "Samples left out" in said and "no caption" in said
+    assert "cache" not in said.split("Samples left out")[1]
