@@ -165,14 +165,15 @@ def linear_schedule(
     """
     if steps < 2:
         raise ValueError(f"a schedule needs at least 2 steps, got {steps}")
-    share = torch.arange(steps, dtype=torch.float64) / (steps - 1)
+    cpu = torch.device("cpu")  # also where a module is made without memory, on device meta
+    share = torch.arange(steps, dtype=torch.float64, device=cpu) / (steps - 1)
     a_bar = keep[0] + share * (keep[1] - keep[0])
     c_bar = mask[0] + share * (mask[1] - mask[0])
     rest = 1 - a_bar - c_bar
     if keep[1] <= 0 or mask[0] < 0 or mask[1] < mask[0] or rest.min() < -1e-12:
         raise ValueError(f"no schedule keeps {keep} and masks {mask} from first to last time")
     rest = torch.where(rest.abs() < 1e-12, torch.zeros_like(rest), rest)  # rounding, not noise
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    one, zero = torch.ones_like(rest[:1]), torch.zeros_like(rest[:1])
     return Schedule(
         num_codes,
         torch.cat([a_bar, one]),
@@ -310,8 +311,8 @@ def token_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, kernel: Kernel) -> To
     n, codes = kernel.map(lambda v: v.to(logits)), kernel.num_codes
     log_p = logits.log_softmax(-1)
     masked, same = x_t == codes, x_t == x_0
-    log_own = log_p.gather(-1, x_t.clamp_max(codes - 1)[..., None]).squeeze(-1)
-    log_true = log_p.gather(-1, x_0[..., None]).squeeze(-1)
+    both = torch.stack([x_t.clamp_max(codes - 1), x_0], dim=-1)
+    log_own, log_true = log_p.gather(-1, both).unbind(-1)
     one, zero = torch.ones_like(log_own), torch.zeros_like(log_own)
 
     # the model: p(i) = scale (A_s p_i + base) for every code but x_t
@@ -333,8 +334,10 @@ def token_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, kernel: Kernel) -> To
     kl = torch.xlogy(at_true, at_true) - at_true * log_at_true
     kl = kl + torch.xlogy(at_own, at_own) - at_own * log_at_own
     if kernel.replaces:
-        p = log_p.exp()
-        log_all = _log(n.keep[..., None] * p + base[..., None]).sum(-1) + codes * _log(scale)
+        # at s = -1, where no code is replaced, the sum has no weight and must not be infinite
+        floor = torch.where(base > 0, base, one)[..., None]
+        log_all = torch.addcmul(floor, n.keep[..., None], log_p.exp()).log().sum(-1)
+        log_all = log_all + codes * _log(scale)
         log_self = _log(scale) + _log(n.keep * own + base)
         log_others = log_all - torch.where(same, zero, log_at_true)
         log_others = log_others - torch.where(masked, zero, log_self)
