@@ -28,6 +28,7 @@ from lightning_modules.common.checkpoint import (
     load_weights,
     save_weights,
 )
+from lightning_modules.common.settings import build
 from lightning_modules.common.text import CLIP_END
 from lightning_modules.ldmae import convert as ldmae_convert
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
@@ -36,6 +37,8 @@ from lightning_modules.muse.config import PRESETS as MUSE_PRESETS
 from lightning_modules.paella import convert as paella_convert
 from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
 from lightning_modules.registry import GENERATORS
+from lightning_modules.vq_diffusion import convert as vqd_convert
+from lightning_modules.vq_diffusion.config import ModelConfig as VQDModel
 from lightning_modules.vqgan import convert as vqgan_convert
 from lightning_modules.vqgan.module import VQGANModule
 from lightning_modules.vqgan.quantizer import map_from_counts, used_from_map
@@ -46,6 +49,9 @@ EPILOG = f"""what can be read:
   paella   paella_v3.pt with vqgan_f4.pt, bare or under state_dict
   muse     folders of aMUSEd's pipeline (amused-256, amused-512; open-muse's too) or its
            transformer; their text encoder stays where it is
+  vq_diffusion, improved_vqd
+           coco_pretrained.pth, cc_learnable.pth and the like with their tokenizer and text encoder
+           inside (and --codes taming_vqvae_2887.pt), and the folder of vq-diffusion-ithq
   ldmae    0100000.pt and the like, or LightningDiT's, with the autoencoder as --tokenizer
   autoencoder
            vmaef8d16.pth (VMAE); latents_stats.pt goes with --stats
@@ -59,6 +65,7 @@ data.resolution=256 (size it was trained at), sampling.steps=12.
 
 examples:
   {COMMAND} --paper paella --from paella_v3.pt --tokenizer vqgan_f4.pt --out paella.safetensors
+  {COMMAND} --paper improved_vqd --from coco_learnable.pth --codes taming_vqvae_2887.pt --out X
   {COMMAND} --paper muse --from amused-256 --out amused-256.safetensors
   {COMMAND} --paper vqgan --from vq-f4/model.ckpt --out vq_f4.safetensors"""
 
@@ -436,6 +443,72 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def vq_diffusion(source: Path, pairs: Pairs) -> Foreign:
+    """VQ-Diffusion: a training file, or the Hugging Face folder.
+
+    Raises:
+        ValueError: another file, or one with the learnable null of Improved VQ-Diffusion.
+    """
+    found = _vq_diffusion(source, pairs)
+    if found.null is not None:
+        raise ValueError("this checkpoint has a learnable null: take --paper improved_vqd")
+    settings, own = _diffusion_parts(source, found, pairs)
+    return Foreign("VQ-Diffusion", found.model["num_codes"], settings, own, found.text)
+
+
+def improved_vqd(source: Path, pairs: Pairs) -> Foreign:
+    """Improved VQ-Diffusion; without a learnable null the guidance is zero-shot.
+
+    Raises:
+        ValueError: another file.
+    """
+    found = _vq_diffusion(source, pairs)
+    settings, own = _diffusion_parts(source, found, pairs)
+    more: Pairs = [("null_condition.name", "learned" if found.learnable else "empty")]
+    if found.null is not None:
+        own["null"] = found.null
+        more += [("null_condition.length", len(found.null))]
+    if found.model["condition"] != "text":  # the released code has no purity sampling for these
+        more += [("sampling.order", "diffusion")]
+    if found.model["condition"] == "class":  # README of the released code
+        more += [("sampling.guidance", 1.5), ("sampling.truncation", 0.94)]
+    elif source.is_dir():
+        more += [("sampling.guidance", 5.0)]
+    settings += _unasked(more, pairs)
+    what = "Improved VQ-Diffusion"
+    return Foreign(what, found.model["num_codes"], settings, own, found.text)
+
+
+def _vq_diffusion(source: Path, pairs: Pairs) -> vqd_convert.Official:
+    state, known = vqd_convert.load(source)
+    return vqd_convert.convert(state, {**known, **_section(pairs, "model")})
+
+
+def _diffusion_parts(
+    source: Path, found: vqd_convert.Official, pairs: Pairs
+) -> tuple[Pairs, dict[str, Tensor]]:
+    """Settings and tensors that both papers have."""
+    settings: Pairs = [(f"model.{k}", v) for k, v in found.model.items()]
+    if found.mask_rate is not None:
+        settings.append(("schedule.mask_rate", found.mask_rate))
+    if found.model["condition"] == "text":
+        more: Pairs = [("text.name", "clip")]
+        if (source / "text_encoder").is_dir():
+            more.append(("text.path", str(source / "text_encoder")))
+        settings += _unasked(more, pairs)
+    own = {f"network.{k}": v for k, v in found.network.items()}
+    steps = build(VQDModel, found.model).diffusion_steps
+    for ours, theirs in (("loss_history", "Lt_history"), ("loss_count", "Lt_count")):
+        own[ours] = found.statistics.get(theirs, torch.zeros(steps))
+    return settings, own
+
+
+def _unasked(settings: Pairs, pairs: Pairs) -> Pairs:
+    """Those of the settings that the command line does not say otherwise."""
+    asked = {k for k, _ in pairs}
+    return [pair for pair in settings if pair[0] not in asked]
+
+
 def ldmae(source: Path, pairs: Pairs) -> Foreign:
     """The diffusion model of LDMAE, or LightningDiT's; the average where a file has one.
 
@@ -454,6 +527,8 @@ def ldmae(source: Path, pairs: Pairs) -> Foreign:
 
 FOREIGN: dict[str, Callable[[Path, Pairs], Foreign]] = {
     "paella": paella,
+    "vq_diffusion": vq_diffusion,
+    "improved_vqd": improved_vqd,
     "muse": muse,
     "ldmae": ldmae,
 }

@@ -58,6 +58,8 @@ class Official:
         model: plain settings of `ModelConfig`.
         network: tensors of `Denoiser`.
         null: [L, condition_dim] float32, the learnable null text, or None.
+        learnable: whether the model was trained with a learnable null; that of a class model is
+            the last row of its class tables.
         mask_rate: probability of the mask after the last step (0.99999 as released), where the
             file says it.
         statistics: Lt_history and Lt_count [T] of the importance sampling of t, or empty.
@@ -67,6 +69,7 @@ class Official:
     model: dict[str, Any]
     network: State
     null: Tensor | None = None
+    learnable: bool = False
     mask_rate: float | None = None
     statistics: State = field(default_factory=dict)
     text: State = field(default_factory=dict)
@@ -149,6 +152,7 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
         if not re.fullmatch(r"blocks\.\d+\.attn\d?\.mask", k)  # a buffer that nothing reads
     }
     model = _settings(network, hints or {})
+    found["learnable"] = found.get("null") is not None
     if model["condition"] != "text":
         found["null"] = None  # class models carry one too, which nothing reads
     with torch.device("meta"):
