@@ -81,6 +81,37 @@ def test_what_else_taming_and_ldm_files_hold_is_dropped() -> None:
     same(ours, {k: v.double() for k, v in state.items()}, HINTS)
 
 
+def inside_vq_diffusion(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tokenizer as its encoder and decoder stand in a VQ-Diffusion's file."""
+    halves = {}
+    for key, value in state.items():
+        if not key.startswith(("decoder.", "post_quant_conv.")):
+            halves[f"content_codec.enc.{key}"] = value
+        if not key.startswith(("encoder.", "quant_conv.")):
+            halves[f"content_codec.dec.{key}"] = value
+    return {**halves, "transformer.transformer.to_logits.1.bias": torch.zeros(3)}
+
+
+def test_the_tokenizer_of_a_vq_diffusion_file() -> None:
+    ours = tokenizer()
+    state, _ = ours.export()
+    whole = inside_vq_diffusion(state)
+    same(ours, whole, HINTS)
+    with pytest.raises(ValueError, match=r"another quantize\.embedding\.weight"):
+        convert.convert({**whole, "content_codec.dec.quantize.embedding.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"odd"):
+        convert.convert({**whole, "content_codec.enc.odd": torch.zeros(1)}, HINTS)
+    # ITHQ: one codec, whose codes are a buffer with running statistics
+    ithq = {f"content_codec.{k}": v for k, v in state.items() if k != "quantize.embedding.weight"}
+    codes = state["quantize.embedding.weight"]
+    ithq |= {
+        "content_codec.quantize.embedding": codes,
+        "content_codec.quantize.cluster_size": torch.zeros(len(codes)),
+        "content_codec.quantize.embedding_avg": torch.zeros_like(codes),
+    }
+    same(ours, ithq, HINTS)
+
+
 def test_kept_codes_of_a_taming_file() -> None:
     ours = tokenizer(used_codes=4)
     ours.autoencoder.quantize.used.copy_(torch.tensor([9, 2, 5, 0]))
