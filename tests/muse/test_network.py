@@ -126,7 +126,7 @@ def test_a_dropped_caption_is_the_null_side(null_text):
     torch.testing.assert_close(out[1:], network(x[1:], text[1:], mask[1:]), atol=1e-5, rtol=1e-4)
     mask = mask & torch.tensor([[False], [True]])  # no key at all is no matter where all are hidden
     drop = torch.tensor([True, False])
-    assert network.prepare(text, mask, drop).mask.any(1).all()  # a softmax over nothing is no number
+    assert network.prepare(text, mask, drop).mask.any(1).all()  # no softmax over nothing
     other = network(x, 2 * text, mask, drop)
     torch.testing.assert_close(other[0], out[0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(out[1], other[1], atol=1e-2)
