@@ -25,6 +25,8 @@ from experiments.settings import (
     stage_key,
     to_yaml,
 )
+from lightning_modules.improved_vqd.config import PRESETS as IMPROVED_PRESETS
+from lightning_modules.improved_vqd.config import ImprovedVQDConfig
 from lightning_modules.ldmae.config import (
     AUTOENCODER_LOSSES,
     AUTOENCODER_OBJECTIVES,
@@ -40,6 +42,11 @@ from lightning_modules.muse.config import SUPERRES_MODELS, UVIT_MODELS, MuseConf
 from lightning_modules.paella.config import MODELS as PAELLA_MODELS
 from lightning_modules.paella.config import PRESETS as PAELLA_PRESETS
 from lightning_modules.paella.config import PaellaConfig
+from lightning_modules.vq_diffusion.config import MODELS as VQD_MODELS
+from lightning_modules.vq_diffusion.config import OBJECTIVES as VQD_OBJECTIVES
+from lightning_modules.vq_diffusion.config import PRESETS as VQD_PRESETS
+from lightning_modules.vq_diffusion.config import SCHEDULES as VQD_SCHEDULES
+from lightning_modules.vq_diffusion.config import VQDiffusionConfig
 from lightning_modules.vqgan.config import PRESETS as VQGAN_PRESETS
 from lightning_modules.vqgan.config import VQGANConfig
 
@@ -233,6 +240,16 @@ class StackedRun(RunSettings):
 
     LATER: ClassVar[tuple[str, ...]] = ()  # sections of what is trained after the generator
 
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that the training starts from, where there is one."""
+        return None
+
+    @property
+    def scored(self) -> dict[str, str]:
+        """The pictures that are scored: beginning of their file names -> of their scores' names."""
+        return {"": "eval"}
+
     def check(self) -> None:
         """Check that the sections fit each other."""
         super().check()
@@ -384,6 +401,11 @@ class MuseRun(MuseConfig, GeneratorRun):
     superres_trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long the super-resolution stage is trained; the machine's settings are trainer's."""
 
+    @property
+    def scored(self) -> dict[str, str]:
+        """With super-resolution the base's pictures are scored as those of every other paper."""
+        return {"base-": "eval", "": "superres"} if self.superres.enabled else super().scored
+
     def check(self) -> None:
         """Check that the sections fit each other."""
         super().check()
@@ -446,9 +468,83 @@ class MuseRun(MuseConfig, GeneratorRun):
                   self.tokenizer.model.factor * model.grid_multiple)  # fmt: skip
 
 
+@dataclass
+class VQDiffusionRun(VQDiffusionConfig, GeneratorRun):
+    """VQ-Diffusion: text or class to tokens by undoing masks and replacements, step by step."""
+
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": VQD_MODELS,
+        "schedule": VQD_SCHEDULES,
+        "objective": VQD_OBJECTIVES,
+        "sampling": VQD_PRESETS,
+        **{f"tokenizer.{section}": presets for section, presets in TOKENIZER_PRESETS.items()},
+    }
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        model, text = self.model, self.text
+        self.check_tokens(model.num_codes, "model.num_codes", 1)
+        if self.sampling.steps > model.diffusion_steps:
+            raise ValueError(
+                f"sampling.steps must be at most model.diffusion_steps ({model.diffusion_steps}), "
+                f"got {self.sampling.steps}"
+            )
+        if model.condition == "text" and text.name == "bytes" and model.condition_dim != text.width:
+            raise ValueError(
+                f"model.condition_dim must be text.width ({text.width}) with text.name=bytes, "
+                f"got {model.condition_dim}"
+            )
+        if model.condition == "class":
+            if self.data.name == "scenes":
+                raise ValueError("model.condition must be text with data=scenes, got class")
+            if len(self.classes) not in (0, self.num_classes):
+                raise ValueError(
+                    f"classes must name all {self.num_classes} classes or none, "
+                    f"got {len(self.classes)} names"
+                )
+        if self.tokenizer.ckpt in (None, "shipped"):
+            side = self.data.resolution // self.tokenizer.model.factor
+            places = model.spatial_size[0] * model.spatial_size[1]
+            if places < side * side:
+                raise ValueError(
+                    f"model.spatial_size must have places for {side}x{side} tokens, "
+                    f"got {model.spatial_size}"
+                )
+
+
+@dataclass
+class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
+    """Improved VQ-Diffusion: VQ-Diffusion with classifier-free guidance and purity sampling."""
+
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        **VQDiffusionRun.PRESETS,
+        "sampling": IMPROVED_PRESETS,
+    }
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that the training starts from, where there is one."""
+        return self.init.file
+
+    @property
+    def scored(self) -> dict[str, str]:
+        """Its own pictures, and beside them those of VQ-Diffusion from the same weights."""
+        both = {"": "eval", "vq_diffusion-": "vq_diffusion"}
+        return both if self.sampling.compare else super().scored
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        if self.start is not None and not self.start.is_file():
+            raise ValueError(f"init.ckpt: there is no file {self.start}")
+
+
 RUNS: dict[str, type[RunSettings]] = {
     "vqgan": VQGANRun,
     "paella": PaellaRun,
+    "vq_diffusion": VQDiffusionRun,
+    "improved_vqd": ImprovedVQDRun,
     "muse": MuseRun,
     "autoencoder": AutoencoderRun,
     "ldmae": LDMAERun,

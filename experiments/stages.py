@@ -66,7 +66,8 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
             pictures |= {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
         train = stage_key(
             paper, sections(config), config.trainer, config.seed,
-            None if config.data.cache else pictures, upstream=source,
+            None if config.data.cache else pictures,
+            *([] if config.start is None else [_hash(config.start, "init.ckpt")]), upstream=source,
         )  # fmt: skip
         stages.append(Stage("train", train))
         if upscales(config):

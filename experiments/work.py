@@ -241,10 +241,11 @@ class Work:
                     epoch_batches=length,
                     expect=cache_settings(config.data, file_hash(codec), num_codes),
                 )  # fmt: skip
-            fit(
-                module, data, config.trainer, folder, what="train", say=self.say,
-                loggers=self.loggers,
-            )  # fmt: skip
+            if module.begin(file_hash(codec)):
+                fit(
+                    module, data, config.trainer, folder, what="train", say=self.say,
+                    loggers=self.loggers,
+                )  # fmt: skip
             if self.store.leader:
                 _copy(codec, folder / self.codec_name)
                 save_weights(folder / CHECKPOINT, *generator_file(module, codec, self.codec_name))
@@ -412,12 +413,13 @@ class Work:
         prompts = json.loads((samples / "prompts.json").read_text())
         scores: dict[str, Any] = {}
         verdicts: list[dict[str, Any]] = []
-        # with super-resolution the base's pictures are scored as those of every other paper
-        stages = {"base-": "eval", "": "superres"} if upscales(self.config) else {"": "eval"}
-        for start, prefix in stages.items():
+        assert isinstance(self.config, StackedRun)
+        for start, prefix in self.config.scored.items():
             images = torch.stack([load_png(samples / f"{start}{p['file']}")[0] for p in prompts])
-            found, verdicts = self._score_pictures(prompts, images, real, prefix)
+            found, read = self._score_pictures(prompts, images, real, prefix)
             scores |= found
+            if not start:  # the page shows the final pictures
+                verdicts = read
         return {**scores, **others}, verdicts
 
     def _score_pictures(
@@ -575,7 +577,10 @@ class Work:
 
 def _labels(module: Any, asked: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the labels that are asked for, for a generator that is conditioned on labels."""
-    if getattr(module.config, "condition", "text") != "label":
+    config = module.config
+    if (getattr(config, "condition", None) or getattr(config.model, "condition", "text")) not in (
+        "class", "label",
+    ):  # fmt: skip
         return {}
     return {"labels": [p["label"] for p in asked]}
 

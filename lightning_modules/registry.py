@@ -8,10 +8,12 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.improved_vqd.module import ImprovedVQDModule
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.ldmae.module import LDMAEModule
 from lightning_modules.muse.module import MuseModule
 from lightning_modules.paella.module import PaellaModule
+from lightning_modules.vq_diffusion.module import VQDiffusionModule
 from lightning_modules.vqgan.module import VQGANModule
 
 TOKENIZERS: dict[str, type[VQGANModule] | type[AutoencoderModule]] = {
@@ -20,6 +22,8 @@ TOKENIZERS: dict[str, type[VQGANModule] | type[AutoencoderModule]] = {
 }
 GENERATORS: dict[str, type[GeneratorModule]] = {
     "paella": PaellaModule,
+    "vq_diffusion": VQDiffusionModule,
+    "improved_vqd": ImprovedVQDModule,
     "muse": MuseModule,
     "ldmae": LDMAEModule,
 }
@@ -49,7 +53,10 @@ def load_tokenizer(
 
 
 def load_generator(
-    path: Path | str, tokenizer: Path | str | None = None, device: torch.device | str = "cpu"
+    path: Path | str,
+    tokenizer: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    paper: str | None = None,
 ) -> GeneratorModule:
     """Load a generator with its tokenizer attached, frozen and in eval mode.
 
@@ -57,18 +64,27 @@ def load_generator(
         path: a generator's checkpoint of this suite.
         tokenizer: its tokenizer file; by default the file that the checkpoint names, beside it.
         device: where both go.
+        paper: sample it as this paper does; improved_vqd takes checkpoints of vq_diffusion, too.
 
     Raises:
         FileNotFoundError: one of the two files is not there.
-        ValueError: not a generator, or another tokenizer than it was trained on.
+        ValueError: not a generator, one of another paper than asked for, or another tokenizer than
+            it was trained on.
     """
     state, config = load_weights(path)
-    paper = str(config.get("paper"))
-    if paper not in GENERATORS:
-        raise ValueError(f"{path} is a checkpoint of {paper}, not of {', '.join(GENERATORS)}")
+    trained = str(config.get("paper"))
+    if trained not in GENERATORS:
+        raise ValueError(f"{path} is a checkpoint of {trained}, not of {', '.join(GENERATORS)}")
     found = _tokenizer_of(Path(path), config["tokenizer"], tokenizer)
-    module = GENERATORS[paper](_text_beside(config, Path(path).parent))
-    load_strict(module, state, str(path))
+    config = _text_beside(config, Path(path).parent)
+    module: GeneratorModule
+    if (trained, paper) == ("vq_diffusion", "improved_vqd"):
+        module = ImprovedVQDModule.from_plain(state, config)
+    elif paper not in (None, trained):
+        raise ValueError(f"{path} is a checkpoint of {trained}, which {paper} cannot sample")
+    else:
+        module = GENERATORS[trained](config)
+        load_strict(module, state, str(path))
     module.attach(load_tokenizer(found, device))
     high = config.get("high", {}).get("tokenizer")
     if high is not None and isinstance(module, MuseModule):  # super-resolution with its own
@@ -93,7 +109,7 @@ def _tokenizer_of(path: Path, named: dict[str, str], given: Path | str | None = 
 def _text_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Find a text encoder's file that lies beside the checkpoint and is named without a folder."""
     text = config.get("text")
-    if not text or not (folder / text["path"]).is_file():
+    if not text or "path" not in text or not (folder / text["path"]).is_file():
         return config
     return {**config, "text": {**text, "path": str(folder / text["path"])}}
 

@@ -102,6 +102,14 @@ class GeneratorModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self._attached["text"].encode_images(images)
 
+    def begin(self, tokenizer: str) -> bool:
+        """Take over weights to start a training from; False where nothing is to be trained.
+
+        Args:
+            tokenizer: sha256 of the tokenizer's file.
+        """
+        return True
+
     @abstractmethod
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator

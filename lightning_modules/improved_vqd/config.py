@@ -37,7 +37,7 @@ class InitConfig:
     ckpt: str | None = None
     """Run folder or checkpoint of a VQ-Diffusion to fine-tune; null starts from scratch."""
     train: bool = True
-    """false takes ckpt as it is: guidance (null=empty) and purity without any training."""
+    """false takes ckpt as it is: guidance and purity without training (null_condition=empty)."""
 
     def __post_init__(self) -> None:
         _require(self.train or self.ckpt is not None, "train must be true without ckpt, got false")
@@ -101,12 +101,17 @@ class SamplingConfig(plain.SamplingConfig):
 class ImprovedVQDConfig(plain.VQDiffusionConfig):
     """Everything that makes an Improved VQ-Diffusion."""
 
-    null: NullConfig = field(default_factory=NullConfig)
+    null_condition: NullConfig = field(default_factory=NullConfig)
     """The other side of the guidance."""
     init: InitConfig = field(default_factory=InitConfig)
     """Where the training starts."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling loop."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be asked for; a learned null is one more."""
+        return self.model.class_number - (self.null_condition.name == "learned")
 
 
 # The paper reveals z tokens per call at the time whose share of masks is nearest; the released code

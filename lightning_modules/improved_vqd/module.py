@@ -20,7 +20,7 @@ class ImprovedVQDModule(VQDiffusionModule):
     """VQ-Diffusion with dropped conditions, guidance and purity sampling (arXiv 2205.16007).
 
     Its weights are those of a VQ-Diffusion and, where the null is learned, the null: a text of
-    `null.length` token vectors, or one more row in every class table.
+    `null_condition.length` token vectors, or one more row in every class table.
     """
 
     config_class = ImprovedVQDConfig
@@ -29,16 +29,11 @@ class ImprovedVQDModule(VQDiffusionModule):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        null, model = self.config.null, self.config.model
+        null, model = self.config.null_condition, self.config.model
         self.null: nn.Parameter | None = None
         if model.condition == "text" and null.name == "learned":
             # scale 1, as released, whatever the scale of the text's vectors is
             self.null = nn.Parameter(torch.randn(null.length, model.condition_dim))
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes that can be asked for; the null may be one more row."""
-        return self.config.model.class_number - (self.config.null.name == "learned")
 
     @classmethod
     def from_plain(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
@@ -53,7 +48,7 @@ class ImprovedVQDModule(VQDiffusionModule):
             {
                 **config,
                 "paper": "improved_vqd",
-                "null": {"name": "empty"},
+                "null_condition": {"name": "empty"},
                 "sampling": {"steps": steps},
             }
         )
@@ -80,6 +75,13 @@ class ImprovedVQDModule(VQDiffusionModule):
             )
         if config.get("tokenizer", {}).get("sha256", tokenizer) != tokenizer:
             raise ValueError(f"init.ckpt: {file} was trained on another tokenizer than this one")
+        learned = self.null is not None or self.config.model.condition == "class"
+        if not self.config.init.train and learned and self.config.null_condition.name == "learned":
+            if config["paper"] != "improved_vqd":
+                raise ValueError(
+                    "null_condition must be empty with init.train=false: "
+                    f"{file} never learned a null"
+                )
         load_strict(self, self._completed(state), f"init.ckpt {file}")
         return self.config.init.train
 
@@ -100,12 +102,12 @@ class ImprovedVQDModule(VQDiffusionModule):
         """The condition of a training batch, in a share of it the null."""
         model, count = self.config.model, len(batch["caption"])
         draws = torch.rand(count, generator=generator, device=self.device)
-        hide = draws < self.config.null.drop
+        hide = draws < self.config.null_condition.drop
         if model.condition == "none":
             return self.network.prepare()
         if model.condition == "class":
             labels = self._batch_labels(batch)
-            return self.network.prepare(labels.masked_fill(hide, self.num_classes))
+            return self.network.prepare(labels.masked_fill(hide, self.config.num_classes))
         if self.null is None:
             pairs = zip(batch["caption"], hide.tolist(), strict=True)
             return self._side(["" if hidden else caption for caption, hidden in pairs])
@@ -122,7 +124,7 @@ class ImprovedVQDModule(VQDiffusionModule):
                 )
             return self._side(negative)
         if self.config.model.condition == "class":
-            return self._side([], [self.num_classes])
+            return self._side([], [self.config.num_classes])
         if self.null is not None:
             return self.network.prepare(self.null[None])
         return self._side([""])

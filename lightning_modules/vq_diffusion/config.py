@@ -93,6 +93,14 @@ MODELS = {
     "imagenet": ModelConfig(
         condition="class", n_layer=24, n_embd=512, num_codes=974, mlp_type="conv_mlp"
     ),
+    "imagenet_null": ModelConfig(  # of Improved VQ-Diffusion, the last row being the null
+        condition="class",
+        n_layer=24,
+        n_embd=512,
+        num_codes=974,
+        mlp_type="conv_mlp",
+        class_number=1001,
+    ),
     "ffhq": ModelConfig(
         condition="none", n_layer=20, n_embd=512, num_codes=1024, mlp_type="conv_mlp"
     ),
@@ -176,6 +184,11 @@ class VQDiffusionConfig:
     """Optimizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling loop."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be asked for, with model.condition=class."""
+        return self.model.class_number
 
 
 # The paper lets the share of masks rise to 0.9 and that of replaced tokens to 0.1. The released

@@ -89,7 +89,8 @@ class VQDiffusionModule(GeneratorModule):
         if self.training:
             process.update_history(self.loss_history, self.loss_count, t, bounds)
         masked = (x_t == codes).float()
-        right = (logits.detach().argmax(-1) == x_0) * masked
+        best = logits.detach()
+        right = (best.gather(-1, x_0[..., None]).squeeze(-1) >= best.amax(-1)) * masked
         return losses.sum() / tokens.numel(), {
             "accuracy": right.sum() / masked.sum().clamp_min(1),
             "bound": (bounds / law[t]).mean().detach() / x_0.shape[1],
@@ -137,17 +138,12 @@ class VQDiffusionModule(GeneratorModule):
                 "take model.condition=text"
             )
         labels = torch.as_tensor(batch["label"], device=self.device)
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+        if int(labels.min()) < 0 or int(labels.max()) >= self.config.num_classes:
             raise ValueError(
-                f"model.class_number leaves labels 0 to {self.num_classes - 1}, but the data hold "
-                f"{int(labels.min())} to {int(labels.max())}"
+                f"model.class_number leaves labels 0 to {self.config.num_classes - 1}, but the "
+                f"data hold {int(labels.min())} to {int(labels.max())}"
             )
         return labels
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes that can be asked for."""
-        return self.config.model.class_number
 
     # Sampling ----
 
@@ -159,7 +155,7 @@ class VQDiffusionModule(GeneratorModule):
             self._labels(prompts)
 
     def _labels(self, prompts: list[str]) -> list[int]:
-        return [read_label(p, self.config.classes, self.num_classes) for p in prompts]
+        return [read_label(p, self.config.classes, self.config.num_classes) for p in prompts]
 
     def _side(self, prompts: list[str], labels: list[int] | None = None) -> Side:
         """What `mixed_rows` of the network takes as one condition."""

@@ -23,12 +23,12 @@ CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
 SEEDS = [3, 1, 4, 1]
 CLASS = {"condition": "class", "class_number": CLASSES}
 KINDS: dict[str, dict[str, Any]] = {
-    "learned": {"null": {"name": "learned", "length": 3}},
-    "empty": {"null": {"name": "empty"}},
+    "learned": {"null_condition": {"name": "learned", "length": 3}},
+    "empty": {"null_condition": {"name": "empty"}},
     "class learned": {"model": {**CLASS, "class_number": CLASSES + 1}},
-    "class mean": {"model": CLASS, "null": {"name": "empty"}},
+    "class mean": {"model": CLASS, "null_condition": {"name": "empty"}},
     "none": {"model": {"condition": "none"}},
-    "causal": {"model": {"causal": True}, "null": {"name": "learned", "length": 3}},
+    "causal": {"model": {"causal": True}, "null_condition": {"name": "learned", "length": 3}},
 }
 
 Make = Callable[..., ImprovedVQDModule]
@@ -169,7 +169,7 @@ def test_reloads_with_safe_loading(
 
 
 def loss_of(module: ImprovedVQDModule, given: dict[str, Any], drop: float) -> Tensor:
-    module.config.null.drop = drop
+    module.config.null_condition.drop = drop
     return module.loss(given, source())[0]
 
 
@@ -191,7 +191,7 @@ def test_a_dropped_condition_is_the_null(kind: str, make: Make) -> None:
 
 
 def test_shares_of_what_is_dropped(make: Make) -> None:
-    module = make("empty", null={"drop": 0.3})
+    module = make("empty", null_condition={"drop": 0.3})
     asked: list[str] = []
     encode = module.encode_text
     module.encode_text = lambda texts: (  # type: ignore[method-assign]
@@ -206,7 +206,7 @@ def test_shares_of_what_is_dropped(make: Make) -> None:
 @pytest.mark.parametrize("drop", [0.0, 0.5, 1.0])
 def test_every_parameter_gets_a_gradient(kind: str, drop: float, make: Make) -> None:
     """Whatever is hidden: DDP waits for the gradient of a parameter that was not used."""
-    module = make(kind, null={"drop": drop})
+    module = make(kind, null_condition={"drop": drop})
     module.loss(batch(), source())[0].backward()
     missing = [n for n, p in module.named_parameters() if p.grad is None]
     # the text encoder's learned null is the empty caption; all captions can be hidden from it
@@ -337,7 +337,7 @@ def test_a_plain_checkpoint_is_guided_without_training(make: Make) -> None:
     state, config = plain.export()
     module = ImprovedVQDModule.from_plain(state, config).attach(Colours()).eval()
     assert same(module.state_dict(), plain.state_dict())
-    assert module.config.null.name == "empty" and module.config.sampling.steps == 5
+    assert module.config.null_condition.name == "empty" and module.config.sampling.steps == 5
     drawn = module.sample_tokens(CAPTIONS, seeds=SEEDS)
     assert not torch.equal(drawn, plain.sample_tokens(CAPTIONS, seeds=SEEDS))
     one = {"guidance": 1.0, "order": "diffusion", "truncation": 0.86}
@@ -362,7 +362,13 @@ def test_fine_tuning_starts_from_a_plain_checkpoint(kind: str, make: Make, tmp_p
         table = module.state_dict()["network.blocks.0.ln2.emb.weight"]
         torch.testing.assert_close(table[-1], table[:-1].mean(0))
     zero_shot = make(kind, init={"ckpt": str(path), "train": False})
-    assert not zero_shot.begin("hash")
+    if kind in ("empty", "class mean"):
+        assert not zero_shot.begin("hash")
+    else:
+        with pytest.raises(
+            ValueError, match=r"null_condition must be empty with init\.train=false"
+        ):
+            zero_shot.begin("hash")
     # and from an improved one, whose null it keeps
     module.config.init.ckpt = str(saved(module, tmp_path / "again.safetensors", "improved_vqd"))
     module.begin("hash")
