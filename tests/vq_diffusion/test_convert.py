@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from experiments import sample
+from experiments.convert import main
+from experiments.pictures import load_png
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import openai_clip_text
+from lightning_modules.registry import load_generator
 from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.convert import HF_NULL, convert, load
 from lightning_modules.vq_diffusion.network import Denoiser
+from lightning_modules.vqgan.module import VQGANModule
 
 SIZES = {
     "num_codes": 6,
@@ -57,12 +63,12 @@ def diffusion(network: Denoiser, null: bool = False) -> dict[str, Tensor]:
     return state | {f"transformer.{k}": v for k, v in denoiser(network).items()}
 
 
-def clip() -> dict[str, Tensor]:
+def clip(vocabulary: int = 9) -> dict[str, Tensor]:
     """A text transformer by OpenAI's names with the released precision."""
     layer = "transformer.resblocks.0"
     shapes = {
         "positional_embedding": (4, WIDTH),
-        "token_embedding.weight": (9, WIDTH),
+        "token_embedding.weight": (vocabulary, WIDTH),
         "text_projection": (WIDTH, 5),
         f"{layer}.attn.in_proj_weight": (3 * WIDTH, WIDTH),
         f"{layer}.attn.in_proj_bias": (3 * WIDTH,),
@@ -81,13 +87,20 @@ def clip() -> dict[str, Tensor]:
     }
 
 
-def training_file(network: Denoiser, average: Denoiser, null: bool = False) -> dict:
+def training_file(
+    network: Denoiser,
+    average: Denoiser,
+    null: bool = False,
+    codec: dict[str, Tensor] | None = None,
+    vocabulary: int = 9,
+) -> dict:
     """What the released solver writes."""
-    text = {f"condition_emb.{k}": v for k, v in clip().items()}
+    text = {f"condition_emb.{k}": v for k, v in clip(vocabulary).items()}
     whole = {**diffusion(network, null), **(text if network.config.condition == "text" else {})}
+    codec = codec or {"enc.encoder.conv_in.weight": torch.zeros(1)}
     return {
         "model": {
-            "content_codec.enc.encoder.conv_in.weight": torch.zeros(1),
+            **{f"content_codec.{k}": v for k, v in codec.items()},
             **{f"transformer.{k}": v for k, v in whole.items()},
         },
         "ema": {**whole, **diffusion(average, null)},
@@ -147,7 +160,7 @@ def test_class_files(classes: int, class_type: str) -> None:
         **{**plain(network.config), "condition_dim": 512}
     )
     same(network, found.network)
-    assert found.null is None and not found.text
+    assert found.null is None and not found.text and found.learnable == (classes == 6)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +229,7 @@ def test_a_hugging_face_folder(tmp_path: Path, learnable: bool) -> None:
     found = convert(*load(tmp_path))
     assert build(ModelConfig, found.model) == network.config
     same(network, found.network)
-    assert (found.null is not None) == learnable
+    assert (found.null is not None) == learnable == found.learnable
     if found.null is not None:
         assert torch.equal(found.null, null)
     with pytest.raises(ValueError, match="activation_fn must be one of"):
@@ -243,3 +256,162 @@ def test_every_left_over_missing_or_misshapen_key_is_named() -> None:
         convert(bent, {"n_head": 2})
     with pytest.raises(ValueError, match=r"no VQ-Diffusion checkpoint.*'unet'"):
         convert({"unet": torch.zeros(1)})
+
+
+CODEC = {
+    "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
+    "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "gumbel",
+}  # fmt: skip
+IDS = torch.tensor([0, 1, 0, 0, 2, 3, 0, 0, 4, 0, 0, 5])
+
+
+def codec() -> tuple[VQGANModule, dict[str, Tensor]]:
+    """A tokenizer of 12 codes, and its tensors as encoder and decoder of an official file."""
+    torch.manual_seed(4)
+    module = VQGANModule({"model": CODEC, "objective": {"disc_weight": 0.0}})
+    state, halves = module.export()[0], {}
+    for key, value in state.items():
+        if key.startswith(("encoder.", "quant_conv.", "quantize.")):
+            halves[f"enc.{key}"] = value
+        if key.startswith(("decoder.", "post_quant_conv.", "quantize.")):
+            halves[f"dec.{key}"] = value
+    return module.eval(), halves
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Denoiser]:
+    """Write official.pth and the table of codes to the folder that the test runs in."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(null: bool = False, **changes) -> Denoiser:
+        changes = {"condition_dim": WIDTH, "spatial_size": [4, 4], **changes}
+        network = ours(**changes)
+        file = training_file(network, network, null, codec()[1], vocabulary=49408)
+        torch.save(file, "official.pth")
+        torch.save(IDS, "taming_vqvae_6.pt")
+        return network
+
+    return write
+
+
+def words(paper: str, *more: str) -> list[str]:
+    return ["--paper", paper, "--from", "official.pth", "--codes", "taming_vqvae_6.pt",
+            "--out", "x", "data.resolution=8", "tokenizer.model.norm_groups=4", "model.n_head=2",
+            "sampling.steps=3", *more]  # fmt: skip
+
+
+def pictures(*prompts: str, ckpt: str = "x.safetensors", **changes: str) -> list[Tensor]:
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    settings = [f"{k.replace('_', '.', 1)}={v}" for k, v in changes.items()]
+    out = f"out{len(list(Path().iterdir()))}"
+    assert sample.main(["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
+    return [load_png(f"{out}/{i:05d}.png")[0] for i in range(len(prompts))]
+
+
+def check_guidance() -> None:
+    """Guidance changes pictures."""
+    prompts = ("a cat", "a dog", "a red house", "two small trees", "the sea")
+    one, other = (pictures(*prompts, sampling_guidance=s) for s in ("1.0", "6.0"))
+    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_text_file_samples_with_what_came_with_it(
+    official: Callable[..., Denoiser], tmp_path: Path
+) -> None:
+    network = official()
+    assert main(words("vq_diffusion")) == 0
+    names = {"x.safetensors", "x.tokenizer.safetensors", "x.text.safetensors"}
+    assert {p.name for p in tmp_path.glob("x*")} == names
+    module = load_generator("x.safetensors")
+    same(network, module.network.state_dict())
+    assert module.config.schedule.mask_rate == pytest.approx(0.9)
+    assert module.tokenizer.num_codes == 6 and module.grid == (4, 4)
+    assert torch.equal(module.loss_count, torch.full((5,), 3.0))
+    module.tokenizer.autoencoder.quantize.config.sample_tokens = False
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(module.tokenizer.encode(images), IDS[codec()[0].encode(images)])
+    cat, dog = pictures("a cat", "a dog")
+    assert cat.shape == (3, 8, 8) and not torch.equal(cat, dog)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in names:
+        (tmp_path / name).rename(moved / name)
+    assert torch.equal(pictures("a cat", ckpt=f"{moved}/x.safetensors")[0], cat)
+
+
+def test_the_learnable_null_needs_its_paper(
+    official: Callable[..., Denoiser], capsys: pytest.CaptureFixture[str]
+) -> None:
+    official(null=True)
+    assert main(words("vq_diffusion")) == 2
+    assert "learnable null: take --paper improved_vqd" in capsys.readouterr().err
+    assert main(words("improved_vqd", "sampling.reveal=schedule")) == 0
+    module = load_generator("x.safetensors")
+    null = load("official.pth")[0]["transformer.empty_text_embed"].float()
+    assert torch.equal(module.null, null) and module.config.null_condition.name == "learned"
+    check_guidance()
+
+
+def test_a_plain_file_is_guided_without_training(official: Callable[..., Denoiser]) -> None:
+    official()
+    assert main(words("improved_vqd", "sampling.reveal=schedule")) == 0
+    module = load_generator("x.safetensors")
+    assert module.null is None and module.config.null_condition.name == "empty"
+    check_guidance()
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_class_file_samples(official: Callable[..., Denoiser], learnable: bool) -> None:
+    official(null=learnable, condition="class", class_number=5, mlp_type="conv_mlp")
+    assert main(words("improved_vqd")) == 0
+    module = load_generator("x.safetensors")
+    assert module.config.num_classes == 5 - learnable
+    sampling = module.config.sampling
+    assert (sampling.guidance, sampling.truncation, sampling.order) == (1.5, 0.94, "diffusion")
+    one, other = pictures("1", "3")
+    assert not torch.equal(one, other)
+    assert not list(Path().glob("x.text*"))
+
+
+def test_codes_that_do_not_fit_are_refused(
+    official: Callable[..., Denoiser], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    official()
+    lacking = [w for w in words("vq_diffusion") if w not in ("--codes", "taming_vqvae_6.pt")]
+    assert main(lacking) == 2
+    said = capsys.readouterr().err
+    assert "trained on 6 codes and the tokenizer has 12" in said and "--codes" in said
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_whole_hugging_face_folder_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    monkeypatch.chdir(tmp_path)
+    network = ours(num_codes=12, spatial_size=[4, 4])
+    folder = Path("vq-diffusion-ithq")
+    for name in ("transformer", "vqvae", HF_NULL):
+        (folder / name).mkdir(parents=True)
+    save_file(hugging_face(network), folder / "transformer" / "model.safetensors")
+    known = {"num_attention_heads": 2, "activation_fn": "geglu-approximate"}
+    (folder / "transformer" / "config.json").write_text(json.dumps(known))
+    save_file({"embeddings": torch.randn(4, 16)}, folder / HF_NULL / "model.safetensors")
+    taming = VQGANModule(
+        {"model": {**CODEC, "quantizer": "nearest"}, "objective": {"disc_weight": 0.0}}
+    )
+    save_file(taming.export()[0], folder / "vqvae" / "model.safetensors")
+    (folder / "vqvae" / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
+    text = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, max_position_embeddings=4)  # fmt: skip
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+
+    command = ["--paper", "improved_vqd", "--from", str(folder), "--out", "x", "data.resolution=8"]
+    assert main([*command, "sampling.steps=3", "sampling.reveal=schedule"]) == 0
+    module = load_generator("x.safetensors")
+    same(network, module.network.state_dict())
+    assert module.config.text.path == f"{folder}/text_encoder"
+    assert module.config.sampling.guidance == 5.0 and not list(Path().glob("x.text*"))
+    one, other = pictures("a cat", "a dog")
+    assert not torch.equal(one, other)
