@@ -1,11 +1,13 @@
-"""A given picture and what is to be made of it: in- and outpainting, variations."""
+"""A given picture and what is to be made of it: in- and outpainting, variations, edits."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -15,6 +17,7 @@ from experiments.pictures import to_pixels
 from experiments.settings import ConfigError
 from lightning_modules.common.generator import GeneratorModule
 
+Margins = tuple[int, int, int, int]
 LARGEST = 4096  # pixels of a side: attention over more tokens than that fits no machine
 
 
@@ -28,6 +31,8 @@ class Edit:
     """[H, W] bool, True = generate; None makes variations."""
     tokens: Tensor | None = None
     """The mask on the token grid [h, w]: a token that the mask touches is generated whole."""
+    expanded: bool = False
+    """Whether the mask is what was added around the picture."""
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -47,15 +52,23 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def grid_unit(module: GeneratorModule) -> int:
-    """Pixels that a side must be a multiple of: the tokenizer's factor times the network's."""
+    """Pixels that a side must be a multiple of: those of a token times the network's multiple."""
+    units = [module.factor * _multiple(module)]
+    superres = getattr(module, "superres", None)
+    if superres is not None:
+        units.append(module.mask_factor * _multiple(superres))
+    return math.lcm(*units)
+
+
+def _multiple(module: Any) -> int:
     network = getattr(getattr(module, "network", None), "config", None)
-    return module.tokenizer.factor * getattr(network, "grid_multiple", 1)
+    return getattr(network, "grid_multiple", 1)
 
 
 def trained_size(module: GeneratorModule) -> tuple[int, int]:
     """Width and height in pixels of the pictures that the generator was trained on."""
     height, width = module.grid
-    return width * module.tokenizer.factor, height * module.tokenizer.factor
+    return width * module.factor, height * module.factor
 
 
 def parse_size(module: GeneratorModule, text: str | None) -> tuple[int, int] | None:
@@ -81,17 +94,42 @@ def parse_size(module: GeneratorModule, text: str | None) -> tuple[int, int] | N
     return width, height
 
 
+def parse_expand(module: GeneratorModule, text: str) -> Margins:
+    """Read --expand as the pixels to add on the left, at the top, on the right, at the bottom.
+
+    Raises:
+        ConfigError: not four numbers, none above 0, or no multiples of `grid_unit`.
+    """
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--expand must look like 0,0,32,0 (left,top,right,bottom), got {text!r}"
+        ) from None
+    margins, unit = (left, top, right, bottom), grid_unit(module)
+    if min(margins) < 0 or max(margins) == 0:
+        raise ConfigError(f"--expand: no side may shrink and one must grow, got {text}")
+    if any(m % unit for m in margins):
+        near = ",".join(str(-(-m // unit) * unit) for m in margins)
+        raise ConfigError(
+            f"--expand: pixels must be multiples of {unit}, got {text} (near: {near})"
+        )
+    return margins
+
+
 def make_edit(
     module: GeneratorModule,
     picture: Image.Image,
     mask: Image.Image | None,
     size: tuple[int, int] | None,
+    expand: Margins | None = None,
 ) -> Edit:
     """Bring a picture and its mask to a size that the checkpoint accepts.
 
-    Variations are made at --size or the trained size: the largest centred part of that shape is
-    resized. With a mask the picture keeps its own size, cut at its borders to whole units, unless
-    --size is given; it may be larger than what the generator was trained on.
+    Variations and edits without a mask are made at --size or the trained size: the largest centred
+    part of that shape is resized. With a mask, or margins to add, the picture keeps its own size,
+    cut at its borders to whole units, unless --size is given; it may be larger than what the
+    generator was trained on.
 
     Raises:
         ConfigError: a mask of another size or without white, or a picture that is too small.
@@ -102,7 +140,7 @@ def make_edit(
             f"--mask is {mask.width}x{mask.height} and --image {picture.width}x{picture.height}; "
             "they must be equally large"
         )
-    if size is None and mask is None:
+    if size is None and mask is None and expand is None:
         size = trained_size(module)
     if size is None:
         size = (picture.width // unit * unit, picture.height // unit * unit)
@@ -124,20 +162,28 @@ def make_edit(
         if not white.any():
             raise ConfigError("--mask has no white part, so there is nothing to generate")
         pixels = white[None, None].float()
-        factor = module.tokenizer.factor
         # the largest value of each region, so that no white pixel is lost
         edit.mask = F.adaptive_max_pool2d(pixels, size[::-1])[0, 0].bool()
-        edit.tokens = F.max_pool2d(edit.mask[None].float(), factor)[0].bool()
+    elif expand is not None:
+        margin = (expand[0], expand[2], expand[1], expand[3])  # left, right, top, bottom
+        if max(size[0] + sum(margin[:2]), size[1] + sum(margin[2:])) > LARGEST:
+            raise ConfigError(f"--expand: sides must stay at most {LARGEST} pixels")
+        edit.mask = F.pad(torch.zeros(size[::-1], dtype=torch.bool), margin, value=True)
+        edit.pixels = F.pad(edit.pixels, margin, value=128)
+        edit.expanded = True
+    if edit.mask is not None:
+        edit.tokens = F.max_pool2d(edit.mask[None].float(), module.mask_factor)[0].bool()
     return edit
 
 
 def describe_edit(module: GeneratorModule, picture: Image.Image, edit: Edit) -> str:
     """Say in one line what became of the given picture."""
     height, width = edit.pixels.shape[-2:]
-    factor = module.tokenizer.factor
+    factor = module.mask_factor
     line = f"image {picture.width}x{picture.height}"
     if (width, height) != picture.size:
-        line += f", cut or resized to {width}x{height}"
+        how = "expanded" if edit.expanded else "cut or resized"
+        line += f", {how} to {width}x{height}"
     line += f": {width // factor}x{height // factor} tokens"
     if edit.tokens is not None:
         line += f", {int(edit.tokens.sum())} of them generated"

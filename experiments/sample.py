@@ -22,6 +22,7 @@ from experiments.edits import (
     first_line,
     image_condition,
     make_edit,
+    parse_expand,
     parse_size,
     read_picture,
     vary,
@@ -47,7 +48,9 @@ EPILOG = f"""settings:
 examples:
   {COMMAND} --ckpt runs/x --prompt "a small red circle above a large blue square"
   {COMMAND} --ckpt runs/x --prompts prompts.txt --count 4 sampling.steps=8
-  {COMMAND} --ckpt runs/x --image a.png --mask m.png --prompt "..."   (in- and outpainting)
+  {COMMAND} --ckpt runs/x --image a.png --mask m.png --prompt "..."   (inpainting)
+  {COMMAND} --ckpt runs/x --image a.png --expand 0,0,32,0             (outpainting)
+  {COMMAND} --ckpt runs/x --image a.png --edit --prompt "..."         (editing without a mask)
   {COMMAND} --ckpt runs/x --image a.png --strength 0.6                (variations)
   {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
 
@@ -106,9 +109,10 @@ def run(argv: Sequence[str]) -> None:
     size = parse_size(module, args.size)
     edit = None
     if picture is not None:
-        edit = make_edit(module, picture, mask, size)
+        expand = None if args.expand is None else parse_expand(module, args.expand)
+        edit = make_edit(module, picture, mask, size, expand)
         say(describe_edit(module, picture, edit))
-        if mask is None:
+        if edit.mask is None and not args.edit:
             settings = vary(settings, args.strength, words)
     try:
         module.check_prompts([task.prompt for task in tasks])
@@ -121,7 +125,7 @@ def run(argv: Sequence[str]) -> None:
     try:
         for first in range(0, len(tasks), args.batch_size):
             part = tasks[first : first + args.batch_size]
-            images = draw(module, part, prompts, settings, args.negative, edit, size)
+            images = draw(module, part, prompts, settings, args.negative, edit, size, args.edit)
             if edit is not None and edit.mask is not None and args.keep_known:
                 images = torch.where(edit.mask, images, edit.pixels)
             for i, (task, image) in enumerate(zip(part, images, strict=True), first):
@@ -159,11 +163,20 @@ def make_parser() -> Parser:
     add(
         "--mask", type=Path, metavar="FILE",
         help="white = generate, black = keep; as large as the image. A token that white touches "
-        "is generated whole. Without --mask, --image gives variations",
+        "is generated whole. --image alone gives variations",
+    )  # fmt: skip
+    add(
+        "--expand", metavar="L,T,R,B",
+        help="outpainting: pixels to add on the left, at the top, on the right, at the bottom",
+    )  # fmt: skip
+    add(
+        "--edit", action="store_true",
+        help="edit --image without a mask: its tokens are drawn again bit by bit under the prompt "
+        "(sampling.edit.*)",
     )  # fmt: skip
     add(
         "--keep-known", action=argparse.BooleanOptionalAction, default=True,
-        help="black pixels of the mask come from the image itself (default); "
+        help="what is not generated comes from the image itself (default); "
         "--no-keep-known shows them as the tokenizer decodes them, without seams",
     )  # fmt: skip
     add(
@@ -218,10 +231,17 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.strength is not None and not 0 <= args.strength <= 1:
         raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
-    if args.image is None and args.mask is not None:
-        raise ConfigError("--mask needs --image, the picture whose white parts are generated")
-    if args.strength is not None and (args.image is None or args.mask is not None):
-        raise ConfigError("--strength belongs to variations: give --image and no --mask")
+    ways = {"--mask": args.mask, "--expand": args.expand, "--edit": args.edit or None}
+    given = [name for name, value in ways.items() if value is not None]
+    if args.image is None and given:
+        raise ConfigError(f"{given[0]} needs --image, the picture that is changed")
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} exclude each other; make one edit at a time")
+    if args.edit and not (args.prompt or args.prompts):
+        raise ConfigError("--edit needs --prompt, which says what the picture becomes")
+    if args.strength is not None and (args.image is None or given):
+        unless = f" and no {given[0]}" if given else ""
+        raise ConfigError(f"--strength belongs to variations: give --image{unless}")
     if args.interpolate and (args.image is not None or args.count > 1):
         raise ConfigError("--interpolate goes with two prompts alone: no --image, no --count")
 
@@ -336,6 +356,7 @@ def draw(
     negative: str | None,
     edit: Edit | None,
     size: tuple[int, int] | None,
+    rewrite: bool = False,
 ) -> Tensor:
     """Draw the pictures of some tasks: uint8 [B, 3, H, W] on the CPU.
 
@@ -354,14 +375,17 @@ def draw(
         extra["start"] = start.expand(count, -1, -1, -1)
         if edit.tokens is not None:
             extra["mask"] = edit.tokens.expand(count, -1, -1)
+        elif rewrite:
+            extra["rewrite_all"] = True
         else:
             extra |= image_condition(module, extra["start"])
     elif size is not None:
-        factor = module.tokenizer.factor
+        factor = module.factor
         extra["grid"] = (size[1] // factor, size[0] // factor)
     if blends:
         extra["blend_with"] = [prompts[1]]
-    names = {"negative": "--negative", "start": "--image", "mask": "--mask", "grid": "--size"}
+    names = {"negative": "--negative", "start": "--image", "mask": "--mask", "grid": "--size",
+             "rewrite_all": "--edit"}  # fmt: skip
     for name in extra:
         if name not in known:
             what = names.get(name, "--interpolate")
@@ -418,10 +442,12 @@ def png_text(
     args: argparse.Namespace, task: Task, prompts: Sequence[str], settings: Any
 ) -> dict[str, str]:
     """Return what is written into a picture: enough to make it again."""
-    names = ("negative", "size", "image", "mask", "keep_known", "strength")
+    names = ("negative", "size", "image", "mask", "expand", "edit", "keep_known", "strength")
     used = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    if args.mask is None:
+    if args.mask is None and args.expand is None:
         used.pop("keep_known")
+    if not args.edit:
+        used.pop("edit")
     if task.blend is not None:
         used |= {"blend_with": prompts[1], "blend": task.blend}
     return {

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,15 @@ class MaskedStage(GeneratorModule):
             self._attached["empty"] = self.encode_text(captions)
         return self._attached["empty"]
 
+    def sides(
+        self, prompts: list[str], blend_with: list[str] | None, blend: float, **more: Any
+    ) -> tuple[list[Any], list[float]]:
+        """The conditions of prompts, or of two kinds of them with their shares."""
+        own = self.side(prompts, **more)
+        if blend_with is None:
+            return [own], [1.0]
+        return [own, self.side(blend_with, **more)], [1 - blend, blend]
+
     def predictor(self, sides: list[Any], shares: list[float], null: Any) -> process.Predict:
         """The `predict` of decoding: features under `sides`, guided away from `null`."""
 
@@ -180,6 +189,9 @@ class MuseModule(MaskedStage):
         config: as for every generator; with superres.enabled also `high`: the token grid and the
             number of codes of the super-resolution stage.
     """
+
+    # what both stages are told
+    SHARED: ClassVar[tuple[str, ...]] = ("negative", "blend_with", "blend", "superres")
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -354,9 +366,7 @@ class MuseModule(MaskedStage):
         blend: float,
         grid: tuple[int, int],
     ) -> process.Predict:
-        sides, shares = [self.side(prompts, grid=grid)], [1.0]
-        if blend_with is not None:
-            sides, shares = [*sides, self.side(blend_with, grid=grid)], [1 - blend, blend]
+        sides, shares = self.sides(prompts, blend_with, blend, grid=grid)
         return self.predictor(sides, shares, self.side(negative, grid=grid))
 
     def _beginning(
@@ -434,7 +444,7 @@ class MuseModule(MaskedStage):
         low, base = self._base_pictures(prompts, seeds, small, low_mask, sampling)
         tokens = self.superres.sample_tokens(
             prompts, seeds=seeds, low=low, start=high if mask is not None else None, mask=mask,
-            **{k: v for k, v in sampling.items() if k in ("negative", "superres")},
+            **{k: v for k, v in sampling.items() if k in self.SHARED},
         )  # fmt: skip
         return {"base": base, "superres": self.superres.tokenizer.decode(tokens)}
 
@@ -557,6 +567,8 @@ class SuperResModule(MaskedStage):
         seeds: list[int],
         low: Tensor | None = None,
         negative: list[str] | None = None,
+        blend_with: list[str] | None = None,
+        blend: float = 0.0,
         start: Tensor | None = None,
         mask: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -569,6 +581,8 @@ class SuperResModule(MaskedStage):
             seeds: B seeds.
             low: [B, h, w] tokens of the base.
             negative: B captions in place of the dropped one on the other side of the guidance.
+            blend_with: B captions to blend into.
+            blend: share of `blend_with`, 0 to 1.
             start: [B, H, W] high-res tokens that stand where mask is 0.
             mask: [B, H, W], 1 = generate.
             on_step: called with step, input tokens and result tokens.
@@ -595,7 +609,8 @@ class SuperResModule(MaskedStage):
             )
             encoded = self.network.encode_low(low[:, rows, columns])
             null = self.side(negative, low=encoded)
-            predict = self.predictor([self.side(prompts, low=encoded)], [1.0], null)
+            sides, shares = self.sides(prompts, blend_with, blend, low=encoded)
+            predict = self.predictor(sides, shares, null)
             return self.decode(predict, part, names, settings, None, on_step)
 
         if (h, w) == trained:
