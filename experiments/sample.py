@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> None:
     if args.help:
         print(parser.format_help())
         if args.ckpt is not None:
-            module = load(args.ckpt, args.tokenizer, torch.device("cpu"))
+            module = load(args.ckpt, args.tokenizer, torch.device("cpu"), args.paper)
             print("settings of this checkpoint:")
             for row in describe(module.config.sampling):
                 print(f"  sampling.{row.key}={row.default}  [{row.type}]\n      {row.help}")
@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> None:
     say = speaker()
     quiet()
 
-    module = load(args.ckpt, args.tokenizer, device)
+    module = load(args.ckpt, args.tokenizer, device, args.paper)
     settings = read_settings(module, words)
     size = parse_size(module, args.size)
     edit = None
@@ -153,6 +153,11 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--ckpt", type=Path, metavar="PATH", help="run folder, or checkpoint file of a generator")
     add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where not beside it")
+    add(
+        "--paper",
+        metavar="NAME",
+        help="sample it as this paper: improved_vqd also takes a vq_diffusion, untrained",
+    )
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--negative", metavar="TEXT", help="what guidance leads away from (default: no text)")
@@ -298,7 +303,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load(path: Path, tokenizer: Path | None, device: torch.device) -> GeneratorModule:
+def load(
+    path: Path, tokenizer: Path | None, device: torch.device, paper: str | None = None
+) -> GeneratorModule:
     """Load the generator of a run folder or file.
 
     Raises:
@@ -308,7 +315,7 @@ def load(path: Path, tokenizer: Path | None, device: torch.device) -> GeneratorM
     if tokenizer is not None and not tokenizer.is_file():
         raise ConfigError(f"there is no tokenizer {tokenizer}")
     try:
-        return load_generator(file, tokenizer, device)
+        return load_generator(file, tokenizer, device, paper)
     except KeyError as error:  # the settings lack the tokenizer that the file was trained on
         raise ConfigError(
             f"{file} names no {first_line(error)}: it comes from the middle of a training; "
