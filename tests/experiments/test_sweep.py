@@ -42,7 +42,8 @@ def small(path: Path, values: str = "[1, 2]") -> Path:
 
 
 def test_there_are_sweeps_and_no_package() -> None:
-    assert {"paella_steps", "paella_guidance", "ldmae_autoencoders", "ldmae_losses"} <= {
+    names = {"paella_steps", "paella_guidance", "ldmae_autoencoders", "ldmae_losses"}
+    assert names | {"improved_vqd_guidance_purity", "ldmae_generation"} <= {
         path.stem for path in FILES
     }
     assert not list((ROOT / "sweeps").glob("*.py"))
