@@ -148,12 +148,14 @@ class EvalConfig:
     """Pictures in samples.png."""
     traces: int = 4
     """Prompts whose tokens are shown step by step in the report."""
+    edits: int = 0
+    """Scenes of which one half is generated anew for a changed caption, and scored; 0 for none."""
 
     def __post_init__(self) -> None:
         _at_least(self, "prompts", 2)
         for name in ("batch_size", "bootstrap", "grid"):
             _at_least(self, name, 1)
-        for name in ("heldout", "seed", "traces"):
+        for name in ("heldout", "seed", "traces", "edits"):
             _at_least(self, name, 0)
 
 
@@ -186,7 +188,7 @@ class RunSettings:
         """
         _at_least(self, "seed", 0)
         if self.data.name != "digits":  # which has the samples that it has
-            sizes = [("prompts", "val_size"), ("heldout", "heldout_size")]
+            sizes = [("prompts", "val_size"), ("heldout", "heldout_size"), ("edits", "val_size")]
             for name, size in sizes if self.data.name == "scenes" else sizes[:1]:
                 wanted, there = getattr(self.eval, name), getattr(self.data, size)
                 if wanted > there:

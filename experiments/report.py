@@ -92,6 +92,9 @@ METRICS = {
     "scene_accuracy": Metric(
         "Scene accuracy", "prompts whose every attribute, relation and background is right", True
     ),
+    "object_accuracy": Metric("Asked thing", "edits in which it is there, in its place", True),
+    "rest_accuracy": Metric("The rest", "edits after which all else is read as before", True),
+    "rest_l1": Metric("L1 of the rest", "to the unedited picture outside the mask; 0 is the same"),
     "digit_accuracy": Metric("Digit accuracy", "samples that a classifier reads as asked", True),
     "fd_scenes": Metric("FD scenes", "Frechet distance in the judge's features; lower is better"),
     "fd_scenes_floor": Metric("FD scenes, floor", "real pictures against real pictures"),
@@ -122,6 +125,7 @@ COMPANIONS = {"_floor": "floor", "_real": "real pictures"}
 SPLITS = {
     "val": "Val",
     "heldout": "Heldout: combinations never seen in training",
+    "edit": "Edits: half of a scene generated anew for a caption with another thing",
     "superres": "Super-resolution: val, reduced for the judge",
     "superres heldout": "Super-resolution: heldout, reduced for the judge",
     "tokenizer": "Tokenizer: reconstructions of val",
@@ -331,7 +335,11 @@ def main_scores(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _prompts(cards: Sequence[Card]) -> list[str]:
     """A grid of pictures per split."""
-    titles = {"val": "Prompts", "heldout": "Prompts with combinations never seen (heldout)"}
+    titles = {
+        "val": "Prompts",
+        "heldout": "Prompts with combinations never seen (heldout)",
+        "edit": "Edits: the picture, the half that was masked, and what a new caption made of it",
+    }
     sections = []
     for split in dict.fromkeys(card.split for card in cards):
         chosen = [card for card in cards if card.split == split]

@@ -77,10 +77,15 @@ def plan(paper: str, config: RunSettings) -> list[Stage]:
             _sampling(config), [e.prompts, e.heldout, e.seed, e.traces],
             upstream=[data, stages[-1].key],
         )  # fmt: skip
+        drawn = [Stage("sample", sample)]
+        if e.edits and config.data.name == "scenes":
+            edits = stage_key(_sampling(config), [e.edits, e.seed], upstream=[stages[-1].key])
+            drawn.append(Stage("edits", edits))
         score = stage_key(
-            [e.bootstrap, e.seed, e.grid], _judges(config), _lpips(config), upstream=[sample]
-        )
-        stages += [Stage("sample", sample), Stage("score", score)]
+            [e.bootstrap, e.seed, e.grid], _judges(config), _lpips(config),
+            upstream=[stage.key for stage in drawn],
+        )  # fmt: skip
+        stages += [*drawn, Stage("score", score)]
     report = stage_key(paper, resolved(config), upstream=[stages[-1].key])
     return [*stages, Stage("report", report)]
 

@@ -24,6 +24,7 @@ from eval.reconstruction import score_reconstructions
 from eval.scene_clip import load_clip
 from eval.scenes import score_scenes
 from experiments.config import CODECS, RunSettings, StackedRun, resolved, to_yaml
+from experiments.edit_stage import draw_edits, edit_cards, scores_of_edits
 from experiments.pictures import grid, load_png, reduced, save_png, strip, to_uint8
 from experiments.progress import Counter
 from experiments.report import Card, Report, StageRow, Trace, write_report
@@ -115,8 +116,11 @@ class Work:
         if not self.store.leader:
             return Outcome()
         samples = self.sample(generator) if generator else None
-        scores = self.score(codec, samples)
-        return self.report(codec, generator, samples, scores)
+        edits = None
+        if generator and "edits" in self.stages:
+            edits = draw_edits(self, generator / CHECKPOINT)
+        scores = self.score(codec, samples, edits)
+        return self.report(codec, generator, samples, scores, edits)
 
     def _stage(self, name: str, work: Any, everyone: bool = False) -> Path:
         stage = self.stages[name]
@@ -343,7 +347,7 @@ class Work:
         hidden = masked.repeat_interleave(codec.factor, 1).repeat_interleave(codec.factor, 2)
         return pictures.masked_fill(hidden[:, None], 0.0)
 
-    def score(self, codec: Path, samples: Path | None) -> Path:
+    def score(self, codec: Path, samples: Path | None, edits: Path | None = None) -> Path:
         """Score the codec's reconstructions, an autoencoder's latents, and the samples."""
         e, data = self.config.eval, self.config.data
 
@@ -378,6 +382,10 @@ class Work:
                 scores, verdicts = self._score_samples(samples, real, scores)
             elif self.config.CODEC == "autoencoder":
                 scores |= self._score_latents(module, torch.cat(encoded), real)
+            if edits is not None:
+                found, read = scores_of_edits(self, edits)
+                scores |= found
+                _write_json(folder / "edits.json", read)
             _write_json(folder / "metrics.json", scores)
             _write_json(folder / "verdicts.json", verdicts)
             return {name: s["value"] for name, s in scores.items()}
@@ -478,13 +486,21 @@ class Work:
         )  # fmt: skip
 
     def report(
-        self, codec: Path, generator: Path | None, samples: Path | None, scored: Path
+        self,
+        codec: Path,
+        generator: Path | None,
+        samples: Path | None,
+        scored: Path,
+        edits: Path | None = None,
     ) -> Outcome:
         """Write the page and put everything a person wants into the run folder."""
         scores = json.loads((scored / "metrics.json").read_text())
 
         def work(folder: Path) -> dict[str, Any]:
             page = self._page(generator or codec.parent, samples, scored, scores)
+            if edits is not None:
+                read = json.loads((scored / "edits.json").read_text())
+                page.cards += edit_cards(edits, read, self.config.eval.grid // 2)
             write_report(folder / "report.html", page)
             if samples is not None:
                 self._overview(samples, folder / "samples.png")
@@ -528,7 +544,7 @@ class Work:
             machine=_machine(self.device),
             scores=scores,
             notes=self.notes,
-            curves={k: v for k, v in curves(trained).items() if k.endswith("/loss")},
+            curves=self._losses(trained),
             reconstructions=scored / "reconstructions.png",
             config_yaml=to_yaml(self.config),
             stages=[
@@ -557,6 +573,19 @@ class Work:
                 Trace(t["prompt"], samples / t["file"], t["changed"], t["tokens"]) for t in traces
             ]
         return page
+
+    def _losses(self, trained: Path) -> dict[str, list[tuple[int, float]]]:
+        """Return the loss curves of the generator, or of the codec where that is all."""
+        folders = {"": trained}
+        if upscales(self.config):  # each stage was trained in a folder of its own
+            names = {"": "train", "superres ": "superres"}
+            folders = {start: self.store.folder(self.stages[n]) for start, n in names.items()}
+        return {
+            f"{start}{name}": points
+            for start, folder in folders.items()
+            for name, points in curves(folder).items()
+            if name.endswith("/loss")
+        }
 
     def _shown(
         self, prompts: list[dict[str, Any]], verdicts: list[dict[str, Any]]
