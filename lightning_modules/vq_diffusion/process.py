@@ -452,7 +452,7 @@ def exact_steps(schedule: Schedule, steps: int) -> list[Step]:
         raise ValueError(
             f"steps must be between 1 and the {schedule.steps} steps of the training, got {steps}"
         )
-    borders = [schedule.steps - 1 - round(i * schedule.steps / steps) for i in range(steps + 1)]
+    borders = [schedule.steps - 1 - i * schedule.steps // steps for i in range(steps + 1)]
     return [Step(t, schedule.kernel(t, s)) for t, s in pairwise(borders)]
 
 

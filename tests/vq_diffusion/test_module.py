@@ -385,6 +385,21 @@ def test_a_picture_is_its_prompt_and_seed(kind: str, settings: dict[str, Any], m
     torch.set_rng_state(before)
 
 
+@pytest.mark.parametrize("rule", ["exact", "released"])
+def test_the_network_is_told_the_time(rule: str, make: Make) -> None:
+    module = make(random=0.3)
+    told: list[int] = []
+    mixed_rows = module.network.mixed_rows
+
+    def record(x: Tensor, t: Tensor, *rest: Any) -> Tensor:
+        told.append(int(t))
+        return mixed_rows(x, t, *rest)
+
+    module.network.mixed_rows = record  # type: ignore[method-assign]
+    module.sample_tokens(CAPTIONS, seeds=[0, 1, 2, 3], steps=4, rule=rule)
+    assert told == ([9, 7, 4, 2] if rule == "exact" else [9, 6, 3, 0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_keeps_known_tokens(kind: str, make: Make) -> None:
     module = make(kind, random=0.3)
