@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import sweep
-from experiments.config import RUNS, ConfigError
-from experiments.reported import REPORTED, every_reported, load_reported
+from experiments import sweep, tables
+from experiments.config import RUNS, ConfigError, load
+from experiments.points import KNOWN, PROGRAM, Point, Sweep, make_points, read_sweep
+from experiments.reported import REPORTED, Table, every_reported, load_reported
 from experiments.run import parse
 
 ROOT = Path(__file__).parents[2]
@@ -51,19 +52,19 @@ def test_there_are_sweeps_and_no_package() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
-    read = sweep.read_sweep(path)
-    _, points = sweep.make_points(read, [], None)
+    read = read_sweep(path)
+    _, points = make_points(read, [], None)
     assert len(points) > 1 and read.metric and len({p.out for p in points}) == len(points)
     # an agent reads with PyYAML, where 1e-5 is a text; it sorts by name and writes --key=value
     raw = yaml.safe_load(path.read_text())
     values = {k: v.get("values", [v.get("value")]) for k, v in raw["parameters"].items()}
     assert values == read.values
-    assert raw["command"][-1] == "${args}" and raw["command"][2:4] == ["-m", sweep.PROGRAM]
-    assert set(raw) <= sweep.KNOWN
+    assert raw["command"][-1] == "${args}" and raw["command"][2:4] == ["-m", PROGRAM]
+    assert set(raw) <= KNOWN
     for point in points:
         args, words = parse(sorted(point.argv, key=lambda word: word.partition("=")[0]))
         own = [] if "logger" in values else ["logger=csv"]
-        assert sweep.load(args.paper, args.scale, [*own, *words]) == point.config
+        assert load(args.paper, args.scale, [*own, *words]) == point.config
     head = path.read_text().split("program:")[0]
     for part in (f"python -m experiments.sweep sweeps/{path.name}", "# time:"):
         assert part in head
@@ -114,8 +115,8 @@ def test_other_mistakes(tmp_path: Path, capsys) -> None:
 
 
 def test_points_are_the_product_the_last_setting_fastest(tmp_path: Path) -> None:
-    read = sweep.read_sweep(small(tmp_path / "a.yaml"))
-    out, points = sweep.make_points(read, [], None)
+    read = read_sweep(small(tmp_path / "a.yaml"))
+    out, points = make_points(read, [], None)
     assert out == Path("runs/sweep-a")
     found = [(p.settings["sampling.steps"], p.settings["sampling.guidance_end"]) for p in points]
     assert found == [(1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]
@@ -125,7 +126,7 @@ def test_points_are_the_product_the_last_setting_fastest(tmp_path: Path) -> None
                               "--sampling.guidance_end=1.0"]  # fmt: skip
     assert all(p.config.logger == "csv" for p in points)
 
-    out, points = sweep.make_points(read, ["sampling.steps=3", "logger=wandb"], None)
+    out, points = make_points(read, ["sampling.steps=3", "logger=wandb"], None)
     assert out.name.startswith("sweep-a-") and len(points) == 2
     assert {(p.config.sampling.steps, p.config.logger) for p in points} == {(3, "wandb")}  # type: ignore[attr-defined]
     assert points[0].settings == {"sampling.guidance_end": 1.0}
@@ -137,7 +138,7 @@ def test_words_of_the_command_count(tmp_path: Path) -> None:
         'command: ["${env}", python, -m, experiments.run, --paper, vqgan, "${args_no_hyphens}"]\n'
         "method: grid\nparameters: {seed: {values: [0, 1]}, scale: {value: micro}}\n"
     )
-    _, points = sweep.make_points(sweep.read_sweep(path), [], None)
+    _, points = make_points(read_sweep(path), [], None)
     assert [p.paper for p in points] == ["vqgan", "vqgan"]
 
 
@@ -151,7 +152,7 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert said.count("train: runs") == 1 and said.count("sample: runs") == 4
     assert "[2/4] s: steps=1 guidance_end=2.0 (about" in said
-    assert "in all points: tokenizer/psnr" in said
+    assert "in all points: tokenizer/psnr" in said and "best eval/scene_accuracy: steps=" in said
     assert sorted(p.name for p in out.glob("*.*") if p.is_file()) == [
         "picture.png", "table.csv", "table.html",
     ]  # fmt: skip
@@ -201,10 +202,10 @@ def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, cap
     assert rows[1]["error"] == "" and float(rows[1]["eval/psnr"]) > 0
 
 
-def points_of(scores: list[dict], settings: list[dict], tmp_path: Path) -> list[sweep.Point]:
-    config = sweep.load("vqgan", "micro")
+def points_of(scores: list[dict], settings: list[dict], tmp_path: Path) -> list[Point]:
+    config = load("vqgan", "micro")
     return [
-        sweep.Point(s, [], "vqgan", "micro", config, tmp_path / str(i), found)
+        Point(s, [], "vqgan", "micro", config, tmp_path / str(i), found)
         for i, (s, found) in enumerate(zip(settings, scores, strict=True))
     ]
 
@@ -214,33 +215,36 @@ def test_scans_have_a_table_and_a_chart(tmp_path: Path) -> None:
         values = {"eval/a": x, "eval/a/noise=0.1": 2 * x, "eval/a/noise=0.05": 1.5 * x}
         return {k: {"value": v, "low": v - 1, "high": v + 1, "n": 5} for k, v in values.items()}
 
-    read = sweep.Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
+    read = Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
     points = points_of([scores(1.0), scores(3.0)], [{"kind": "x"}, {"kind": "y"}], tmp_path)
-    ((key, values),) = sweep.scan_tables(points).items()
+    ((key, values),) = tables.scan_tables(points).items()
     assert key == ("eval/a", "noise") and list(values) == [0.0, 0.05, 0.1]
-    heads, rows = sweep.scan_rows(points, "eval/a", values)
+    heads, rows = tables.scan_rows(points, "eval/a", values)
     assert heads == ["a", "0", "0.05", "0.1"]
     assert rows[1] == ["kind=y", "3 (2 to 4)", "4.5 (3.5 to 5.5)", "6 (5 to 7)"]
-    made = sweep.write_results(read, points, tmp_path, "command", [], [])
+    made = tables.write_results(read, points, tmp_path, "command", [], [])
     assert [p.name for p in made] == ["table.csv", "table.html", "picture.png", "a-noise.png"]
 
 
 def test_published_numbers_stand_beside_measured_ones(tmp_path: Path) -> None:
-    table = sweep.Published(
+    table = Table(
         columns={"PSNR": "eval/a", "gFID": None}, rows={"x": {"PSNR": 9.5, "gFID": 4.0}},
         setting="kind", sweep="s",
     )  # fmt: skip
-    read = sweep.Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
+    read = Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
     scores = [{"eval/a": {"value": v}, "eval/b": {"value": 1}} for v in (1.0, 2.0)]
     points = points_of(scores, [{"kind": "x"}, {"kind": "y"}], tmp_path)
-    grid = sweep.make_grid(read, points)
+    grid = tables.make_grid(read, points)
     assert grid.columns == ["eval/a"] and list(grid.same) == ["eval/b"]
-    heads, rows = sweep.rows_of(grid, points, [table])
+    heads, rows = tables.rows_of(grid, points, [table])
     # fewer points than columns: a column for each point
     assert heads == ["kind", "x", "y"]
+    lowest = Sweep("s", "eval/a", True, [], {})
+    assert tables.best(read, points) is points[1] and tables.best(lowest, points) is points[0]
+    assert tables.best(Sweep("s", "eval/none", True, [], {}), points) is None
     assert rows == [["a", "1", "2"], ["PSNR, published", "9.5", ""], ["gFID, published", "4", ""]]
     more = points_of([scores[0]] * 4, [{"kind": k} for k in "xyzw"], tmp_path)
-    heads, rows = sweep.rows_of(grid, more, [table])
+    heads, rows = tables.rows_of(grid, more, [table])
     assert heads == ["kind", "a", "PSNR, published", "gFID, published"]
     assert rows[0] == ["x", "1", "9.5", "4"] and rows[1] == ["y", "1", "", ""]
 
@@ -259,7 +263,7 @@ def test_published_numbers_say_where_they_come_from(path: Path) -> None:
 
 
 def test_published_rows_are_points_of_their_sweep() -> None:
-    known = {path.stem: sweep.read_sweep(path) for path in FILES}
+    known = {path.stem: read_sweep(path) for path in FILES}
     for name, table in every_reported().tables.items():
         if table.sweep in known:
             values = known[table.sweep].values[table.setting or ""]
