@@ -198,9 +198,11 @@ class Work:
         data, size = self.config.data, self.config.eval.batch_size
         count = MEASURED if data.name == "shards" else min(MEASURED, data.train_size)
         self._note(f"statistics of the latents of {count} training pictures")
+        # in one process and order, whatever the machine
+        data = dataclasses.replace(data, flip=False, workers=0, shuffle_buffer=1000)
         web = WebData(
-            dataclasses.replace(data, flip=False), self.splits, batch_size=size,
-            seed=self.config.seed, epoch_batches=-(-count // size),
+            data, self.splits, batch_size=size, seed=self.config.seed,
+            epoch_batches=-(-count // size),
         )  # fmt: skip
         chance = torch.Generator().manual_seed(mix_seed(self.config.seed, 0))
         autoencoder.measure((batch["image"] for batch in web.stream()), chance)
