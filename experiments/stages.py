@@ -211,6 +211,9 @@ def _codec_key(config: RunSettings, data: str) -> str:
         return stage_key(content, config.seed, pictures, upstream=[data])
     loader = {"workers": config.data.workers, "buffer": config.data.shuffle_buffer}
     settings = [getattr(section, f.name) for f in dataclasses.fields(CODECS[config.CODEC].config)]
+    finetune = getattr(section, "finetune", None)
+    if finetune is not None:
+        settings.append(_hash(Path(finetune), "finetune"))
     return stage_key(
         *settings, _lpips(config), codec_trainer(config, section), config.seed, pictures | loader,
         upstream=[data],

@@ -175,6 +175,13 @@ class Work:
             lpips = lpips_file(self.config)
             own["objective"]["lpips_path"] = None if lpips is None else str(lpips)
             module = TOKENIZERS[paper]({"seed": self.config.seed, **own})
+            finetune = getattr(section, "finetune", None)
+            if finetune is not None:
+                state, given_by = load_weights(finetune)
+                if given_by.get("paper") != "vqgan":
+                    raise ValueError(f"finetune: {finetune} is no tokenizer file")
+                tokenizer: Any = module
+                tokenizer.adopt(state, given_by.get("tokens_of") or file_hash(finetune))
             data = self.web(trainer.batch_size, trainer.epochs[1])
             fit(
                 module, data, trainer, folder, what=name, say=self.say,

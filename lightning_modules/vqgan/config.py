@@ -39,6 +39,10 @@ class ModelConfig:
     """taming: groups of GroupNorm; every width must be a multiple"""
     dropout: float = 0.0
     """taming: dropout inside the residual blocks"""
+    decoder_ch: int = 0
+    """taming: base width of the decoder; 0 is ch"""
+    decoder_res_blocks: int = 0
+    """taming: residual blocks per level of the decoder; 0 is one more than num_res_blocks"""
     unit_range: bool = False
     """taming: the network's own images are in [0, 1] (aMUSEd), which stays inside"""
 
@@ -48,6 +52,8 @@ class ModelConfig:
     """paella: residual blocks of the decoder at the lowest resolution"""
     c_hidden: int = 384
     """paella: width at the lowest resolution"""
+    decoder_hidden: int = 0
+    """paella: width of the decoder at the lowest resolution; 0 is c_hidden"""
     c_latent: int = 4
     """paella: length of a code vector"""
     scale_factor: float = 1.0
@@ -92,17 +98,21 @@ class ModelConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("restart_after", "temperature_batches", "used_codes", "unknown_id"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("bottleneck_blocks", "ch_first"):
+        decoder = ("decoder_ch", "decoder_res_blocks", "decoder_hidden")
+        for name in ("bottleneck_blocks", "ch_first", *decoder):
             _at_least(name, getattr(self, name), 0)
         if not self.ch_mult:
             raise ValueError("ch_mult must name at least one level, got []")
-        odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]
+        bases = {self.ch, self.decoder_ch or self.ch}
+        odd = [c * m for c in bases for m in self.ch_mult if c * m % self.norm_groups]
         if self.network == "taming" and odd:
             raise ValueError(
                 f"norm_groups must divide every width, got {self.norm_groups} at {odd}"
             )
-        if self.network == "paella" and self.c_hidden % 2 ** (self.levels - 1):
-            raise ValueError(f"c_hidden must halve {self.levels - 1} times, got {self.c_hidden}")
+        for name in ("c_hidden", "decoder_hidden"):
+            width = getattr(self, name)
+            if self.network == "paella" and width % 2 ** (self.levels - 1):
+                raise ValueError(f"{name} must halve {self.levels - 1} times, got {width}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
         if min(self.temperature, self.temperature_end) <= 0:
@@ -161,6 +171,9 @@ class VQGANConfig:
     """the losses"""
     optim: PlayersConfig = field(default_factory=PlayersConfig)
     """the optimizers"""
+    finetune: str | None = None
+    """tokenizer file whose encoder and codes are taken and never changed: only a decoder is
+    trained, its own or a wider one (Muse, section 2.6); null trains all"""
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -38,7 +38,42 @@ class VQGANModule(TwoPlayerModule):
         self.autoencoder = NETWORKS[model.network](model)
         self.add_discriminator(settings.objective, model.in_channels)
         self.factor: int = model.factor
+        self.tokens_of: str | None = None
+        if settings.finetune is not None:
+            self._frozen().requires_grad_(False)
         self._val_counts = torch.zeros(model.num_codes, dtype=torch.int64)
+
+    def adopt(self, state: Mapping[str, Tensor], tokens_of: str) -> None:
+        """Take encoder and codes of a tokenizer, and its decoder too if it is as wide as ours.
+
+        Args:
+            state: tensors of its `export`.
+            tokens_of: sha256 of its file, or of the one that it took its own encoder from.
+
+        Raises:
+            ValueError: encoder or codes of other sizes.
+        """
+        own = self.autoencoder.state_dict()
+        decoding = tuple(f"{name}." for name in self.autoencoder.decoding)
+        fits = {k for k, v in state.items() if k in own and own[k].shape == v.shape}
+        as_wide = all(k in fits for k in own if k.startswith(decoding))
+        taken = {k: v for k, v in state.items() if as_wide or not k.startswith(decoding)}
+        kept = {k: v for k, v in own.items() if k.startswith(decoding) and not as_wide}
+        load_strict(self.autoencoder, {**taken, **kept}, "the tokenizer that finetune names")
+        self.tokens_of = tokens_of
+        self.train(self.training)  # the frozen encoder's batch norms, too, leave off learning
+
+    def _frozen(self) -> nn.ModuleList:
+        """Encoder and codes, which fine-tuning of the decoder leaves alone."""
+        parts = self.autoencoder.named_children()
+        return nn.ModuleList(p for name, p in parts if name not in self.autoencoder.decoding)
+
+    def train(self, mode: bool = True) -> "VQGANModule":
+        """Set the mode; frozen parts stay in that of evaluation."""
+        super().train(mode)
+        if self.config.finetune is not None:
+            self._frozen().eval()
+        return self
 
     @property
     def num_codes(self) -> int:
@@ -113,7 +148,10 @@ class VQGANModule(TwoPlayerModule):
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a tokenizer file holds: the autoencoder with its quantizer, and settings."""
         state = {k: v.detach() for k, v in self.autoencoder.state_dict().items()}
-        return state, {"paper": "vqgan", "model": plain(self.config.model)}
+        config: dict[str, Any] = {"paper": "vqgan", "model": plain(self.config.model)}
+        if self.tokens_of is not None:
+            config["tokens_of"] = self.tokens_of
+        return state, config
 
     @classmethod
     def from_export(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> "VQGANModule":
@@ -136,6 +174,7 @@ class VQGANModule(TwoPlayerModule):
             }
         )
         load_strict(module.autoencoder, state, "the tokenizer file")
+        module.tokens_of = config.get("tokens_of")
         return module.eval()
 
     def player(self) -> nn.Module:
@@ -167,7 +206,8 @@ class VQGANModule(TwoPlayerModule):
             last_layer=last_layer,
         )
         self.step(players[0], loss)
-        self.autoencoder.quantize.update(z, quantized.tokens)
+        if self.config.finetune is None:
+            self.autoencoder.quantize.update(z, quantized.tokens)
         self.freeze_discriminator(False)
 
         logs |= extra | {"loss": loss.detach(), "codebook": quantized.loss.detach()}

@@ -4,6 +4,8 @@ Attribute names are those of the released state dicts (CompVis/taming-transforme
 src/vqgan.py). Images are in [-1, 1] at the border of both.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,11 +18,19 @@ from lightning_modules.vqgan.quantizer import QUANTIZERS
 class TamingVQGAN(nn.Module):
     """Encoder, 1x1 convolutions, quantizer and decoder (Esser et al. 2021, table 7)."""
 
+    decoding = ("decoder", "post_quant_conv")  # what turns codes into pictures
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.unit_range = config.unit_range
         self.encoder = Encoder(config, config.z_channels, config.ch_first)
-        self.decoder = Decoder(config, config.z_channels)
+        blocks = config.decoder_res_blocks - 1 if config.decoder_res_blocks else None
+        of_decoder = dataclasses.replace(
+            config,
+            ch=config.decoder_ch or config.ch,
+            num_res_blocks=config.num_res_blocks if blocks is None else blocks,
+        )
+        self.decoder = Decoder(of_decoder, config.z_channels)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.quantize = QUANTIZERS[config.quantizer](config)
@@ -60,6 +70,8 @@ class PaellaBlock(nn.Module):
 class PaellaVQGAN(nn.Module):
     """The f4 tokenizer of Paella; its own images are in [0, 1], which stays inside."""
 
+    decoding = ("up_blocks", "out_block")  # what turns codes into pictures
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         pixels = 4 * config.in_channels
@@ -80,6 +92,8 @@ class PaellaVQGAN(nn.Module):
 
         self.quantize = QUANTIZERS[config.quantizer](config)
 
+        wide = config.decoder_hidden or config.c_hidden
+        widths = [wide // 2**i for i in reversed(range(config.levels))]
         up: list[nn.Module] = [nn.Sequential(nn.Conv2d(config.c_latent, widths[-1], 1))]
         for i in reversed(range(config.levels)):
             blocks = config.bottleneck_blocks if i == config.levels - 1 else 1
