@@ -185,6 +185,23 @@ def test_pictures_are_encoded_where_no_cache_gave_moments(make: Make) -> None:
     assert torch.equal(module.loss(pictures, source())[0], module.loss(cached, source())[0])
 
 
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_half_precision_learns_the_same(condition: str, make: Make) -> None:
+    module = make(condition)
+    full, _ = module.loss(batch(), source())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, _ = module.loss(batch(), source())
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=0.02)
+    full.backward()
+    grads = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    half.backward()
+    ours = [p.grad for p in module.parameters() if p.grad is not None]
+    off = sum(float((a - b).square().sum()) for a, b in zip(grads, ours, strict=True))
+    assert off < 0.05**2 * sum(float(a.square().sum()) for a in grads)
+
+
 def test_labels_that_cannot_be(make: Make) -> None:
     module, given = make("label"), batch()
     with pytest.raises(ValueError, match="num_classes is 4, but the data have the label 7"):
