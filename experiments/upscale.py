@@ -63,6 +63,12 @@ def upscale(work: Work, config: MuseRun, generator: Path, codec: Path) -> Path:
         generator: folder of the trained base.
         codec: file of the base's tokenizer.
     """
+    low = {
+        "real": "the pictures' own low-res tokens",
+        "predicted": f"low-res tokens of which up to {config.superres.low_rate:.0%} were predicted "
+        "by the base",
+    }
+    work.notes.append(f"super-resolution was trained with {low[config.superres.low]}")
     own = codec if config.superres.tokenizer is None else Path(config.superres.tokenizer)
     data, splits, pairs = write_pairs(work, config, codec, own)
     trained = train(work, config, generator, codec, own, data, splits, pairs)
