@@ -26,7 +26,7 @@ from experiments.settings import (
     to_yaml,
 )
 from lightning_modules.improved_vqd.config import PRESETS as IMPROVED_PRESETS
-from lightning_modules.improved_vqd.config import ImprovedVQDConfig
+from lightning_modules.improved_vqd.config import ImprovedVQDConfig, check_released
 from lightning_modules.ldmae.config import (
     AUTOENCODER_LOSSES,
     AUTOENCODER_OBJECTIVES,
@@ -540,6 +540,14 @@ class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
         super().check()
         if self.start is not None and not self.start.is_file():
             raise ValueError(f"init.ckpt: there is no file {self.start}")
+        s = self.sampling
+        if s.order != "diffusion" and s.reveal == "released":
+            if self.tokenizer.ckpt in (None, "shipped"):
+                side = self.data.resolution // self.tokenizer.model.factor
+                try:
+                    check_released(side * side, self.model.diffusion_steps)
+                except ValueError as error:
+                    raise ValueError(f"sampling.{error}") from error
 
 
 RUNS: dict[str, type[RunSettings]] = {

@@ -15,8 +15,10 @@ def read_label(prompt: str, classes: Sequence[str], count: int) -> int:
         ValueError: no class, or several.
     """
     words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    named = [name.lower().split() for name in classes]
-    found = [i for i, name in enumerate(named) if name and _contains(words, name)]
+    names = [name.lower().split() for name in classes]
+    named = [i for i, name in enumerate(names) if name and _contains(words, name)]
+    # who names a sea lion does not ask for a lion
+    found = [i for i in named if not any(i != j and _contains(names[j], names[i]) for j in named)]
     if len(words) == 1 and words[0].isdecimal():
         found = [int(words[0])]
     if len(found) != 1 or found[0] >= count:

@@ -97,6 +97,30 @@ class SamplingConfig(plain.SamplingConfig):
         )
 
 
+# n_sample of the released code: tokens revealed at time t; entry 0 is not used
+RELEASED_TOKENS = 1024
+RELEASED_TABLES = {
+    100: [1, 10] + [11, 10, 10] * 32 + [11, 11],
+    50: [10] + [21, 20] * 24 + [30],
+    25: [21] + [41] * 23 + [60],
+    10: [69] + [102] * 8 + [139],
+}
+RELEASED_SLOW_TABLE = [1, 6] + [11, 10, 10] * 32 + [11, 15]  # T = 100, at most 10 tokens per call
+
+
+def check_released(tokens: int, steps: int) -> None:
+    """Check that the released code has a table for so many tokens and training steps.
+
+    Raises:
+        ValueError: it has none.
+    """
+    _require(
+        tokens == RELEASED_TOKENS and steps in RELEASED_TABLES,
+        f"reveal=released knows {RELEASED_TOKENS} tokens and {sorted(RELEASED_TABLES)} steps, "
+        f"not {tokens} tokens and {steps} steps; take reveal=schedule",
+    )
+
+
 @dataclass
 class ImprovedVQDConfig(plain.VQDiffusionConfig):
     """Everything that makes an Improved VQ-Diffusion."""

@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
-from lightning_modules.improved_vqd.config import SamplingConfig
+from lightning_modules.improved_vqd.config import (
+    RELEASED_SLOW_TABLE,
+    RELEASED_TABLES,
+    SamplingConfig,
+    check_released,
+)
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.process import Chance, Draw, Head, Kernel, Schedule
-
-# n_sample of the released code: tokens revealed at time t; entry 0 is not used
-RELEASED_TOKENS = 1024
-RELEASED_TABLES = {
-    100: [1, 10] + [11, 10, 10] * 32 + [11, 11],
-    50: [10] + [21, 20] * 24 + [30],
-    25: [21] + [41] * 23 + [60],
-    10: [69] + [102] * 8 + [139],
-}
-RELEASED_SLOW_TABLE = [1, 6] + [11, 10, 10] * 32 + [11, 15]  # T = 100, at most 10 tokens per call
 
 
 def guidance_shares(scale: float) -> list[float]:
@@ -80,11 +75,7 @@ def released_table(steps: int, tokens: int, limit: int | None) -> list[int]:
     Raises:
         ValueError: a number of tokens or steps that the released code has no table for.
     """
-    if tokens != RELEASED_TOKENS or steps not in RELEASED_TABLES:
-        raise ValueError(
-            f"reveal=released knows {RELEASED_TOKENS} tokens and {sorted(RELEASED_TABLES)} steps, "
-            f"not {tokens} tokens and {steps} steps; take reveal=schedule"
-        )
+    check_released(tokens, steps)
     if steps == 100 and limit is not None and limit <= 10:
         return RELEASED_SLOW_TABLE
     return RELEASED_TABLES[steps]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.labels import read_label
 from lightning_modules.common.settings import build, plain
 from lightning_modules.ldmae import process
 from lightning_modules.ldmae.config import LDMAEConfig, SamplingConfig, check_sampling
@@ -144,29 +145,13 @@ class LDMAEModule(GeneratorModule):
         Raises:
             ValueError: a prompt names no class or several.
         """
-        classes = [name.lower().split() for name in self.config.classes]
         model = self.network.config
         labels = []
         for prompt in prompts:
             if not prompt.strip() and model.class_dropout_prob > 0:
                 labels.append(model.num_classes)
                 continue
-            words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-            named = [i for i, name in enumerate(classes) if name and _contains(words, name)]
-            # who names a sea lion does not ask for a lion
-            found = [
-                i for i in named
-                if not any(i != j and _contains(classes[j], classes[i]) for j in named)
-            ]  # fmt: skip
-            if len(words) == 1 and words[0].isdecimal():
-                found = [int(words[0])]
-            if len(found) != 1 or found[0] >= model.num_classes:
-                known = ", ".join(self.config.classes[:10]) or "no names"
-                raise ValueError(
-                    f"the prompt {prompt!r} must ask for one class: a number from 0 to "
-                    f"{model.num_classes - 1} or its name (classes: {known})"
-                )
-            labels += found
+            labels.append(read_label(prompt, self.config.classes, model.num_classes))
         return labels
 
     def check_prompts(self, prompts: list[str]) -> None:
@@ -310,8 +295,3 @@ class LDMAEModule(GeneratorModule):
         return process.ddim(
             model, x, grid, shares, eta=settings.eta, fresh=fresh(), on_step=on_step
         )
-
-
-def _contains(words: list[str], name: list[str]) -> bool:
-    """Whether the words of a name stand side by side."""
-    return any(words[i : i + len(name)] == name for i in range(len(words) - len(name) + 1))

@@ -176,6 +176,7 @@ WRONG = [
     ("improved_vqd", [*CLASSES, "classes=[a]"], r"classes must name all 999 classes or none"),
     ("improved_vqd", ["init.train=false"], r"init\.train must be true without ckpt"),
     ("improved_vqd", ["sampling.reveal=constant"], r"sampling\.tokens_per_call must be set"),
+    ("improved_vqd", ["sampling.reveal=released"], r"sampling\.reveal=released knows 1024 tokens"),
     ("vq_diffusion", ["schedule.mask_rate=1.5"], r"schedule\.mask_rate must be between 0 and 1"),
 ]
 

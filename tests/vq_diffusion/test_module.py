@@ -343,7 +343,7 @@ def test_labels_come_from_prompts_or_arguments(make: Make) -> None:
         with pytest.raises(ValueError, match="must ask for one class: a number from 0 to 4"):
             module.check_prompts([wrong])
     module.check_prompts(["3"])
-    assert read_label("7", [], 10) == 7
+    assert read_label("7", [], 10) == 7 and read_label("a sea lion", ["lion", "sea lion"], 2) == 1
     with pytest.raises(ValueError, match="data with labels, such as data=digits"):
         module.loss({k: v for k, v in batch().items() if k != "label"}, source())
     with pytest.raises(ValueError, match="leaves labels 0 to 4, but the data hold 0 to 7"):
