@@ -253,11 +253,12 @@ class AutoencoderModule(TwoPlayerModule):
         h, w = images.shape[2] // self.factor, images.shape[3] // self.factor
         how: dict[str, Any] = {"generator": generator, "device": images.device}
         chance, positions = Chance(), [h, w]
-        if isinstance(self.network, VMAE):
+        vmae = isinstance(self.network, VMAE)
+        tuning = vmae and o.tuning_start is not None and self.batches_seen >= o.tuning_start
+        if vmae and o.mask_ratio > 0 and not tuning:
             positions = [visible_patches(h * w, o.mask_ratio)]
-            if o.mask_ratio > 0:
-                chance.mask = torch.rand(b, h * w, **how)
-        if self.config.stochastic and o.sample:
+            chance.mask = torch.rand(b, h * w, **how)
+        if self.config.stochastic and o.sample and not tuning:
             chance.posterior = torch.randn(b, self.channels, *positions, **how)
         if self.config.kind == "dae":
             chance.image = torch.randn(images.shape, **how)

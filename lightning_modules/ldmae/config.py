@@ -366,6 +366,10 @@ class AutoencoderObjective(AdversarialConfig):
     """vmae, vae, sdvae: decode a draw from the posterior; false decodes its mean."""
     noise: float = 0.25
     """dae: standard deviation of the noise on the encoder's input, in pixels of [-1, 1]."""
+    tuning_start: int | None = None
+    """vmae: batches before the whole image is encoded and the posterior's mean decoded, as in the
+    second stage of the released script, so that the decoder meets what it will decode; null never.
+    """
     freeze_encoder: bool = False
     """Train the decoder alone."""
 
@@ -378,8 +382,9 @@ class AutoencoderObjective(AdversarialConfig):
         super().__post_init__()
         _require(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
         _at_least(self, 0, "visible_weight", "masked_weight", "perceptual_weight", "noise")
-        if self.kl_weight is not None:
-            _at_least(self, 0, "kl_weight")
+        for name in ("kl_weight", "tuning_start"):
+            if getattr(self, name) is not None:
+                _at_least(self, 0, name)
         _require(
             self.fixed_std is None or self.fixed_std > 0,
             f"fixed_std must be positive or null, got {self.fixed_std}",

@@ -183,6 +183,23 @@ def test_terms_are_switched_one_by_one() -> None:
     assert set(run(visible_weight=1.0)[1]) == {"visible", "masked"}
 
 
+def test_the_end_of_a_training_shows_the_decoder_whole_images() -> None:
+    images = pictures(4)
+    auto = module(objective={"tuning_start": 5, "kl_weight": 1.0})
+    found = []
+    for seen in (4, 5):
+        auto.batches_seen = seen
+        chance = auto.draw(images, torch.Generator().manual_seed(0))
+        found.append((chance, auto(images, chance)))
+    (early, masked), (late, whole) = found
+    assert early.mask is not None and early.posterior is not None and masked.hidden is not None
+    assert late.mask is None and late.posterior is None and whole.hidden is None
+    expected = auto.network.decode(auto.moments(images)[:, : auto.channels])
+    torch.testing.assert_close(whole.images, expected)
+    other = module("vae", objective={"tuning_start": 0})
+    assert other.draw(images, torch.Generator().manual_seed(0)).posterior is not None
+
+
 def test_the_mean_is_free_for_vmae_alone() -> None:
     mean, logvar = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     assert float(variance_kl(torch.zeros(1))) == 0
