@@ -93,6 +93,9 @@ class SuperResConfig(ModelConfig):
     """Longest side of the low-res token grid."""
     block: int = 8
     """Side of the local blocks of the multi-axis attention (not published)."""
+    place_low: bool = False
+    """Also add the encoded low-res tokens to the high-res ones at their places, besides attending
+    to them: not in the paper, but learned in far fewer steps."""
     drop_low: bool = False
     """Hide the low-res tokens where the text is dropped; section 2.7 speaks of the text only."""
 
@@ -103,6 +106,10 @@ class SuperResConfig(ModelConfig):
             _require(value >= 1, f"{name} must be at least 1, got {value}")
         _require(self.low_layers >= 0, f"low_layers must be at least 0, got {self.low_layers}")
         _require(self.heads % 2 == 0, f"heads must be even, got {self.heads}")
+        _require(
+            not (self.place_low and self.drop_low),
+            "drop_low must be false with place_low=true, which shows them at every place",
+        )
         _require(
             not self.drop_low or self.null_text == "learned",
             f"drop_low needs null_text=learned, got {self.null_text}: something must be left",

@@ -53,12 +53,14 @@ class Side:
         batch: images it is for; 1 may serve any number.
         mask: [batch, L] bool, True where a key is real; None if all are.
         shown: [batch] bool, False where an image sees no key at all; None if all see.
+        placed: [batch, n, D] what the embedded image tokens get besides, equal on all sides.
     """
 
     blocks: list[KeysValues] = field(default_factory=list)
     batch: int = 1
     mask: Tensor | None = None
     shown: Tensor | None = None
+    placed: Tensor | None = None
 
 
 class Heads(nn.Module):
@@ -336,13 +338,13 @@ class MaskedTransformer(nn.Module):
     def rows(self, x: Tensor, sides: Sequence[Side], keep: Tensor) -> Tensor:
         """Features [sides, keep.sum(), hidden] in front of the head; arguments as `mixed_rows`."""
         grid = (x.shape[1], x.shape[2])
-        same = not self.training and all_equal(x)
+        same = not self.training and sides[0].placed is None and all_equal(x)
         own = [side.batch if same else len(x) for side in sides]
         # those that attend to something come first, so that one slice holds all of them
         order = sorted(range(len(sides)), key=lambda i: not sides[i].blocks)
         seeing = [sides[i] for i in order if sides[i].blocks]
         counts = [own[i] for i in order if sides[i].blocks]
-        hidden = self.embed(x[:1] if same else x)
+        hidden = self.embedded(x[:1] if same else x, sides)
         blocks = self._blocks()
         for i, block in enumerate(blocks):
             hidden = block.attend_own(hidden, grid)
@@ -356,6 +358,10 @@ class MaskedTransformer(nn.Module):
         flat = keep.flatten(1)
         kept = [parts[j].expand(len(x), -1, -1)[flat] for j in range(len(sides))]
         return self.head_mlp(self.norm(blocks[-1].transform(torch.stack(kept))))
+
+    def embedded(self, x: Tensor, sides: Sequence[Side]) -> Tensor:
+        """What the first block reads: x [B, h, w] int64 -> [B, h * w, D], alike for all sides."""
+        return self.embed(x)
 
     def head(self, rows: Tensor) -> Tensor:
         """[n, hidden] features -> [n, outputs] logits."""

@@ -5,6 +5,7 @@ the other, are what the high-res tokens attend to. Among themselves these attend
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,8 @@ class SuperRes(MaskedTransformer):
     def __init__(self, config: SuperResConfig, outputs: int | None = None) -> None:
         super().__init__(config, outputs)
         self.low = LowResEncoder(config)
+        if config.place_low:
+            self.place = nn.Linear(config.hidden, config.hidden, bias=False)
         self._initialise()
 
     def own_attention(self, config: SuperResConfig) -> SelfAttention:  # type: ignore[override]
@@ -142,7 +145,19 @@ class SuperRes(MaskedTransformer):
                 mask = torch.cat([seen, mask.expand(batch, -1)], dim=1)
             sequence = torch.cat([low, sequence.expand(batch, -1, -1)], dim=1)
         side = Side([block.cross.keys_values(sequence) for block in self._blocks()], batch)
-        return dataclasses.replace(side, mask=mask)
+        placed = self.place(low) if self.config.place_low else None
+        return dataclasses.replace(side, mask=mask, placed=placed)
+
+    def embedded(self, x: Tensor, sides: Sequence[Side]) -> Tensor:
+        """The high-res tokens, with place_low together with the low-res tokens at their places."""
+        placed = sides[0].placed  # [B, n, D]
+        if placed is None:
+            return self.embed(x)
+        (h, w), n = x.shape[1:], placed.shape[1]
+        scale = round((h * w / n) ** 0.5)
+        grid = placed.view(-1, h // scale, w // scale, placed.shape[2])
+        grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        return self.embed(x) + grid.flatten(1, 2)
 
     def forward(
         self,

@@ -162,3 +162,21 @@ def test_every_parameter_gets_a_gradient():
 def test_wrong_sizes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SuperResConfig(**{**TINY, **changes})
+
+
+def test_low_tokens_at_their_places() -> None:
+    """With place_low a high-res token reads the low-res token above it, also unattended."""
+    network = tiny(place_low=True, low_layers=0)
+    low = torch.zeros(2, 4, 4, dtype=torch.int64)
+    low[1, 1, 2] = 3
+    side = network.prepare(None, low=network.encode_low(low))
+    x = torch.full((2, 8, 8), network.mask_id)
+    first, second = network.embedded(x, [side]).view(2, 8, 8, -1)
+    changed = (first != second).any(-1)
+    assert changed.nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
+    keep = torch.ones_like(x, dtype=torch.bool)
+    both = network.mixed_rows(x, [side], [1.0], keep).view(2, 64, -1)
+    alone = network.prepare(None, low=network.encode_low(low[1:]))
+    own = network.mixed_rows(x[1:], [alone], [1.0], keep[1:])
+    torch.testing.assert_close(both[1], own)  # also where every token is still masked
+    assert not torch.allclose(both[0], both[1])
