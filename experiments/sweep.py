@@ -72,16 +72,19 @@ def run(argv: Sequence[str]) -> int:
     for word in settings:
         if "=" not in word:
             raise ConfigError(f"{word!r} is neither a sweep file nor a setting key=value")
-    if args.out is not None and len(files) > 1:
-        raise ConfigError("--out takes the results of one sweep; give one file")
+    for name in ("out", "index"):
+        if getattr(args, name) is not None and len(files) > 1:
+            raise ConfigError(f"--{name} belongs to one sweep; give one file")
     sweeps = [read_sweep(path) for path in files]
     grids = [(s, *make_points(s, settings, args.out)) for s in sweeps]  # all checked before work
+    if args.index is not None and not 0 <= args.index < len(grids[0][2]):
+        raise ConfigError(f"--index must be 0 to {len(grids[0][2]) - 1}, got {args.index}")
     if args.dry_run:
         for sweep, out, points in grids:
             print(f"{sweep.name}: {len(points)} points into {out}")
-            for point in points:
+            for number, point in enumerate(points):
                 state = "stands" if stands(point) else "to do"
-                print(f"  {state}  {PROGRAM} {shlex.join(point.argv)}")
+                print(f"  {number:3} {state}  {PROGRAM} {shlex.join(point.argv)}")
         return 0
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from experiments import tables  # torch comes with it, seconds of start-up
@@ -90,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
     say = door.speaker()
     failed = 0
     for sweep, out, points in grids:
-        do_points(sweep, points, say)
+        do_points(sweep, points, say, args.index)
         if is_leader():
             published = every_reported().of_sweep(sweep.name)
             command = shlex.join([*COMMAND.split(), *argv])
@@ -108,13 +111,27 @@ def make_parser() -> door.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--index", type=int, metavar="N",
+        help="do point N alone, counted from 0 (a Slurm array: --index $SLURM_ARRAY_TASK_ID); the "
+        "table shows all that stand",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the points and which stand")
     parser.add_argument("--help", "-h", action="store_true", help="this text")
     return parser
 
 
-def do_points(sweep: Sweep, points: Sequence[Point], say: Callable[[str], None]) -> None:
-    """Run every point that does not stand; one that fails is noted, and the next begins."""
+def do_points(
+    sweep: Sweep, points: Sequence[Point], say: Callable[[str], None], only: int | None = None
+) -> None:
+    """Run every point that does not stand; one that fails is noted, and the next begins.
+
+    Args:
+        sweep: whose points.
+        points: all of them; they receive their scores.
+        say: gets one line per event.
+        only: number of the point to run; None runs all.
+    """
     from experiments import stages
     from experiments.progress import clock
 
@@ -123,6 +140,8 @@ def do_points(sweep: Sweep, points: Sequence[Point], say: Callable[[str], None])
         head = f"[{number}/{len(points)}] {sweep.name}: {point.label}".rstrip(": ")
         if stands(point):
             say(f"{head}: stands in {point.out}")
+        elif only not in (None, number - 1):
+            continue
         else:
             left = [p for p in points[number - 1 :] if not stands(p)]
             # as the one before; the first of a sweep often trains what the others share

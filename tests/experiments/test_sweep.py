@@ -108,7 +108,9 @@ def test_other_mistakes(tmp_path: Path, capsys) -> None:
         ([str(tmp_path / "none.yaml")], "there is no sweep file"),
         ([], "name a sweep file"),
         ([str(path), "seed"], "'seed' is neither a sweep file nor a setting"),
-        ([str(path), str(path), "--out", "x"], "--out takes the results of one sweep"),
+        ([str(path), str(path), "--out", "x"], "--out belongs to one sweep; give one file"),
+        ([str(path), str(path), "--index", "1"], "--index belongs to one sweep; give one file"),
+        ([str(small(tmp_path / "c.yaml")), "--index", "4"], "--index must be 0 to 3, got 4"),
     ]:
         assert sweep.main(argv) == 2
         assert said in capsys.readouterr().err
@@ -130,6 +132,25 @@ def test_points_are_the_product_the_last_setting_fastest(tmp_path: Path) -> None
     assert out.name.startswith("sweep-a-") and len(points) == 2
     assert {(p.config.sampling.steps, p.config.logger) for p in points} == {(3, "wandb")}  # type: ignore[attr-defined]
     assert points[0].settings == {"sampling.guidance_end": 1.0}
+
+
+def test_one_point_of_an_array(tmp_path: Path, monkeypatch) -> None:
+    """Each task of an array does its own; the table shows those that stand."""
+    _, points = make_points(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
+    done: list[str] = []
+
+    def run(paper: str, scale: str, config, out: Path, **_) -> None:
+        out.mkdir(parents=True)
+        (out / "metrics.json").write_text('{"eval/a": {"value": 1.0}}')
+        done.append(out.name)
+
+    monkeypatch.setattr("experiments.stages.run", run)
+    monkeypatch.setattr(sweep, "stands", lambda point: (point.out / "metrics.json").is_file())
+    for index, count in ((2, 1), (0, 2)):
+        _, points = make_points(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
+        sweep.do_points(read_sweep(small(tmp_path / "a.yaml")), points, lambda line: None, index)
+        assert sum(bool(p.scores) for p in points) == count and bool(points[index].scores)
+    assert done == ["steps=2,guidance_end=1.0", "steps=1,guidance_end=1.0"]
 
 
 def test_words_of_the_command_count(tmp_path: Path) -> None:
@@ -177,7 +198,7 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     again = [str(small(tmp_path / "s.yaml", "[1, 2, 3]")), *words]
     assert sweep.main([*again, "--dry-run"]) == 0
     listed = capsys.readouterr().out
-    assert listed.count("stands  ") == 3 and listed.count("to do  ") == 3
+    assert listed.count(" stands  ") == 3 and listed.count(" to do  ") == 3
     assert sweep.main(again) == 0
     said = capsys.readouterr().out
     assert said.count("stands in") == 3 and "train: runs" not in said
