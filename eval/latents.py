@@ -209,7 +209,8 @@ def score_compression(
         attributes: N attributes of scenes, as samples hold them.
         resolution: width and height of the pictures in pixels.
         least: fewest tokens of a region that counts; by default 8 on a grid of 32 x 32 tokens, in
-            proportion on others, at least 2.
+            proportion on others, at least 3 (the spread of two tokens may vanish by chance, and
+            rho is a mean of ratios).
         prefix: put before the names.
         resamples: bootstrap draws of pictures behind the intervals.
         seed: seed of the bootstrap.
@@ -224,7 +225,7 @@ def score_compression(
     if len(attributes) != len(latents):
         raise ValueError(f"{len(latents)} latents and {len(attributes)} scenes do not pair up")
     side = latents.shape[-1]
-    least = max(2, round(8 * side * side / 1024)) if least is None else least
+    least = max(3, round(8 * side * side / 1024)) if least is None else least
     masks = [scene_masks(dict(a), resolution, side) for a in attributes]
     # [N, h, w], and for each thing of each picture [h, w] with the number of the picture
     things = torch.from_numpy(np.stack([m[0] for m in masks]))

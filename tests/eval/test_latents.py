@@ -97,7 +97,7 @@ def test_scenes_give_the_masks() -> None:
     assert scores["eval/rho_part"]["value"] < 1  # nothing separates the halves of a thing
     score = scores["eval/sigma2_object"]
     assert score["low"] < score["value"] < score["high"] and score["n"] == 40
-    assert score["terms"] == 120 and "at least 2 of 16x16 tokens" in score["model"]
+    assert score["terms"] == 120 and "at least 3 of 16x16 tokens" in score["model"]
     fewer = score_compression(latents, shown, 32, least=20, resamples=20)
     assert fewer["eval/sigma2_object"]["terms"] < 120
     assert "eval/sigma2_part" not in score_compression(latents, shown, 32, least=99, resamples=20)
