@@ -138,18 +138,19 @@ def make_points(sweep: Sweep, words: Sequence[str], out: Path | None) -> tuple[P
 
 
 def stands(point: Point) -> bool:
-    """Say whether a point's results are there, made with these settings."""
+    """Say whether a point's results are there: made with these settings, and those of the store."""
     from experiments import stages
 
     try:
         if (point.out / "config.yaml").read_text() != to_yaml(point.config):
             return False
-        report = stages.plan(point.paper, point.config)[-1]
+        store, report = Store(point.config.cache), stages.plan(point.paper, point.config)[-1]
+        kept = (store.folder(report) / "metrics.json").read_bytes()
+        return store.done(report) is not None and (
+            (point.out / "metrics.json").read_bytes() == kept
+        )
     except (OSError, UserError):
         return False
-    return (point.out / "metrics.json").is_file() and (
-        Store(point.config.cache).done(report) is not None
-    )
 
 
 def text_of(value: Any) -> str:

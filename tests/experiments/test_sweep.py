@@ -192,16 +192,17 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     page = (out / "table.html").read_text()
     assert "data:image/png" in page and 'src="http' not in page and "clip_scenes" in page
 
-    # one point more; one whose folder was lost; the rest stands
+    # one point more; one whose folder was lost, one of another day; the rest stands
     (Path(rows[3]["run"]) / "metrics.json").unlink()
+    (Path(rows[2]["run"]) / "metrics.json").write_text("{}")
     kept = (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns
     again = [str(small(tmp_path / "s.yaml", "[1, 2, 3]")), *words]
     assert sweep.main([*again, "--dry-run"]) == 0
     listed = capsys.readouterr().out
-    assert listed.count(" stands  ") == 3 and listed.count(" to do  ") == 3
+    assert listed.count(" stands  ") == 2 and listed.count(" to do  ") == 4
     assert sweep.main(again) == 0
     said = capsys.readouterr().out
-    assert said.count("stands in") == 3 and "train: runs" not in said
+    assert said.count("stands in") == 2 and "train: runs" not in said
     assert said.count("sample: runs") == 2  # of the lost one only the folder is made again
     assert (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns == kept
 
