@@ -11,6 +11,7 @@ from PIL import Image
 from experiments.pictures import save_png
 
 SIZE, DPI = (6.4, 4.2), 120
+WIDE = 20  # ratio of the largest to the smallest value from which on the axis is logarithmic
 
 
 class Point(NamedTuple):
@@ -54,6 +55,9 @@ def lines(
     if not numeric:
         axes.set_xticks(range(len(places)), places)
     axes.set(xlabel=across, ylabel=up, title=title)
+    values = [p.value for points in curves.values() for p in points]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
