@@ -414,18 +414,22 @@ class MuseRun(MuseConfig, GeneratorRun):
         text, uvit = self.text, self.network == "uvit"
         net, name = (self.uvit, "uvit.codebook_size") if uvit else (self.model, "model.num_codes")
         self.check_tokens(net.num_codes, name, net.grid_multiple)
-        if uvit and (text.name != "clip" or not text.projected):
+        if uvit and text.name != "bytes" and (text.name != "clip" or not text.projected):
             raise ValueError(
-                "network=uvit needs states and a pooled vector of CLIP: add text=clip and "
-                "text.projected=true"
+                "network=uvit needs states and a pooled vector of a text: add text.name=clip and "
+                "text.projected=true, or text.name=bytes"
             )
         if uvit and self.critic.layers:
             raise ValueError("critic.layers must be 0 with network=uvit: the critic is of model")
-        if not uvit and text.name == "bytes" and self.model.text_width != text.width:
-            raise ValueError(
-                f"model.text_width must be text.width ({text.width}) with text.name=bytes, "
-                f"got {self.model.text_width}"
-            )
+        widths = {"model.text_width": self.model.text_width}
+        if uvit:
+            names = ("encoder_hidden_size", "cond_embed_dim")
+            widths = {f"uvit.{name}": getattr(self.uvit, name) for name in names}
+        for key, width in widths.items():
+            if text.name == "bytes" and width != text.width:
+                raise ValueError(
+                    f"{key} must be text.width ({text.width}) with text.name=bytes, got {width}"
+                )
         if self.tokenizer.ckpt in (None, "shipped"):
             side = self.data.resolution // self.tokenizer.model.factor
             if not uvit and side > self.model.max_side:

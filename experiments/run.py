@@ -102,12 +102,9 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         show_plan(args.paper, config, out)
         return 0
-    # threads that wait for each other should not do so by spinning for long: beside any other
-    # process a training on all cores would crawl
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from experiments import stages  # torch and lightning come with it, seconds of start-up
+    settle()
+    from experiments import stages
 
-    quiet()
     command = shlex.join([*COMMAND.split(), *argv])
     outcome = stages.run(args.paper, scale, config, out, command=command, say=speaker())
     if is_leader():
@@ -269,8 +266,16 @@ def speaker() -> Callable[[str], None]:
     return say
 
 
-def quiet() -> None:
-    """Keep Lightning's remarks and hints off the screen; its errors stay."""
+def settle() -> None:
+    """Make ready for work: swift on a CPU, and Lightning's remarks and hints off the screen."""
+    # threads that wait for each other should not do so by spinning for long: beside any other
+    # process a training on all cores would crawl
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    import torch  # seconds of start-up, after all that can be refused
+
+    # a GELU's far tail is full of numbers below 1e-38, with which a CPU is six times slower; here,
+    # before torch makes its threads, which take this over
+    torch.set_flush_denormal(True)
     for part in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{part}.utilities.rank_zero").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

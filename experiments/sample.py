@@ -29,7 +29,7 @@ from experiments.edits import (
 )
 from experiments.pictures import grid, save_png, to_uint8
 from experiments.progress import Counter
-from experiments.run import Parser, quiet, speaker
+from experiments.run import Parser, settle, speaker
 from experiments.settings import ConfigError, describe, override, pick, resolved
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.registry import load_generator
@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
     mask = None if args.mask is None else read_picture(args.mask)
     device = find_device(args.device)
     say = speaker()
-    quiet()
+    settle()
 
     module = load(args.ckpt, args.tokenizer, device, args.paper)
     settings = read_settings(module, words)

@@ -7,7 +7,6 @@ points that are finished are not repeated.
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -86,10 +85,9 @@ def run(argv: Sequence[str]) -> int:
                 state = "stands" if stands(point) else "to do"
                 print(f"  {number:3} {state}  {PROGRAM} {shlex.join(point.argv)}")
         return 0
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from experiments import tables  # torch comes with it, seconds of start-up
+    door.settle()
+    from experiments import tables
 
-    door.quiet()
     say = door.speaker()
     failed = 0
     for sweep, out, points in grids:

@@ -70,7 +70,7 @@ class ByteEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, captions: list[str], device: torch.device) -> Condition:
-        """Encode captions to tokens [B, L, width] with their mask [B, L], L the longest."""
+        """Encode captions to tokens [B, L, width], L the longest, and their mean [B, width]."""
         empty = ((self.config.buckets,),)
         words = [
             [ngram_ids(w, self.config.buckets) for w in self.split(c)] or empty for c in captions
@@ -85,7 +85,9 @@ class ByteEncoder(nn.Module):
         x[mask] = bags
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         related, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        return Condition(self.norm(x + related), mask)
+        tokens = self.norm(x + related)
+        share = mask / mask.sum(1, keepdim=True)  # of a word in its caption's mean
+        return Condition(tokens, mask, (tokens * share[..., None]).sum(1))
 
     def split(self, caption: str) -> list[str]:
         """Split a caption at spaces and around punctuation, cut to max_length words."""

@@ -32,6 +32,10 @@ class ModelConfig:
     """Width of the residual stream."""
     mlp: int = 8192
     """Width inside the MLP."""
+    mlp_type: Literal["linear", "conv"] = "linear"
+    """linear: two layers on every token. conv: two 3x3 convolutions on the token grid, as some
+    VQ-Diffusions have them: not in the paper, but small networks learn shapes in far fewer steps.
+    """
     layers: int = 48
     """Blocks of self-attention, cross-attention and MLP."""
     heads: int = 16

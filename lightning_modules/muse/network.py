@@ -142,6 +142,20 @@ class CrossAttention(Heads):
         return F.pad(out, (0, 0, 0, 0, 0, len(x) - seeing)) if seeing < len(x) else out
 
 
+class ConvMLP(nn.Module):
+    """mlp_type=conv: a 3x3 convolution on the token grid, GELU and another one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(config.hidden, config.mlp, 3, padding=1, bias=False)
+        self.out = nn.Conv2d(config.mlp, config.hidden, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x: [B, h * w, D] -> [B, h * w, D]."""
+        pixels = x.unflatten(1, grid).permute(0, 3, 1, 2)  # [B, D, h, w], channels last
+        return self.out(F.gelu(self.into(pixels))).permute(0, 2, 3, 1).flatten(1, 2)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the condition, MLP (Figure 3), each with its residual."""
 
@@ -153,10 +167,15 @@ class Block(nn.Module):
         if cross:
             self.cross_norm, self.cross = norm(width), CrossAttention(config)
         self.mlp_norm = norm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, config.mlp, bias=False),
-            nn.GELU(),
-            nn.Linear(config.mlp, width, bias=False),
+        self.sees_neighbours = config.mlp_type == "conv"
+        self.mlp = (
+            ConvMLP(config)
+            if self.sees_neighbours
+            else nn.Sequential(
+                nn.Linear(width, config.mlp, bias=False),
+                nn.GELU(),
+                nn.Linear(config.mlp, width, bias=False),
+            )
         )
         self.dropout = nn.Dropout(config.dropout)
 
@@ -176,11 +195,14 @@ class Block(nn.Module):
             return x + self.dropout(self.cross(self.cross_norm(x), sides, counts, block))
         return self.cross_norm(x + self.dropout(self.cross(x, sides, counts, block)))
 
-    def transform(self, x: Tensor) -> Tensor:
-        """x: [..., D] -> [..., D]."""
+    def transform(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x: [B, h * w, D] -> [B, h * w, D]; without convolutions any tokens [..., D]."""
         if self.pre:
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            return x + self.dropout(self._mlp(self.mlp_norm(x), grid))
+        return self.mlp_norm(x + self.dropout(self._mlp(x, grid)))
+
+    def _mlp(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.mlp(x, grid) if self.sees_neighbours else self.mlp(x)
 
 
 class TokenGrid(nn.Module):
@@ -351,13 +373,15 @@ class MaskedTransformer(nn.Module):
             if i == 0:  # up to here no condition was seen
                 hidden = torch.cat([hidden.expand(own[j], -1, -1) for j in order])
             hidden = block.attend_condition(hidden, seeing, counts, i)
-            if i < len(blocks) - 1:
-                hidden = block.transform(hidden)
+            if i < len(blocks) - 1 or block.sees_neighbours:
+                hidden = block.transform(hidden, grid)
         # what is left is done token by token
         parts = dict(zip(order, hidden.split([own[j] for j in order]), strict=True))
         flat = keep.flatten(1)
-        kept = [parts[j].expand(len(x), -1, -1)[flat] for j in range(len(sides))]
-        return self.head_mlp(self.norm(blocks[-1].transform(torch.stack(kept))))
+        kept = torch.stack([parts[j].expand(len(x), -1, -1)[flat] for j in range(len(sides))])
+        if not blocks[-1].sees_neighbours:
+            kept = blocks[-1].transform(kept, grid)
+        return self.head_mlp(self.norm(kept))
 
     def embedded(self, x: Tensor, sides: Sequence[Side]) -> Tensor:
         """What the first block reads: x [B, h, w] int64 -> [B, h * w, D], alike for all sides."""

@@ -76,10 +76,10 @@ class LowResEncoder(nn.Module):
 
     def forward(self, low: Tensor) -> Tensor:
         """low: [B, h, w] int64 -> [B, h * w, D]."""
-        x = self.embed(low)
+        x, grid = self.embed(low), (low.shape[1], low.shape[2])
         for block in self.blocks:
             assert isinstance(block, Block)
-            x = block.transform(block.attend_own(x, (low.shape[1], low.shape[2])))
+            x = block.transform(block.attend_own(x, grid), grid)
         return self.norm(x)
 
 

@@ -38,7 +38,7 @@ def byte_encoder(**settings) -> ByteEncoder:
 def test_a_captions_encoding_does_not_depend_on_its_batch() -> None:
     encoder = byte_encoder()
     together = encoder(CAPTIONS, CPU)
-    assert together.mask is not None and together.pooled is None
+    assert together.mask is not None and together.pooled is not None
     lengths = [len(encoder.split(c)) or 1 for c in CAPTIONS]
     assert together.mask.sum(1).tolist() == lengths
     assert together.tokens.shape == (5, max(lengths), 16)
@@ -47,6 +47,7 @@ def test_a_captions_encoding_does_not_depend_on_its_batch() -> None:
         assert alone.mask is not None and alone.mask.all()
         assert torch.equal(together.mask[i], torch.arange(max(lengths)) < lengths[i])
         torch.testing.assert_close(together.tokens[i, : lengths[i]], alone.tokens[0])
+        torch.testing.assert_close(together.pooled[i], alone.tokens[0].mean(0))
 
 
 def test_the_empty_caption_is_one_learned_token() -> None:

@@ -21,6 +21,8 @@ OPTIONS = [
     {"norm": "post", "qk_norm": True},
     {"positions": "flat", "tied_head": True, "null_text": "learned"},
     {"head_mlp": False, "null_text": "empty"},
+    {"mlp_type": "conv"},
+    {"mlp_type": "conv", "norm": "post"},
 ]
 
 
