@@ -99,6 +99,9 @@ class TrainerConfig:
     """How devices work together; auto is ddp where there are several."""
     compile: bool = False
     """Run the network through torch.compile."""
+    keep_every: int = 0
+    """Virtual epochs between two weights that are kept beside resume.ckpt, as
+    weights-STEP.safetensors for experiments.average; 0 keeps none."""
     val_batches: int = 4
     """Batches of the validation loss after every virtual epoch; 0 for none."""
     log_every: int = 20
@@ -110,7 +113,8 @@ class TrainerConfig:
         names = ("max_steps", "epoch_steps", "batch_size", "accumulate", "devices", "num_nodes")
         for name in (*names, "log_every"):
             _at_least(self, name, 1)
-        _at_least(self, "val_batches", 0)
+        for name in ("keep_every", "val_batches"):
+            _at_least(self, name, 0)
 
     @property
     def epochs(self) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from data.tokens import TokenData
 from data.webdata import WebData
 from experiments.config import RunSettings, TrainerConfig, UserError
 from experiments.progress import Say, TrainingProgress
+from lightning_modules.common.checkpoint import save_weights
 
 RESUME = "resume.ckpt"
 
@@ -58,6 +59,21 @@ class PlainSignals(Callback):
         """Put it back; the trainer registered its own just before."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handler)
+
+
+class KeepWeights(Callback):
+    """Writes the weights of every few epochs, as a series to average over."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write those of the epoch that ended, where it is time."""
+        if (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
+            name = f"weights-{trainer.global_step:08d}.safetensors"
+            save_weights(
+                self.folder / name, pl_module.state_dict(), dict(pl_module.hparams["config"])
+            )
 
 
 def end_with_parent(pause: float = 1.0) -> None:
@@ -189,6 +205,7 @@ def fit(
             ),
             TrainingProgress(what, epochs * length, say, config.progress),
             PlainSignals(),
+            *([KeepWeights(folder, config.keep_every)] if config.keep_every else []),
         ],
         enable_progress_bar=False,
         enable_model_summary=False,

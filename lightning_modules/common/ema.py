@@ -1,4 +1,6 @@
-"""Exponential moving average of a generator's trainable weights."""
+"""Exponential moving averages of a generator's weights: in training, or over its checkpoints."""
+
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +40,43 @@ class WeightAverage:
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` returned."""
         self.updates, self.shadow = state["updates"], dict(state["shadow"])
+
+
+def offline_average(states: Iterable[Mapping[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """Average a series of checkpoints: a_1 = w_1, a_k = decay a_(k-1) + (1 - decay) w_k.
+
+    Muse has no average in training and this one after it (arXiv 2301.00704, section 3: every 5000
+    steps, decay 0.7). Tensors that are no floating-point numbers are those of the last checkpoint.
+
+    Args:
+        states: tensors by name, in the order of training; read one after the other.
+        decay: share of the average so far, at least 0 and below 1.
+
+    Returns:
+        Tensors by name, of the types they had; sums are float32 or wider.
+
+    Raises:
+        ValueError: no checkpoint, a decay out of range, or tensors that do not match.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+    average: dict[str, Tensor] = {}
+    types: dict[str, torch.dtype] = {}
+    for number, state in enumerate(states, 1):
+        if not average:
+            types = {k: v.dtype for k, v in state.items()}
+            average = {k: v.float() if v.dtype.itemsize < 4 else v.clone() for k, v in state.items()
+                       if v.is_floating_point()}  # fmt: skip
+        differing = sorted(
+            {k for k in types.keys() ^ state.keys()}
+            | {k for k in average.keys() & state.keys() if average[k].shape != state[k].shape}
+        )
+        if differing:
+            raise ValueError(f"checkpoint {number} does not match the first: {differing[0]}")
+        for k, shadow in average.items():
+            if number > 1:
+                shadow.lerp_(state[k].to(shadow.dtype), 1 - decay)
+        last = state
+    if not types:
+        raise ValueError("there is no checkpoint to average")
+    return {k: average[k].to(types[k]) if k in average else last[k] for k in types}

@@ -92,8 +92,7 @@ def our_sample(
 
 def borders(steps: int) -> list[int]:
     """Times of the walk of `steps` calls, from the last one to -1."""
-    last = SCHEDULE.steps - 1
-    return [last - round(i * SCHEDULE.steps / steps) for i in range(steps + 1)]
+    return [*(step.t for step in process.exact_steps(SCHEDULE, steps)), -1]
 
 
 def inverse_cdf(law: Tensor, uniforms: Tensor) -> Tensor:

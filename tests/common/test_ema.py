@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.common.ema import WeightAverage
+from lightning_modules.common.ema import WeightAverage, offline_average
 
 
 def module() -> nn.Module:
@@ -72,3 +72,29 @@ def test_goes_on_after_a_reload(tmp_path: Path) -> None:
     two.update(net)
     assert two.updates == one.updates == 4
     assert all(torch.equal(one.shadow[k], two.shadow[k]) for k in one.shadow)
+
+
+def test_the_offline_average_is_its_closed_form() -> None:
+    series = [{"w": torch.randn(3, 2), "n": torch.tensor(k)} for k in range(4)]
+    w = [s["w"] for s in series]
+    found = offline_average(iter(series), 0.7)
+    expected = 0.7**3 * w[0] + 0.3 * (0.7**2 * w[1] + 0.7 * w[2] + w[3])
+    torch.testing.assert_close(found["w"], expected)
+    assert found["n"] == 3
+    assert torch.equal(series[0]["w"], w[0])  # nothing was changed in place
+    torch.testing.assert_close(offline_average(series, 0.0)["w"], w[3])
+    half = offline_average([{"w": torch.ones(2).bfloat16()}, {"w": torch.zeros(2).bfloat16()}], 0.9)
+    assert half["w"].dtype == torch.bfloat16 and half["w"].float().mean() == pytest.approx(
+        0.9, 0.01
+    )
+
+
+def test_the_offline_average_refuses_what_does_not_match() -> None:
+    one = {"w": torch.zeros(2)}
+    for other in ({"w": torch.zeros(3)}, {"v": torch.zeros(2)}, {}):
+        with pytest.raises(ValueError, match="checkpoint 2 does not match the first"):
+            offline_average([one, other], 0.5)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        offline_average([], 0.5)
+    with pytest.raises(ValueError, match="decay must be"):
+        offline_average([one], 1.0)
