@@ -183,7 +183,10 @@ WRONG = [
     (["superres.model.max_side=8"], "superres.model.max_side must be at least the token grid's 16"),
     (["superres.model.low_max_side=4"], "low_max_side must be at least the token grid's 8"),
     (["model.max_side=4"], "model.max_side must be at least the token grid's 8"),
-    (["network=uvit", "uvit.codebook_size=32"], "uvit.encoder_hidden_size must be text.width"),
+    (
+        ["network=uvit", "uvit.codebook_size=32", "critic.layers=0"],
+        "uvit.encoder_hidden_size must be text.width",
+    ),
     (["network=uvit", "uvit.codebook_size=32", "text.name=t5"], "network=uvit needs states and a"),
     (["sampling.superres.top_k=0"], "sampling.superres.top_k must be at least 1"),
     (["sampling.edit.share=0"], "sampling.edit.share must be in"),
