@@ -45,8 +45,8 @@ class WeightAverage:
 def offline_average(states: Iterable[Mapping[str, Tensor]], decay: float) -> dict[str, Tensor]:
     """Average a series of checkpoints: a_1 = w_1, a_k = decay a_(k-1) + (1 - decay) w_k.
 
-    Muse has no average in training and this one after it (arXiv 2301.00704, section 3: every 5000
-    steps, decay 0.7). Tensors that are no floating-point numbers are those of the last checkpoint.
+    Muse has no average in training and this one after it (arXiv 2301.00704: a checkpoint every
+    5000 steps, decay 0.7). Tensors without floating-point numbers are the last checkpoint's.
 
     Args:
         states: tensors by name, in the order of training; read one after the other.
@@ -63,20 +63,16 @@ def offline_average(states: Iterable[Mapping[str, Tensor]], decay: float) -> dic
     average: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}
     for number, state in enumerate(states, 1):
-        if not average:
+        if number == 1:
             types = {k: v.dtype for k, v in state.items()}
-            average = {k: v.float() if v.dtype.itemsize < 4 else v.clone() for k, v in state.items()
-                       if v.is_floating_point()}  # fmt: skip
-        differing = sorted(
-            {k for k in types.keys() ^ state.keys()}
-            | {k for k in average.keys() & state.keys() if average[k].shape != state[k].shape}
-        )
-        if differing:
-            raise ValueError(f"checkpoint {number} does not match the first: {differing[0]}")
-        for k, shadow in average.items():
-            if number > 1:
-                shadow.lerp_(state[k].to(shadow.dtype), 1 - decay)
-        last = state
+        odd = types.keys() ^ state.keys()
+        odd |= {k for k in average.keys() & state.keys() if average[k].shape != state[k].shape}
+        if odd:
+            raise ValueError(f"checkpoint {number} does not match the first: {min(odd)}")
+        for k, v in state.items():
+            wide = v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v
+            moves = number > 1 and v.is_floating_point()
+            average[k] = average[k].lerp(wide, 1 - decay) if moves else wide
     if not types:
         raise ValueError("there is no checkpoint to average")
-    return {k: average[k].to(types[k]) if k in average else last[k] for k in types}
+    return {k: v.to(types[k]) for k, v in average.items()}

@@ -70,7 +70,7 @@ class ByteEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, captions: list[str], device: torch.device) -> Condition:
-        """Encode captions to tokens [B, L, width], L the longest, and their mean [B, width]."""
+        """Encode captions to tokens [B, L, width], L the longest, with mask and mean [B, width]."""
         empty = ((self.config.buckets,),)
         words = [
             [ngram_ids(w, self.config.buckets) for w in self.split(c)] or empty for c in captions

@@ -142,8 +142,29 @@ class CrossAttention(Heads):
         return F.pad(out, (0, 0, 0, 0, 0, len(x) - seeing)) if seeing < len(x) else out
 
 
+class LinearMLP(nn.Sequential):
+    """mlp_type=linear: a layer on every token, GELU and another layer."""
+
+    sees_neighbours = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(
+            nn.Linear(config.hidden, config.mlp, bias=False),
+            nn.GELU(),
+            nn.Linear(config.mlp, config.hidden, bias=False),
+        )
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        """x: [..., D] -> [..., D]; the grid does not matter to it."""
+        return super().forward(x)
+
+
 class ConvMLP(nn.Module):
     """mlp_type=conv: a 3x3 convolution on the token grid, GELU and another one."""
+
+    sees_neighbours = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,6 +175,9 @@ class ConvMLP(nn.Module):
         """x: [B, h * w, D] -> [B, h * w, D]."""
         pixels = x.unflatten(1, grid).permute(0, 3, 1, 2)  # [B, D, h, w], channels last
         return self.out(F.gelu(self.into(pixels))).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+MLPS: dict[str, type[LinearMLP | ConvMLP]] = {"linear": LinearMLP, "conv": ConvMLP}
 
 
 class Block(nn.Module):
@@ -167,16 +191,7 @@ class Block(nn.Module):
         if cross:
             self.cross_norm, self.cross = norm(width), CrossAttention(config)
         self.mlp_norm = norm(width)
-        self.sees_neighbours = config.mlp_type == "conv"
-        self.mlp = (
-            ConvMLP(config)
-            if self.sees_neighbours
-            else nn.Sequential(
-                nn.Linear(width, config.mlp, bias=False),
-                nn.GELU(),
-                nn.Linear(config.mlp, width, bias=False),
-            )
-        )
+        self.mlp = MLPS[config.mlp_type](config)
         self.dropout = nn.Dropout(config.dropout)
 
     def attend_own(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -198,11 +213,8 @@ class Block(nn.Module):
     def transform(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x: [B, h * w, D] -> [B, h * w, D]; without convolutions any tokens [..., D]."""
         if self.pre:
-            return x + self.dropout(self._mlp(self.mlp_norm(x), grid))
-        return self.mlp_norm(x + self.dropout(self._mlp(x, grid)))
-
-    def _mlp(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.mlp(x, grid) if self.sees_neighbours else self.mlp(x)
+            return x + self.dropout(self.mlp(self.mlp_norm(x), grid))
+        return self.mlp_norm(x + self.dropout(self.mlp(x, grid)))
 
 
 class TokenGrid(nn.Module):
@@ -373,13 +385,13 @@ class MaskedTransformer(nn.Module):
             if i == 0:  # up to here no condition was seen
                 hidden = torch.cat([hidden.expand(own[j], -1, -1) for j in order])
             hidden = block.attend_condition(hidden, seeing, counts, i)
-            if i < len(blocks) - 1 or block.sees_neighbours:
+            if i < len(blocks) - 1 or block.mlp.sees_neighbours:
                 hidden = block.transform(hidden, grid)
         # what is left is done token by token
         parts = dict(zip(order, hidden.split([own[j] for j in order]), strict=True))
         flat = keep.flatten(1)
         kept = torch.stack([parts[j].expand(len(x), -1, -1)[flat] for j in range(len(sides))])
-        if not blocks[-1].sees_neighbours:
+        if not blocks[-1].mlp.sees_neighbours:
             kept = blocks[-1].transform(kept, grid)
         return self.head_mlp(self.norm(kept))
 
