@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all, and what names their content; every room may use it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Give a temporary path beside `path`, which takes its place when the block ends well.
+
+    A block that fails leaves neither; what stood at `path` before stays. The folder is made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # some writers keep files from everybody else
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # the name that a person knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write plain containers as JSON, whole or not at all.
+
+    Raises:
+        ValueError: a number that is not finite, which JSON does not know.
+    """
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def file_hash(path: Path | str) -> str:
+    """Return the sha256 of a file's bytes as 64 hex digits; read once per path, size and mtime."""
+    status = os.stat(path)
+    return _hashed(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
