@@ -1,0 +1,37 @@
+"""VQ-Diffusion: undoing masks and replacements, step by step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
+from lightning_modules.vq_diffusion.config import (
+    MODELS,
+    OBJECTIVES,
+    PRESETS,
+    SCHEDULES,
+    VQDiffusionConfig,
+)
+
+
+@dataclass
+class VQDiffusionRun(VQDiffusionConfig, TokenRun):
+    """VQ-Diffusion: text or class to tokens by undoing masks and replacements, step by step."""
+
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": MODELS,
+        "schedule": SCHEDULES,
+        "objective": OBJECTIVES,
+        "sampling": PRESETS,
+        **TOKENIZER_PRESETS,
+    }
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        if self.model.condition == "class" and self.data.name == "scenes":
+            raise ValueError("model.condition must be text with data=scenes, got class")
+
+    def reads_text(self) -> bool:
+        """Whether captions are what the generator is conditioned on."""
+        return self.model.condition == "text"
