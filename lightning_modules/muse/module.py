@@ -285,13 +285,13 @@ class MuseModule(MaskedStage):
             u = torch.rand(len(logits), generator=generator, device=logits.device)
             filled = tokens.clone()
             filled[mask] = draw_rows(logits, u, lambda rows: rows)
-            critic = self._critic_of(batch["caption"], drop)
+            critic = self.critic_of(batch["caption"], drop)
             scores = critic(filled)
             scalars["critic"] = process.critic_loss(scores, filled == tokens)
             loss = loss + self.config.critic.weight * scalars["critic"]
         return loss, scalars
 
-    def _critic_of(
+    def critic_of(
         self, captions: Sequence[str], drop: Tensor | None = None
     ) -> Callable[[Tensor], Tensor]:
         """How real the critic finds every token of [B, h, w] under captions: logits [B, h, w].
@@ -361,7 +361,7 @@ class MuseModule(MaskedStage):
         x = self._beginning(request, grid, settings)
         critic = None
         if settings.order == "critic" and self.critic is not None:
-            critic = self._critic_of(request.prompts)
+            critic = self.critic_of(request.prompts)
         if self.fixed_size and (grid[0] > self.grid[0] or grid[1] > self.grid[1]):
 
             def decode(part: Tensor, number: int, place: tuple[int, int]) -> Tensor:
