@@ -21,7 +21,7 @@ class VQDiffusionModule(GeneratorModule):
     With `model.causal` it is the papers' autoregressive baseline VQ-AR of the same size.
     """
 
-    config_class: type = VQDiffusionConfig
+    config_class: ClassVar[type] = VQDiffusionConfig
     ABILITIES: ClassVar[frozenset[str]] = frozenset(
         {"labels", "blend_with", "start", "mask", "grid"}
     )
