@@ -217,7 +217,7 @@ def draw(
 
 def asked(kind: str) -> list[str]:
     """Four prompts that a kind understands."""
-    return LABELS if kind.split()[-1] in ("class", "mean", "label") else CAPTIONS
+    return LABELS if kind.endswith(("class", "mean", "label")) else CAPTIONS
 
 
 def tokens(kind: str, seed: int = 0, n: int = 4) -> Tensor:

@@ -106,7 +106,7 @@ def test_overfits_one_batch_and_draws_it(kind: str, rate: float) -> None:
     }  # fmt: skip
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
-    for i in range(200):
+    for i in range(300):
         loss, scalars = module.loss(given, source(i))
         optimizer.zero_grad()
         loss.backward()
