@@ -7,9 +7,9 @@ from torch import nn
 from lightning_modules.common.settings import build, plain
 from lightning_modules.vqgan.config import (
     PRESETS,
+    AdversarialOptimConfig,
     ModelConfig,
     ObjectiveConfig,
-    AdversarialOptimConfig,
     VQGANConfig,
 )
 from lightning_modules.vqgan.network import NETWORKS
