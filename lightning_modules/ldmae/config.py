@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_modules.common.checks import at_least, multiple, positive, within
+from lightning_modules.common.checks import at_least, positive, within
 from lightning_modules.common.config import (
     AdversarialConfig,
     AdversarialOptimConfig,
@@ -64,7 +64,11 @@ class DiTConfig:
         at_least(self, 0, "num_classes", "text_width")
         positive(self, "mlp_ratio")
         within(self, 0, 1, "class_dropout_prob")
-        multiple("input_size", self.input_size, self.patch_size)
+        _require(
+            self.input_size % self.patch_size == 0,
+            f"input_size must be a multiple of patch_size ({self.patch_size}), "
+            f"got {self.input_size}",
+        )
         width, heads = self.hidden_size, self.num_heads
         _require(
             width % 4 == 0 and width % heads == 0,
@@ -283,7 +287,11 @@ class ViTConfig:
         at_least(self, 1, "image_size", "patch_size", "depth", "num_heads", "decoder_depth")
         at_least(self, 1, "decoder_num_heads")
         positive(self, "mlp_ratio")
-        multiple("image_size", self.image_size, self.patch_size)
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size must be a multiple of patch_size ({self.patch_size}), "
+            f"got {self.image_size}",
+        )
         for side in ("", "decoder_"):
             width, heads = getattr(self, f"{side}embed_dim"), getattr(self, f"{side}num_heads")
             _require(
