@@ -1,7 +1,7 @@
 """MuseModule and its super-resolution stage: training, resuming, and every way to sample."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_modules.common.request import Request
 from lightning_modules.common.text import Condition
 from lightning_modules.muse import process
 from lightning_modules.muse.module import MuseModule, SuperResModule
@@ -29,6 +30,7 @@ SUPERRES = {**MODEL, "low_num_codes": K, "low_layers": 1, "low_max_side": 8, "bl
 BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 4, "guidance_start": 1.0, "guidance_end": 3.0, "superres": {"steps": 3}}
 CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
+SEEDS = [1, 2, 3, 4]
 BATCHES = 3
 
 Make = Callable[..., MuseModule]
@@ -112,7 +114,7 @@ def upscaler(make: Make) -> Callable[..., SuperResModule]:
         base = make(random=0.3)
         whole = make("superres", random, superres={"enabled": True, "model": SUPERRES, **superres})
         assert whole.superres is not None
-        return whole.superres.attach_low(base.tokenizer, base)
+        return whole.superres.attach(base.first_stage, low=base.first_stage, base=base)
 
     return build
 
@@ -129,7 +131,7 @@ def exact(module: MuseModule) -> MuseModule:
 def _exact_text(part: Any) -> None:
     encode = part.encode_text
 
-    def double(captions: list[str]) -> Condition:
+    def double(captions: Sequence[str]) -> Condition:
         c = encode(captions)
         return Condition(c.tokens.double(), c.mask, None if c.pooled is None else c.pooled.double())
 
@@ -215,7 +217,7 @@ def test_reloads_with_safe_loading(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     module = make(kind, random=0.3)
-    module.sample(CAPTIONS[:1], seeds=[0])  # loads the frozen encoder
+    module.sample(Request(CAPTIONS[:1], [0]))  # loads the frozen encoder
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -223,24 +225,47 @@ def test_reloads_with_safe_loading(
     assert same(module.state_dict(), again.state_dict())
     rooms = {"network", "text_encoder", "critic", "superres"}
     assert {name.partition(".")[0] for name in module.state_dict()} <= rooms
-    one, two = (m.sample(CAPTIONS, seeds=[1, 2, 3, 4]) for m in (module, again))
+    one, two = (m.sample(Request(CAPTIONS, SEEDS)) for m in (module, again))
     assert torch.equal(one, two)
 
 
 def test_the_stages_put_together_are_what_was_trained(make: Make, upscaler: Any) -> None:
-    """The checkpoint of a run: the base's tensors, and the stage's under superres."""
+    """From two files, or from one in which the second's tensors are called superres.*."""
     base, stage = make(random=0.3), upscaler(random=0.3)
-    whole = make("superres")
-    state = {**base.state_dict(), **{f"superres.{k}": v for k, v in stage.state_dict().items()}}
-    assert whole.state_dict().keys() == state.keys()
-    whole.load_state_dict(state)
-    tokens = base.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4])
-    high = stage.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], low=tokens)
-    made = whole.pictures(CAPTIONS, seeds=[1, 2, 3, 4])
-    assert list(made) == ["base", "superres"]
-    assert torch.equal(made["base"], base.tokenizer.decode(tokens))
-    assert torch.equal(made["superres"], stage.tokenizer.decode(high))
-    assert made["superres"].shape == (4, 3, 16, 16)
+    own, part = base.export(), stage.export()
+    joined = {**own[0], **{f"superres.{k}": v for k, v in part[0].items()}}
+    settings = {**own[1], **{k: part[1][k] for k in ("superres", "high")}}
+    tokens = base.sample_tokens(Request(CAPTIONS, SEEDS))
+    high = stage.sample_tokens(Request(CAPTIONS, SEEDS, low=tokens))
+    for state, config, parts in ((*own, {"superres": part}), (joined, settings, {})):
+        whole = MuseModule.assemble(state, config, parts, "x").attach(Colours()).eval()
+        assert whole.superres is not None and same(whole.superres.state_dict(), part[0])
+        assert torch.equal(whole.sample_tokens(Request(CAPTIONS, SEEDS)), tokens)
+        made = whole.sample(Request(CAPTIONS, SEEDS))
+        assert torch.equal(made, stage.first_stage.decode(high)) and made.shape == (4, 3, 16, 16)
+
+
+def test_without_its_part_a_checkpoint_is_the_base_alone(make: Make) -> None:
+    """Whatever the settings say: they name what is trained."""
+    state, config = make(random=0.3).export()
+    settings = {**make("superres").export()[1], "seed": config["seed"]}
+    alone = MuseModule.assemble(state, settings, {}, "x").attach(Colours()).eval()
+    assert alone.superres is None and alone.config.superres.enabled
+    assert alone.sample(Request(CAPTIONS, SEEDS)).shape == (4, 3, 8, 8)
+    with pytest.raises(ValueError, match="x: MuseModule has no part prior"):
+        MuseModule.assemble(state, settings, {"prior": ({}, {})}, "x")
+
+
+def test_the_first_stage_of_high_res_tokens(make: Make) -> None:
+    other = Colours()
+    for key in ("first_stage", "tokenizer"):  # the latter in older files
+        named = {"file": "high.safetensors", "sha256": "0"}
+        module = make("superres", high={"grid": [*HIGH], "num_codes": K, key: named})
+        assert module.further_first_stages() == {"high": named}
+    module.attach(Colours(), high=other)
+    assert module.superres is not None and module.superres.first_stage is other
+    assert module.final_first_stage is other is not module.first_stage
+    assert make("superres").further_first_stages() == make().further_first_stages() == {}
 
 
 # The loss ----
@@ -291,14 +316,6 @@ def test_rectangles_are_masked_as_often_as_asked(share: float, make: Make) -> No
     assert float(boxes[several].float().mean()) == pytest.approx(share, abs=0.1)
 
 
-def test_all_chance_is_the_generators(make: Make) -> None:
-    module = make("critic", random=0.3)
-    before = torch.get_rng_state()
-    one, two = (module.loss(batch(), source(7))[0] for _ in range(2))
-    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(one, module.loss(batch(), source(8))[0])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drop", [0.0, 0.5, 1.0])
 def test_every_parameter_gets_a_gradient(kind: str, drop: float, make: Make) -> None:
@@ -326,9 +343,9 @@ def test_the_dropped_caption_of_training_is_that_of_guidance(kind: str, make: Ma
     x = torch.full((4, *GRID), module.network.mask_id)
     keep = torch.ones_like(x, dtype=torch.bool)
     x[:, 0] = 1  # not all alike
-    trained = module.side(CAPTIONS, torch.ones(4, dtype=torch.bool))
-    guided = module.side(None)
-    rows = [module.network.mixed_rows(x, [side], [1.0], keep) for side in (trained, guided)]
+    trained = module.condition(CAPTIONS, torch.ones(4, dtype=torch.bool))
+    guided = module.condition(None)
+    rows = [module.network.mixed_rows(x, [c], [1.0], keep) for c in (trained, guided)]
     torch.testing.assert_close(*rows)
 
 
@@ -347,7 +364,8 @@ def test_overfits_one_batch_and_draws_it(make: Make) -> None:
     assert losses[0] == pytest.approx(math.log(K), abs=0.1)
     assert sum(losses[-20:]) / 20 < 0.3 * losses[0]
     shown, sure = CAPTIONS[:2] + CAPTIONS[3:], {"guidance_end": 1.5, "temperature_start": 0.5}
-    drawn = module.eval().sample_tokens(shown, seeds=[0, 1, 2], temperature_end=0.3, **sure)
+    settings = module.settings({**sure, "temperature_end": 0.3})
+    drawn = module.eval().sample_tokens(Request(shown, [0, 1, 2]), settings)
     wanted = given["tokens"][[0, 1, 3]]  # type: ignore[index]
     assert (drawn == wanted).float().mean() > 0.8
 
@@ -367,7 +385,7 @@ def test_the_critic_learns_what_is_drawn(make: Make) -> None:
     assert scalars["critic"] < 0.3
     tokens = torch.full((1, *GRID), 3)
     tokens[0, 1, 2] = 7
-    scores = module.eval()._scores(critic, tokens, module._critic_side([""]))
+    scores = module.eval().critic_of([""])(tokens)
     assert int(scores.flatten().argmin()) == 6
 
 
@@ -379,32 +397,33 @@ def test_pictures_do_not_depend_on_their_batch(kind: str, make: Make) -> None:
     order = {"order": "critic", "frozen": False} if kind == "critic" else {"order": "halton"}
     for sampling in ({}, order):
         module = exact(make(kind, random=0.3))
-        seeds = [5, 6, 7, 8]
-        together = module.sample_tokens(CAPTIONS, seeds=seeds, **sampling)
+        seeds, settings = [5, 6, 7, 8], module.settings(sampling)
+        together = module.sample_tokens(Request(CAPTIONS, seeds), settings)
         for i, caption in enumerate(CAPTIONS):
-            alone = module.sample_tokens([caption], seeds=[seeds[i]], **sampling)
+            alone = module.sample_tokens(Request([caption], [seeds[i]]), settings)
             assert torch.equal(alone[0], together[i])
         assert len({tuple(t.flatten().tolist()) for t in together}) == 4
-        other = module.sample_tokens(CAPTIONS, seeds=[9, 10, 11, 12], **sampling)
+        other = module.sample_tokens(Request(CAPTIONS, [9, 10, 11, 12]), settings)
         assert not torch.equal(other, together)
 
 
 def test_guidance_runs_as_it_is_asked(make: Make) -> None:
-    module, shares = make(random=0.3), []
+    module, used = make(random=0.3), []
     mixed_rows = module.network.mixed_rows
 
-    def record(x: Tensor, sides: Any, weights: Any, keep: Tensor) -> Tensor:
-        shares.append(list(weights))
-        return mixed_rows(x, sides, weights, keep)
+    def record(x: Tensor, conditions: Any, weights: Any, keep: Tensor) -> Tensor:
+        used.append(list(weights))
+        return mixed_rows(x, conditions, weights, keep)
 
     module.network.mixed_rows = record  # type: ignore[method-assign, assignment]
-    module.sample_tokens(CAPTIONS[:1], seeds=[0])
-    assert [len(s) for s in shares] == [1, 2, 2, 2]  # the first step has scale 1
-    assert [s[0] for s in shares] == pytest.approx([1, 5 / 3, 7 / 3, 3])
-    assert all(sum(s) == pytest.approx(1) for s in shares)
-    shares.clear()
-    module.sample_tokens(CAPTIONS[:1], seeds=[0], guidance_start=0.0, guidance_end=0.0)
-    assert shares == [[1.0]] * 4
+    asked = Request(CAPTIONS[:1], [0])
+    module.sample_tokens(asked)
+    assert [len(w) for w in used] == [1, 2, 2, 2]  # the first step has scale 1
+    assert [w[0] for w in used] == pytest.approx([1, 5 / 3, 7 / 3, 3])
+    assert all(sum(w) == pytest.approx(1) for w in used)
+    used.clear()
+    module.sample_tokens(asked, module.settings({"guidance_start": 0.0, "guidance_end": 0.0}))
+    assert used == [[1.0]] * 4
 
 
 @pytest.mark.parametrize("kind", ["muse", "uvit"])
@@ -412,15 +431,15 @@ def test_negative_prompts_and_blends(kind: str, make: Make) -> None:
     module, seeds = exact(make(kind, random=0.3)), [1, 2]
     prompts, others = CAPTIONS[:2], [CAPTIONS[3]] * 2
 
-    def draw(**options: Any) -> Tensor:
-        return module.sample_tokens(prompts, seeds=seeds, **options)
+    def draw(guidance: float | None = None, **options: Any) -> Tensor:
+        scales = {} if guidance is None else {"guidance_start": guidance, "guidance_end": guidance}
+        return module.sample_tokens(Request(prompts, seeds, **options), module.settings(scales))
 
-    unguided = draw(guidance_start=1.0, guidance_end=1.0)
-    same_side = draw(guidance_start=3.0, guidance_end=3.0, negative=prompts)
-    assert torch.equal(unguided, same_side)  # guidance between two equal sides is none
+    # guidance between two equal conditions is none
+    assert torch.equal(draw(1.0), draw(3.0, negative=prompts))
     assert not torch.equal(draw(negative=others), draw())
     assert torch.equal(draw(blend_with=others, blend=0.0), draw())
-    whole = module.sample_tokens(others, seeds=seeds)
+    whole = module.sample_tokens(Request(others, seeds))
     assert torch.equal(draw(blend_with=others, blend=1.0), whole)
 
 
@@ -428,20 +447,20 @@ def test_known_tokens_never_change(make: Make) -> None:
     module, start = make(random=0.3), batch(3)["tokens"]
     mask = torch.rand(start.shape, generator=source(1)) < 0.4
     for sampling in ({}, {"order": "halton"}, {"frozen": False}, {"first_step": 2}):
-        out = module.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], start=start, mask=mask, **sampling)
+        asked = Request(CAPTIONS, SEEDS, start=start, mask=mask)
+        out = module.sample_tokens(asked, module.settings(sampling))
         assert torch.equal(out[~mask], start[~mask]) and bool((out < K).all())
         assert not torch.equal(out, start)
-    with pytest.raises(ValueError, match="needs the given tokens"):
-        module.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], mask=mask)
 
 
 def test_variations_keep_what_their_first_step_has_opened(make: Make) -> None:
     module, start = make(random=0.3), batch(3)["tokens"]
-    kept, seeds = [], [1, 2, 3, 4]
+    kept = []
     for first in (1, 2, 3):
         states: list[Tensor] = []
         note = partial(lambda found, i, before, after: found.append(before), states)
-        module.sample_tokens(CAPTIONS, seeds=seeds, start=start, first_step=first, on_step=note)
+        settings = module.settings({"first_step": first})
+        module.sample_tokens(Request(CAPTIONS, SEEDS, start=start), settings, note)
         ratio = process.mask_ratio("cosine", torch.tensor(first / 4))
         assert (states[0] == K).flatten(1).sum(1).tolist() == [round(16 * float(ratio))] * 4
         known = states[0] != K
@@ -455,10 +474,8 @@ def test_settings_of_sections_are_replaced_one_by_one(make: Make) -> None:
     settings = module.settings({"steps": 7, "superres": {"top_k": 2}})
     assert settings.steps == 7 and settings.guidance_end == 3.0
     assert settings.superres.steps == 3 and settings.superres.top_k == 2
-    with pytest.raises(ValueError, match="has no setting 'stepz'"):
-        module.sample_tokens(["a"], seeds=[0], stepz=3)
     with pytest.raises(ValueError, match="trained without one"):
-        module.sample_tokens(["a"], seeds=[0], order="critic")
+        module.sample_tokens(Request(["a"], [0]), module.settings({"order": "critic"}))
 
 
 def test_a_frozen_encoder_reads_the_empty_caption_once(make: Make) -> None:
@@ -466,17 +483,38 @@ def test_a_frozen_encoder_reads_the_empty_caption_once(make: Make) -> None:
     encode = module.encode_text
     module.encode_text = lambda c: (asked.append(c), encode(c))[1]  # type: ignore[method-assign]
     for _ in range(3):
-        module.sample_tokens(CAPTIONS[:1], seeds=[0])
+        module.sample_tokens(Request(CAPTIONS[:1], [0]))
     assert asked.count([""]) == 1 and len(asked) == 4
 
 
-@pytest.mark.parametrize("kind", ["muse", "superres"])
-def test_wrong_codes_are_named(kind: str, make: Make) -> None:
-    with pytest.raises(ValueError, match=r"model.num_codes must be the tokenizer's 13 codes"):
-        make(kind, num_codes=13)
-    if kind == "superres":
-        with pytest.raises(ValueError, match=r"superres.model.low_num_codes must be"):
-            make(kind, num_codes=13, model={**MODEL, "num_codes": 13})
+MISFITS: list[tuple[str, dict[str, Any], str]] = [
+    ("muse", {"num_codes": 13}, r"model\.num_codes must be the tokenizer's 13 codes, got 12"),
+    ("uvit", {"num_codes": 13}, r"uvit\.codebook_size must be the tokenizer's 13 codes, got 12"),
+    ("muse", {"model": {"text_width": 8}}, r"model\.text_width must be text\.width \(16\)"),
+    ("muse", {"model": {"max_side": 3}}, r"model\.max_side must be at least the token grid's 4"),
+    ("uvit", {"uvit": {"cond_embed_dim": 8}, "text": BYTES}, "uvit.cond_embed_dim must be text"),
+    ("uvit", {"text": {"projected": False}}, "add text.name=clip and text.projected=true"),
+    ("uvit", {"critic": {"layers": 1}}, "critic.layers must be 0 with network=uvit"),
+    ("uvit", {"uvit": {"downsample": True}, "grid": [5, 4]}, "data.resolution must be a multiple"),
+    ("superres", {"num_codes": 13, "model": {"num_codes": 13}},
+     r"superres\.model\.low_num_codes must be the tokenizer's 13 codes"),
+    ("superres", {"high": {"num_codes": 13}}, r"superres\.model\.num_codes must be the tokeni"),
+    ("superres", {"high": {"grid": [32, 32]}}, r"superres\.model\.max_side must be at least"),
+    ("superres", {"high": {"grid": [9, 8]}}, "data.resolution must be a multiple of 2, got 9"),
+    ("superres", {"superres": {"model": {**SUPERRES, "low_max_side": 3}}},
+     r"superres\.model\.low_max_side must be at least the token grid's 4, got 3"),
+    ("superres", {"superres": {"model": {**SUPERRES, "text_width": 8}}},
+     r"superres\.model\.text_width must be text\.width \(16\)"),
+    ("superres", {"superres": {"factor": 8}}, r"superres\.model\.max_side must be at least"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "sections", "message"), MISFITS, ids=lambda v: str(v)[:40])
+def test_sections_that_do_not_fit(
+    kind: str, sections: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(kind, **sections)
 
 
 # The super-resolution stage ----
@@ -526,24 +564,29 @@ def test_learns_to_enlarge(upscaler: Any) -> None:
         loss.backward()
         optimizer.step()
     fresh = high_batch(999)
-    drawn = stage.eval().sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], low=fresh["low"],
-                                       superres={"guidance_end": 1.0})  # fmt: skip
+    settings = stage.settings({"superres": {"guidance_end": 1.0}})
+    drawn = stage.eval().sample_tokens(Request(CAPTIONS, SEEDS, low=fresh["low"]), settings)
     assert (drawn == fresh["tokens"]).float().mean() > 0.9
 
 
 def test_stages_do_not_depend_on_their_batch(make: Make) -> None:
     module = exact(make("superres", random=0.3))
-    together = module.sample(CAPTIONS, seeds=[1, 2, 3, 4])
+    together = module.sample(Request(CAPTIONS, SEEDS))
     for i, caption in enumerate(CAPTIONS):
-        assert torch.equal(module.sample([caption], seeds=[1 + i])[0], together[i])
-    other = module.sample(CAPTIONS, seeds=[1, 2, 3, 4], superres={"steps": 5})
+        assert torch.equal(module.sample(Request([caption], [SEEDS[i]]))[0], together[i])
+    more = module.settings({"superres": {"steps": 5}})
+    other = module.sample(Request(CAPTIONS, SEEDS), more)
     assert not torch.equal(other, together)
 
 
 def test_sizes_of_pictures_masks_and_tokens(make: Make) -> None:
     base, both = make(), make("superres")
-    assert (base.factor, base.mask_factor) == (2, 2)
-    assert (both.factor, both.mask_factor) == (4, 2)
+    assert (base.pixels_per_token, base.pixels_per_cell, base.size_unit) == (2, 2, 2)
+    assert (both.pixels_per_token, both.pixels_per_cell, both.size_unit) == (4, 2, 4)
+    model = {**SUPERRES, "block": 4}
+    coarse = make("superres", superres={"model": model})
+    assert coarse.size_unit == 8  # blocks of 4 high-res tokens of 2 pixels
+    assert make("uvit", uvit={"downsample": True}).size_unit == 4
     assert base.fixed_size and both.fixed_size and not make("uvit").fixed_size
 
 
@@ -557,4 +600,4 @@ def test_a_frozen_encoder_is_held_once(make: Make, clip_folder: str) -> None:
 def test_the_stage_needs_low_tokens(make: Make) -> None:
     stage: Any = make("superres").superres
     with pytest.raises(ValueError, match="needs low"):
-        stage.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4])
+        stage.sample_tokens(Request(CAPTIONS, SEEDS))
