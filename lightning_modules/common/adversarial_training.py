@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_modules.common.adversarial import NLayerDiscriminator
-from lightning_modules.common.config import AdversarialConfig, PlayersConfig
+from lightning_modules.common.config import AdversarialConfig, AdversarialOptimConfig
 from lightning_modules.common.perceptual import LPIPS, load_lpips
 from lightning_modules.common.seeding import mix_seed
 
 
-class TwoPlayerModule(L.LightningModule):
+class AdversarialModule(L.LightningModule):
     """An autoencoder and its discriminator under manual optimization.
 
     Two departures from the released training loop of VQGAN: a batch passes the autoencoder once
     (generator step first, then the discriminator on the same, detached reconstructions), and the
-    discriminator is not run before disc_start. Both players and all schedules count batches
-    (`batches_seen`), not optimizer steps, of which Lightning sees two per batch.
+    discriminator is not run before disc_start. Both optimizers and all schedules count
+    batches (`batches_seen`), not optimizer steps, of which Lightning sees two per batch.
 
     Args:
         config: plain containers, kept as the hyperparameters; `seed` (0) is what every epoch's
             random numbers follow from, together with epoch and rank.
-        optim: optimizers of both players.
+        optim: optimizers of autoencoder and discriminator.
     """
 
-    def __init__(self, config: dict[str, Any], optim: PlayersConfig) -> None:
+    def __init__(self, config: dict[str, Any], optim: AdversarialOptimConfig) -> None:
         super().__init__()
         self.save_hyperparameters({"config": config})
         self.seed = int(config.get("seed", 0))
@@ -43,11 +43,11 @@ class TwoPlayerModule(L.LightningModule):
         self._lpips: list[LPIPS] = []
 
     @abstractmethod
-    def player(self) -> nn.Module:
-        """Return the autoencoder."""
+    def trained_network(self) -> nn.Module:
+        """Return the autoencoder, whose parameters the first optimizer steps."""
 
     def add_discriminator(self, adversarial: AdversarialConfig, in_channels: int = 3) -> None:
-        """Build the second player, unless its weight is 0."""
+        """Build the discriminator, unless its weight is 0."""
         if adversarial.adversarial:
             self.discriminator = NLayerDiscriminator(
                 in_channels,
@@ -80,14 +80,15 @@ class TwoPlayerModule(L.LightningModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Make one AdamW for the autoencoder and, where there is one, one for its discriminator."""
-        players = [(self.player(), self.optim.lr)]
+        optimizers: list[Optimizer] = [self._adamw(self.trained_network(), self.optim.lr)]
         if self.discriminator is not None:
-            players.append((self.discriminator, self.optim.disc_lr or self.optim.lr))
-        return [self._optimizer(player, lr) for player, lr in players]
+            disc_lr = self.optim.disc_lr or self.optim.lr
+            optimizers.append(self._adamw(self.discriminator, disc_lr))
+        return optimizers
 
-    def _optimizer(self, player: nn.Module, lr: float) -> AdamW:
+    def _adamw(self, network: nn.Module, lr: float) -> AdamW:
         optim = self.optim
-        parameters = [p for p in player.parameters() if p.requires_grad]
+        parameters = [p for p in network.parameters() if p.requires_grad]
         decayed = [p for p in parameters if optim.decay_all or p.ndim >= 2]
         groups: list[dict[str, Any]] = [{"params": decayed}]
         if len(decayed) < len(parameters):
@@ -114,40 +115,40 @@ class TwoPlayerModule(L.LightningModule):
         """Restore the batch counter."""
         self.batches_seen = checkpoint["batches_seen"]
 
-    def players(self) -> list[LightningOptimizer]:
-        """Return the optimizers: the autoencoder's, then the discriminator's if there is one."""
-        optimizers = self.optimizers()
-        players = optimizers if isinstance(optimizers, list) else [optimizers]
-        return [p for p in players if isinstance(p, LightningOptimizer)]
+    def optimizer_list(self) -> list[LightningOptimizer]:
+        """Return the autoencoder's optimizer, then the discriminator's if there is one."""
+        found = self.optimizers()
+        found = found if isinstance(found, list) else [found]
+        return [o for o in found if isinstance(o, LightningOptimizer)]
 
-    def set_rates(self, players: list[LightningOptimizer]) -> None:
+    def set_rates(self, optimizers: list[LightningOptimizer]) -> None:
         """Set the learning rates of this batch."""
         optim = self.optim
-        share = 1.0
+        scale = 1.0
         if self.batches_seen < optim.warmup_batches:
-            share = (self.batches_seen + 1) / optim.warmup_batches
+            scale = (self.batches_seen + 1) / optim.warmup_batches
         elif optim.decay_batches:
             done = self.batches_seen - optim.warmup_batches
-            share = cosine(1.0, optim.lr_end, done, optim.decay_batches - optim.warmup_batches)
+            scale = cosine(1.0, optim.lr_end, done, optim.decay_batches - optim.warmup_batches)
         rates = (optim.lr, optim.disc_lr or optim.lr)
-        for player, lr in zip(players, rates, strict=False):
-            for group in player.param_groups:
-                group["lr"] = lr * share
+        for optimizer, lr in zip(optimizers, rates, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
 
-    def step(self, player: LightningOptimizer, loss: Tensor) -> None:
-        """Make one update of a player."""
-        player.zero_grad()
+    def step(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+        """Make one update."""
+        optimizer.zero_grad()
         self.manual_backward(loss)
         if self.optim.clip:
-            self.clip_gradients(player, self.optim.clip, "norm")  # type: ignore[arg-type]
-        player.step()
+            self.clip_gradients(optimizer, self.optim.clip, "norm")  # type: ignore[arg-type]
+        optimizer.step()
 
     def freeze_discriminator(self, frozen: bool) -> None:
         """Keep the generator's backward pass from computing the discriminator's gradients."""
         if self.discriminator is not None:
             self.discriminator.requires_grad_(not frozen)
 
-    def judge(self, images: Tensor) -> Tensor:
+    def discriminate(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to the discriminator's logits [B, 1, h, w]."""
         assert self.discriminator is not None
         return self.discriminator(images)
@@ -155,8 +156,8 @@ class TwoPlayerModule(L.LightningModule):
 
 def cosine(start: float, end: float, done: int, total: int) -> float:
     """Return the value after `done` of `total` batches of a half cosine from start to end."""
-    share = min(1.0, done / total) if total > 0 else 1.0
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    progress = min(1.0, done / total) if total > 0 else 1.0
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def image_psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
