@@ -11,9 +11,9 @@ from PIL import Image
 
 from data.scenes import Scene, Thing, caption, draw_scene, place, sample_scene
 from eval import scenes as module
-from eval.judge import judge_accuracy, load_judge, train_judge
-from eval.judge_data import broken_sample, fresh_scenes, to_tensor, wear
-from eval.judge_network import WEIGHTS, Judge, JudgeConfig, read_judge, save_judge, shrink
+from eval.classifier import reading_accuracy, load_classifier, train_classifier
+from eval.classifier_data import broken_sample, fresh_scenes, to_tensor, wear
+from eval.classifier_network import WEIGHTS, Classifier, ClassifierConfig, read_classifier, save_classifier, shrink
 from eval.scene_clip import (
     END,
     UNKNOWN,
@@ -32,8 +32,8 @@ RED, BLUE = Thing("red", "circle", "small"), Thing("blue", "square", "large")
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return load_judge()
+def classifier() -> Classifier:
+    return load_classifier()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def clip() -> SceneClip:
 
 @cache
 def fresh(count: int = 400) -> tuple[torch.Tensor, list[dict], list[str]]:
-    return fresh_scenes(count, JudgeConfig(), seed=31)
+    return fresh_scenes(count, ClassifierConfig(), seed=31)
 
 
 def pictures(scene_list: list[Scene]) -> torch.Tensor:
@@ -52,7 +52,7 @@ def pictures(scene_list: list[Scene]) -> torch.Tensor:
 
 
 def score(
-    judge: Judge, clip: SceneClip, shown: list[Scene], asked: list[Scene]
+    classifier: Classifier, clip: SceneClip, shown: list[Scene], asked: list[Scene]
 ) -> tuple[dict, list[dict]]:
     rng = np.random.default_rng(6)
     images, _, captions = fresh()
@@ -60,7 +60,7 @@ def score(
         pictures(shown),
         [asdict(s) for s in asked],
         [caption(s, rng) for s in asked],
-        judge=judge,
+        classifier=classifier,
         clip=clip,
         real_images=images,
         real_captions=captions,
@@ -68,59 +68,59 @@ def score(
     )
 
 
-def test_reads_fresh_scenes(judge: Judge) -> None:
+def test_reads_fresh_scenes(classifier: Classifier) -> None:
     # val and heldout by halves, of a seed that training never saw
-    assert judge_accuracy(judge, 1000) >= 0.99
+    assert reading_accuracy(classifier, 1000) >= 0.99
 
 
-def test_reads_worn_and_jpeg_pictures(judge: Judge) -> None:
+def test_reads_worn_and_jpeg_pictures(classifier: Classifier) -> None:
     images, attributes, _ = fresh()
-    truth = torch.tensor([judge.encode(a) for a in attributes])
+    truth = torch.tensor([classifier.encode(a) for a in attributes])
     worn = wear(shrink(images, 32), torch.Generator().manual_seed(0))
-    assert (judge.read((worn * 255).byte())[0] == truth).all(1).double().mean() >= 0.95
+    assert (classifier.read((worn * 255).byte())[0] == truth).all(1).double().mean() >= 0.95
     packed = []
     for image in images.permute(0, 2, 3, 1).numpy():
         buffer = BytesIO()
         Image.fromarray(image).save(buffer, "jpeg", quality=90)
         packed.append(np.asarray(Image.open(buffer)))
-    assert (judge.read(to_tensor(packed))[0] == truth).all(1).double().mean() >= 0.97
+    assert (classifier.read(to_tensor(packed))[0] == truth).all(1).double().mean() >= 0.97
 
 
-def test_does_not_guess_at_broken_pictures(judge: Judge) -> None:
+def test_does_not_guess_at_broken_pictures(classifier: Classifier) -> None:
     rng = np.random.default_rng(8)
-    broken = [broken_sample(judge.config, rng) for _ in range(400)]
-    none = torch.tensor([len(o) for o in judge.config.heads])
+    broken = [broken_sample(classifier.config, rng) for _ in range(400)]
+    none = torch.tensor([len(o) for o in classifier.config.heads])
     labels = torch.tensor([label for _, label in broken])
     impossible = (labels == none).any(dim=1)  # a layout, background or attribute is none
-    read = judge.read(to_tensor([image for image, _ in broken]))[0]
+    read = classifier.read(to_tensor([image for image, _ in broken]))[0]
     seen = (read == none).any(dim=1)
     assert impossible.sum() > 200
     assert seen[impossible].double().mean() >= 0.95
     noise = torch.randint(0, 256, (50, 3, 32, 32), generator=torch.Generator().manual_seed(1))
-    assert (judge.read(noise.byte())[0] == none).any(1).double().mean() >= 0.9
+    assert (classifier.read(noise.byte())[0] == none).any(1).double().mean() >= 0.9
 
 
-def test_reading_does_not_depend_on_batches_and_sizes(judge: Judge) -> None:
+def test_reading_does_not_depend_on_batches_and_sizes(classifier: Classifier) -> None:
     images = fresh()[0][:20]
-    labels, features = judge.read(images)
-    assert labels.shape == (20, 8) and features.shape == (20, judge.config.features)
-    one_by_one = judge.read(images, batch_size=1)
+    labels, features = classifier.read(images)
+    assert labels.shape == (20, 8) and features.shape == (20, classifier.config.features)
+    one_by_one = classifier.read(images, batch_size=1)
     assert torch.equal(one_by_one[0], labels)
     torch.testing.assert_close(one_by_one[1], features, rtol=1e-4, atol=1e-4)
     enlarged = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert torch.equal(judge.read(enlarged)[0], labels)
+    assert torch.equal(classifier.read(enlarged)[0], labels)
     with pytest.raises(ValueError, match="uint8"):
-        judge.read(images.float())
+        classifier.read(images.float())
 
 
-def test_labels_go_back_and_forth(judge: Judge) -> None:
+def test_labels_go_back_and_forth(classifier: Classifier) -> None:
     scene = Scene((RED, BLUE), "row", "grey")
-    labels = judge.encode(asdict(scene))
-    assert Scene.from_attributes(judge.decode(labels)) == scene
+    labels = classifier.encode(asdict(scene))
+    assert Scene.from_attributes(classifier.decode(labels)) == scene
     with pytest.raises(ValueError, match="at most 2"):
-        judge.encode(asdict(Scene((RED, BLUE, RED), "two above one", "grey")))
+        classifier.encode(asdict(Scene((RED, BLUE, RED), "two above one", "grey")))
     with pytest.raises(ValueError, match="'pink'"):
-        judge.encode(asdict(Scene((RED, BLUE), "row", "pink")))
+        classifier.encode(asdict(Scene((RED, BLUE), "row", "pink")))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_labels_go_back_and_forth(judge: Judge) -> None:
     ],
 )  # fmt: skip
 def test_verdict_names_exactly_the_planted_error(
-    judge: Judge, clip: SceneClip, shown: Scene, wrong: list[str]
+    classifier: Classifier, clip: SceneClip, shown: Scene, wrong: list[str]
 ) -> None:
     asked = Scene((RED, BLUE), "row", "grey")
-    scores, verdicts = score(judge, clip, [shown] * 4, [asked] * 4)
+    scores, verdicts = score(classifier, clip, [shown] * 4, [asked] * 4)
     for verdict in verdicts:
         assert verdict["wrong"] == wrong
         assert verdict["right"] == (not wrong)
@@ -154,17 +154,17 @@ def test_verdict_names_exactly_the_planted_error(
 
 
 def test_things_alike_may_swap_places() -> None:
-    config = JudgeConfig()
-    judge = Judge(config)
+    config = ClassifierConfig()
+    classifier = Classifier(config)
     twins = Scene((RED, RED), "row", "grey")
-    labels = torch.tensor([judge.encode(asdict(twins))])
+    labels = torch.tensor([classifier.encode(asdict(twins))])
     assert all(float(v) == 1 for v in compare(labels, labels).values())
 
 
 def test_unread_things_agree_with_nothing() -> None:
-    judge = Judge(JudgeConfig())
-    truth = torch.tensor([judge.encode(asdict(Scene((RED, BLUE), "row", "grey")))])
-    none = torch.tensor([[len(o) for o in judge.config.heads]])
+    classifier = Classifier(ClassifierConfig())
+    truth = torch.tensor([classifier.encode(asdict(Scene((RED, BLUE), "row", "grey")))])
+    none = torch.tensor([[len(o) for o in classifier.config.heads]])
     assert all(float(v) == 0 for v in compare(none, truth).values())
     # only the second asked thing is there, read in the first slot: it counts, its place does not
     one = none.clone()
@@ -174,23 +174,23 @@ def test_unread_things_agree_with_nothing() -> None:
 
 
 def test_fewer_things_than_slots() -> None:
-    judge = Judge(JudgeConfig(max_objects=4))
+    classifier = Classifier(ClassifierConfig(max_objects=4))
     rng = np.random.default_rng(0)
     asked = [sample_scene(rng, 4) for _ in range(50)]
-    truth = torch.tensor([judge.encode(asdict(s)) for s in asked])
+    truth = torch.tensor([classifier.encode(asdict(s)) for s in asked])
     assert all((v == 1).all() for v in compare(truth, truth).values())
     swapped = [replace(s, things=s.things[::-1]) for s in asked]
-    parts = compare(torch.tensor([judge.encode(asdict(s)) for s in swapped]), truth)
+    parts = compare(torch.tensor([classifier.encode(asdict(s)) for s in swapped]), truth)
     for index, (a, b) in enumerate(zip(asked, swapped, strict=True)):
         assert parts["color"][index] == parts["shape"][index] == parts["size"][index] == 1
         assert parts["relation"][index] == (a.things == b.things)
 
 
 def test_best_assignment_equals_a_plain_search() -> None:
-    judge = Judge(JudgeConfig(max_objects=3))
+    classifier = Classifier(ClassifierConfig(max_objects=3))
     rng = np.random.default_rng(1)
     asked, read = ([sample_scene(rng, 3) for _ in range(60)] for _ in range(2))
-    parts = compare(*(torch.tensor([judge.encode(asdict(s)) for s in side])
+    parts = compare(*(torch.tensor([classifier.encode(asdict(s)) for s in side])
                       for side in (read, asked)))  # fmt: skip
     for index, (r, a) in enumerate(zip(read, asked, strict=True)):
         things = [*r.things, *[None] * (3 - len(r.things))]
@@ -203,10 +203,10 @@ def test_best_assignment_equals_a_plain_search() -> None:
         assert ours == pytest.approx(most)
 
 
-def test_real_pictures_score_at_the_floor(judge: Judge, clip: SceneClip) -> None:
-    _, others, _ = fresh_scenes(400, JudgeConfig(), seed=32)
+def test_real_pictures_score_at_the_floor(classifier: Classifier, clip: SceneClip) -> None:
+    _, others, _ = fresh_scenes(400, ClassifierConfig(), seed=32)
     shown = [Scene.from_attributes(a) for a in others[::2]]
-    scores, _ = score(judge, clip, shown, shown)
+    scores, _ = score(classifier, clip, shown, shown)
     assert scores["eval/scene_accuracy"]["value"] >= 0.98
     fd, floor = scores["eval/fd_scenes"], scores["eval/fd_scenes_floor"]
     assert fd["n"] == floor["n"] == 200
@@ -215,24 +215,24 @@ def test_real_pictures_score_at_the_floor(judge: Judge, clip: SceneClip) -> None
     assert scores["eval/clip_scenes"]["value"] == pytest.approx(
         scores["eval/clip_scenes_real"]["value"], abs=0.03
     )
-    assert "judge" in fd["model"] and "CLIP" in scores["eval/clip_scenes"]["model"]
+    assert "classifier" in fd["model"] and "CLIP" in scores["eval/clip_scenes"]["model"]
 
 
-def test_scores_fall_with_the_pictures(judge: Judge, clip: SceneClip) -> None:
+def test_scores_fall_with_the_pictures(classifier: Classifier, clip: SceneClip) -> None:
     rng = np.random.default_rng(12)
     asked = [sample_scene(rng) for _ in range(100)]
-    good, _ = score(judge, clip, asked, asked)
+    good, _ = score(classifier, clip, asked, asked)
     one_color = [Scene(tuple(replace(t, color="red") for t in s.things), "row", "black")
                  for s in asked]  # fmt: skip
-    bad, _ = score(judge, clip, one_color, asked)
+    bad, _ = score(classifier, clip, one_color, asked)
     assert bad["eval/scene_accuracy"]["high"] < good["eval/scene_accuracy"]["low"]
     assert bad["eval/fd_scenes"]["low"] > 5 * good["eval/fd_scenes"]["value"]
     assert bad["eval/clip_scenes"]["high"] < good["eval/clip_scenes"]["low"]
 
 
-def test_scores_refuse_lists_that_do_not_belong_together(judge: Judge, clip: SceneClip) -> None:
+def test_scores_refuse_lists_that_do_not_belong_together(classifier: Classifier, clip: SceneClip) -> None:
     images, attributes, captions = fresh()
-    real = {"judge": judge, "clip": clip, "real_images": images, "real_captions": captions}
+    real = {"classifier": classifier, "clip": clip, "real_images": images, "real_captions": captions}
     with pytest.raises(ValueError, match="do not belong together"):
         score_scenes(images[:3], attributes[:2], captions[:3], **real)
     with pytest.raises(ValueError, match="at least 2 generated"):
@@ -289,7 +289,7 @@ def test_clip_knows_every_word_of_every_caption(clip: SceneClip) -> None:
 
 
 def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
-    made_by = {"clip": "eval.judge", "judge": "eval.judge", "lpips": "eval.perceptual"}
+    made_by = {"clip": "eval.classifier", "classifier": "eval.classifier", "lpips": "eval.perceptual"}
     files = {f.name.split("-")[0]: f for f in WEIGHTS.glob("*.safetensors")}
     assert files.keys() == made_by.keys()
     assert sum(f.stat().st_size for f in files.values()) <= 3_000_000
@@ -299,12 +299,12 @@ def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
 
 
 def test_training_is_a_matter_of_the_settings(tmp_path: Path) -> None:
-    config = JudgeConfig(max_objects=3, width=4, steps=3, batch_size=8)
-    first, second = (train_judge(config, quiet=True) for _ in range(2))
+    config = ClassifierConfig(max_objects=3, width=4, steps=3, batch_size=8)
+    first, second = (train_classifier(config, quiet=True) for _ in range(2))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    save_judge(first, tmp_path / "judge.safetensors")
-    again = read_judge(tmp_path / "judge.safetensors")
+    save_classifier(first, tmp_path / "classifier.safetensors")
+    again = read_classifier(tmp_path / "classifier.safetensors")
     assert again.config == config and "3 objects" in again.name
     images = fresh(20)[0]
     torch.testing.assert_close(again.read(images)[1], first.read(images)[1], rtol=2e-2, atol=2e-2)
@@ -313,19 +313,19 @@ def test_training_is_a_matter_of_the_settings(tmp_path: Path) -> None:
 def test_a_judge_that_is_not_shipped_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eval import judge as training
+    from eval import classifier as training
 
     trained = []
 
-    def train(config: JudgeConfig) -> Judge:
+    def train(config: ClassifierConfig) -> Classifier:
         trained.append(config)
-        return Judge(config)
+        return Classifier(config)
 
-    monkeypatch.setattr(training, "train_judge", train)
-    names = {load_judge(64, 3, tmp_path).name for _ in range(2)}
+    monkeypatch.setattr(training, "train_classifier", train)
+    names = {load_classifier(64, 3, tmp_path).name for _ in range(2)}
     assert len(names) == len(trained) == 1
     assert trained[0].resolution == 64 and trained[0].max_objects == 3
-    assert load_judge(32, 2, tmp_path).name != names.pop()
+    assert load_classifier(32, 2, tmp_path).name != names.pop()
     assert len(trained) == 1
 
 
