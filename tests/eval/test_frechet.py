@@ -75,7 +75,8 @@ def test_same_distribution_falls_as_one_over_n() -> None:
     exact = given(torch.zeros(8).double(), torch.eye(8).double())
 
     def distance(n: int) -> float:
-        return frechet_distance(FeatureStats.of(torch.from_numpy(rng.standard_normal((n, 8)))), exact)
+        draws = torch.from_numpy(rng.standard_normal((n, 8)))
+        return frechet_distance(FeatureStats.of(draws), exact)
 
     means = [np.mean([distance(n) for _ in range(20)]) for n in (200, 800)]
     # E = sum l / n + 1/(2n) sum_ij l_i l_j (1 + [i=j]) / (l_i + l_j)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data.scenes import scenes
-from eval.frechet import FeatureStats, frechet_distance
 from eval.classifier import load_classifier
 from eval.classifier_network import Classifier
+from eval.frechet import FeatureStats, frechet_distance
 from eval.latents import (
     compression,
     compression_rows,
