@@ -1,7 +1,6 @@
 """Frechet distance between feature sets, from streaming statistics in float64."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
@@ -74,26 +73,6 @@ class FeatureStats:
         self.m2 = self.m2 + m2 + torch.outer(delta, delta) * (self.n * n / total)
         self.mean = self.mean + delta * (n / total)
         self.n = total
-        return self
-
-    def all_reduce(self) -> "FeatureStats":
-        """Merge the statistics of all ranks; without a process group nothing happens.
-
-        Rows that a sampler repeats to pad the last batch must be dropped before `update`.
-
-        Returns:
-            Itself, equal on every rank.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return self
-        packed = torch.cat([self.mean.new_tensor([self.n]), self.mean, self.m2.flatten()])
-        parts = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, packed)
-        dim = len(self.mean)
-        merged = FeatureStats(dim, self.mean.device)
-        for part in parts:  # in rank order, so that every rank rounds alike
-            merged._add(int(part[0]), part[1 : 1 + dim], part[1 + dim :].view(dim, dim))
-        self.n, self.mean, self.m2 = merged.n, merged.mean, merged.m2
         return self
 
 

@@ -1,4 +1,4 @@
-"""What a judge learns from: sound scenes, broken ones, and the wear of pictures."""
+"""What a classifier learns from: sound scenes, broken ones, and the wear of pictures."""
 
 from dataclasses import asdict, replace
 
@@ -20,19 +20,28 @@ from data.scenes import (
     sample_scene,
     scenes,
 )
-from eval.judge_network import JudgeConfig, encode
+from eval.classifier_network import ClassifierConfig, encode
 
 IGNORE = -100  # a label that the loss passes over
 
 
-def sound_sample(config: JudgeConfig, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+def draw_sample(config: ClassifierConfig, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """Draw a training sample: a quarter of them are broken."""
+    return (broken_sample if rng.random() < 0.25 else sound_sample)(config, rng)
+
+
+def sound_sample(
+    config: ClassifierConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
     """Draw a scene of any split: its picture [H, W, 3] uint8 and its labels."""
     scene = sample_scene(rng, config.max_objects)
     image = draw_scene(scene, place(scene, rng), config.resolution)
     return image, encode(asdict(scene), config)
 
 
-def broken_sample(config: JudgeConfig, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+def broken_sample(
+    config: ClassifierConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
     """Draw a picture that is no proper scene, and labels that say so: they teach not to guess."""
     kind = str(rng.choice(["mixed", "mixed", "patched", "miscounted", "disordered"]))
     scene = sample_scene(rng, config.max_objects)
@@ -40,7 +49,7 @@ def broken_sample(config: JudgeConfig, rng: np.random.Generator) -> tuple[np.nda
 
 
 def mixed(
-    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+    scene: Scene, centres: np.ndarray, config: ClassifierConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[int]]:
     """Draw things that are half another thing, or blended with it; none where the two differ."""
     size, tables = config.resolution, (COLORS, SHAPES, SIZES)
@@ -68,7 +77,7 @@ def mixed(
 
 
 def patched(
-    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+    scene: Scene, centres: np.ndarray, config: ClassifierConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[int]]:
     """Draw a background that changes in the middle: the background is none."""
     others = [b for b in BACKGROUNDS if b != scene.background]
@@ -83,9 +92,9 @@ def patched(
 
 
 def miscounted(
-    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+    scene: Scene, centres: np.ndarray, config: ClassifierConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[int]]:
-    """Draw one thing too few, or more than the judge knows: the layout is none."""
+    """Draw one thing too few, or more than the classifier knows: the layout is none."""
     left_out = int(rng.integers(len(centres)))
     labels = encode(asdict(scene), config)
     if rng.random() < 0.5 and config.max_objects < 4:
@@ -101,7 +110,7 @@ def miscounted(
 
 
 def disordered(
-    scene: Scene, centres: np.ndarray, config: JudgeConfig, rng: np.random.Generator
+    scene: Scene, centres: np.ndarray, config: ClassifierConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[int]]:
     """Draw a scene whose 4 x 4 patches changed places: the layout is none."""
     step = config.resolution // 4
@@ -159,7 +168,7 @@ def to_tensor(images: list[np.ndarray]) -> Tensor:
 
 
 def fresh_scenes(
-    count: int, config: JudgeConfig, seed: int = 987_654
+    count: int, config: ClassifierConfig, seed: int = 987_654
 ) -> tuple[Tensor, list[dict], list[str]]:
     """Return pictures [N, 3, H, W] uint8, attributes and captions, half val and half heldout."""
     samples = [

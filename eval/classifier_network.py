@@ -1,23 +1,29 @@
 """The network that reads every attribute of a picture of a scene, and its files."""
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
+from data.files import file_hash
 from data.scenes import BACKGROUNDS, COLORS, LAYOUTS, SHAPES, SIZES
-from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights, save_weights
+from lightning_modules.common.checkpoint import load_strict, load_weights, save_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
+# what files of the classifier call it; renaming the shipped one would change its hash, which
+# stands beside every score
+KIND = "judge"
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """Settings of a judge and of its training."""
+class ClassifierConfig:
+    """Settings of a classifier and of its training."""
 
     resolution: int = 32
     """Width and height of the pictures that it learns from."""
@@ -26,7 +32,7 @@ class JudgeConfig:
     width: int = 32
     """Channels of the first layer."""
     features: int = 64
-    """Numbers in the feature space of fd/scenes."""
+    """Numbers in the feature space of fd_scenes."""
     steps: int = 2500
     """Training steps."""
     batch_size: int = 128
@@ -34,7 +40,7 @@ class JudgeConfig:
     lr: float = 3e-3
     """Highest learning rate of the one-cycle schedule."""
     seed: int = 0
-    """Seed of the scenes, the damages and the weights."""
+    """Seed of the scenes, the broken pictures and the weights."""
 
     @property
     def input_size(self) -> int:
@@ -52,14 +58,14 @@ class JudgeConfig:
         return [layouts, tuple(BACKGROUNDS), *slot * self.max_objects]
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Pictures of scenes to the labels of all their attributes.
 
     Attributes:
-        name: what judged: settings and hash of the weights, stored beside every score.
+        name: what read: settings and hash of the weights, stored beside every score.
     """
 
-    def __init__(self, config: JudgeConfig, name: str = "untrained judge") -> None:
+    def __init__(self, config: ClassifierConfig, name: str = "untrained classifier") -> None:
         super().__init__()
         self.config, self.name = config, name
         w, patch = config.width, config.input_size // 16
@@ -95,19 +101,19 @@ class Judge(nn.Module):
         """Read pictures.
 
         Args:
-            images: [N, 3, H, W] uint8, any size; averaged down to the judge's own.
+            images: [N, 3, H, W] uint8, any size; averaged down to the classifier's own.
             batch_size: pictures at once; without influence on the result.
 
         Returns:
-            labels [N, 2 + 3 max_objects] int64 in the order of `JudgeConfig.heads` (`decode` names
-            them), and features [N, F] float32, both on the CPU.
+            labels [N, 2 + 3 max_objects] int64 in the order of `ClassifierConfig.heads` (`decode`
+            names them), and features [N, F] float32, both on the CPU.
 
         Raises:
             ValueError: pictures of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"the judge reads uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
+                f"the classifier reads uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
             )
         device, labels, features = next(self.parameters()).device, [], []
         for part in images.split(batch_size):
@@ -116,25 +122,6 @@ class Judge(nn.Module):
             labels.append(torch.stack([row.argmax(1) for row in logits], 1).cpu())
             features.append(found.float().cpu())
         return torch.cat(labels), torch.cat(features)
-
-    def encode(self, attributes: dict[str, Any]) -> list[int]:
-        """Return the labels of a scene's true attributes, in the order of `JudgeConfig.heads`.
-
-        Raises:
-            ValueError: an attribute that no head knows, or too many things.
-        """
-        return encode(attributes, self.config)
-
-    def decode(self, labels: list[int]) -> dict[str, Any]:
-        """Return the attributes that labels stand for; None where the judge saw none of its own.
-
-        Slots without any attribute are left out.
-        """
-        heads = self.config.heads
-        named = [o[i] if i < len(o) else None for o, i in zip(heads, labels, strict=True)]
-        slots = [named[i : i + 3] for i in range(2, len(named), 3)]
-        things = [dict(zip(("color", "shape", "size"), s, strict=True)) for s in slots if any(s)]
-        return {"things": things, "layout": named[0], "background": named[1]}
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
@@ -147,7 +134,7 @@ def shrink(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="area")
 
 
-def encode(attributes: dict[str, Any], config: JudgeConfig) -> list[int]:
+def encode(attributes: Mapping[str, Any], config: ClassifierConfig) -> list[int]:
     """Return the labels of a scene's attributes in the order of `config.heads`.
 
     Args:
@@ -159,43 +146,97 @@ def encode(attributes: dict[str, Any], config: JudgeConfig) -> list[int]:
     """
     things = attributes["things"]
     if len(things) > config.max_objects:
-        raise ValueError(f"the judge reads at most {config.max_objects} things, got {len(things)}")
+        raise ValueError(
+            f"the classifier reads at most {config.max_objects} things, got {len(things)}"
+        )
     values = [attributes["layout"], attributes["background"]]
     values += [t[k] for t in things for k in ("color", "shape", "size")]
     values += [None] * (len(config.heads) - len(values))
     for options, value in zip(config.heads, values, strict=True):
         if value is not None and value not in options:
-            raise ValueError(f"the judge does not know {value!r}; it knows {', '.join(options)}")
+            raise ValueError(
+                f"the classifier does not know {value!r}; it knows {', '.join(options)}"
+            )
     return [len(o) if v is None else o.index(v) for o, v in zip(config.heads, values, strict=True)]
 
 
-def weight_name(kind: str, config: JudgeConfig) -> str:
+def decode(labels: Sequence[int], config: ClassifierConfig) -> dict[str, Any]:
+    """Return the attributes that labels stand for; None where the classifier saw none of its own.
+
+    Slots without any attribute are left out.
+    """
+    heads = config.heads
+    named = [o[i] if i < len(o) else None for o, i in zip(heads, labels, strict=True)]
+    slots = [named[i : i + 3] for i in range(2, len(named), 3)]
+    things = [dict(zip(("color", "shape", "size"), s, strict=True)) for s in slots if any(s)]
+    return {"things": things, "layout": named[0], "background": named[1]}
+
+
+def weight_name(kind: str, config: ClassifierConfig) -> str:
     """Return the file name of weights for this kind of picture."""
     return f"{kind}-{config.resolution}px-{config.max_objects}objects.safetensors"
 
 
-def save_judge(judge: Judge, path: Path, command: str = "") -> None:
-    """Write a judge, half precision, with its settings and the command that makes it."""
-    state = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
-    save_weights(path, state, {"judge": asdict(judge.config), "command": command})
+def shipped_weights(kind: str, config: ClassifierConfig) -> Path | None:
+    """Return the file of weights that ships for this kind of picture, if one does."""
+    path = WEIGHTS / weight_name(kind, config)
+    return path if path.is_file() else None
 
 
-def read_judge(path: Path) -> Judge:
-    """Read what `save_judge` wrote."""
+def find_weights(
+    kind: str, config: ClassifierConfig, folder: Path | None, train: Callable[[Path], None]
+) -> Path:
+    """Return the file of weights for this kind of picture: shipped, or trained once and kept.
+
+    Args:
+        kind: what the weights are of.
+        config: the kind of picture.
+        folder: where weights that do not ship are kept; they are trained (minutes) on first use,
+            by one process at a time.
+        train: trains and writes the file.
+
+    Raises:
+        ValueError: weights that do not ship, and no folder.
+    """
+    shipped = shipped_weights(kind, config)
+    if shipped is not None:
+        return shipped
+    if folder is None:
+        raise ValueError(
+            f"{weight_name(kind, config)} does not ship; name a folder in which it is trained"
+        )
+    path = Path(folder) / weight_name(kind, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            train(path)
+    return path
+
+
+def save_classifier(classifier: Classifier, path: Path, command: str = "") -> None:
+    """Write a classifier, half precision, with its settings and the command that makes it."""
+    state = {
+        k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()
+    }
+    save_weights(path, state, {KIND: asdict(classifier.config), "command": command})
+
+
+def read_classifier(path: Path) -> Classifier:
+    """Read what `save_classifier` wrote."""
     state, config = load_weights(path)
-    settings = JudgeConfig(**config["judge"])
+    settings = ClassifierConfig(**config[KIND])
     name = (
-        f"scene judge, {settings.resolution} px, {settings.max_objects} objects, "
+        f"scene classifier, {settings.resolution} px, {settings.max_objects} objects, "
         f"seed {settings.seed}, sha256 {file_hash(path)[:12]}"
     )
-    judge = Judge(settings, name)
-    load_strict(judge, {k: v.float() if v.is_floating_point() else v for k, v in state.items()},
-                str(path))  # fmt: skip
-    return judge.eval()
+    classifier = Classifier(settings, name)
+    full = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    load_strict(classifier, full, str(path))
+    return classifier.eval()
 
 
-def report_step(what: str, step: int, steps: int, loss: float, start: float) -> None:
+def report_step(what: str, step: int, steps: int, loss: float, began: float) -> None:
     """Print loss and time left, now and then."""
     if (step + 1) % max(1, steps // 40) == 0:
-        left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
+        left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
         print(f"{what}: step {step + 1}/{steps}, loss {loss:.4f}, {left:.0f} s left", flush=True)
