@@ -26,7 +26,7 @@ from data.view import MAX_SKIPPED, ShardList, View
 AESTHETIC = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")
 
 
-def score(meta: dict[str, Any], names: Sequence[str]) -> float:
+def number(meta: dict[str, Any], names: Sequence[str]) -> float:
     """Return the first number that metadata hold under one of several names, else nan."""
     for name in names:
         with suppress(KeyError, TypeError, ValueError):
@@ -38,18 +38,18 @@ def check_metadata(sample: Sample, view: View) -> Sample:
     """Let a sample pass, or raise SampleError with the metadata filter that stops it."""
     meta = sample["meta"]
     if view.min_size is not None:
-        size = [score(meta, [f"original_{side}"]) for side in ("width", "height")]
+        size = [number(meta, [f"original_{side}"]) for side in ("width", "height")]
         if any(value != value for value in size):  # nan: img2dataset was not the source
             size = [float(value) for value in open_image(sample["data"]).size]
         if min(size) < view.min_size:
             raise SampleError(f"{FILTERED}min_size")
     # "not >=" and "not <=", so that a score that is missing does not pass
     least, watermark, unsafe = view.min_aesthetic, view.max_pwatermark, view.max_punsafe
-    if least is not None and not score(meta, AESTHETIC) >= least:
+    if least is not None and not number(meta, AESTHETIC) >= least:
         raise SampleError(f"{FILTERED}min_aesthetic")
-    if watermark is not None and not score(meta, ["pwatermark"]) <= watermark:
+    if watermark is not None and not number(meta, ["pwatermark"]) <= watermark:
         raise SampleError(f"{FILTERED}max_pwatermark")
-    if unsafe is not None and not score(meta, ["punsafe"]) <= unsafe:
+    if unsafe is not None and not number(meta, ["punsafe"]) <= unsafe:
         raise SampleError(f"{FILTERED}max_punsafe")
     return sample
 

@@ -10,7 +10,6 @@ says what made them and is written last.
 
 import json
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -33,10 +32,7 @@ from data.images import to_tensor
 from data.select import decoded, selected
 from data.shards import Sample, SkipCounter, apply
 from data.view import MAX_SKIPPED, ShardList, View
-
-# Lightning doubts what is meant here: lengths are exact, and lists in memory need no workers
-warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many workers")
+from data.webdata import WebData
 
 SCHEMA = pyarrow.schema(
     [("key", pyarrow.string()), ("caption", pyarrow.string()), ("label", pyarrow.int64())]
@@ -291,7 +287,7 @@ class TokenData(LightningDataModule):
         batch_size: samples in a batch of one rank.
         seed: seed of the training; order and mirrors.
         epoch_batches: batches of a virtual epoch in one rank.
-        val: what gives the validation batches, such as a WebData.
+        val: gives the validation batches.
 
     Raises:
         ValueError: no finished cache in the folder, or a damaged file.
@@ -304,7 +300,7 @@ class TokenData(LightningDataModule):
         batch_size: int,
         seed: int = 0,
         epoch_batches: int = 100,
-        val: LightningDataModule | None = None,
+        val: WebData | None = None,
     ):
         super().__init__()
         self.batch_size, self.seed, self.epoch_batches = batch_size, seed, epoch_batches

@@ -22,9 +22,10 @@ from data.select import decoded, encoded, selected
 from data.shards import Sample, ShardStream, SkipCounter, apply
 from data.view import MAX_SKIPPED, Order, ShardList, View
 
-# Lightning doubts what is meant here: lengths are exact, and lists in memory need no workers
+# Lightning doubts what is meant: lengths are exact, lists in memory need no workers, [] is none
 warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
 warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many workers")
+warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 
 
 class TrainStream(IterableDataset):
