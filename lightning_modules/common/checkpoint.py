@@ -1,8 +1,7 @@
 """Weights in and out: safetensors with their settings, Lightning files, and foreign checkpoints."""
 
-import hashlib
 import json
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,22 +12,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.files import atomic
+from data.files import file_hash as file_hash  # until its last importer takes it from there
+
 
 def save_weights(path: Path | str, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and the settings that rebuild their module as one safetensors file.
 
     Args:
         path: the file; it appears whole or not at all.
-        state: tensors by name.
+        state: tensors by name; those that share storage are written one by one.
         config: plain containers, stored as JSON in the file's metadata under "config".
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(tensors, temporary, metadata={"config": json.dumps(config)})
-    temporary.chmod(0o644)  # safetensors keeps files from everybody else
-    os.replace(temporary, path)
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in state.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"config": json.dumps(config)})
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,24 +50,23 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as f:
-            config = (f.metadata() or {}).get("config")
-        if config is None:
+            text = (f.metadata() or {}).get("config")
+        if text is None:
             raise ValueError(
                 f"{path} holds no settings of this suite; make it with experiments.convert"
             )
-        return load_file(path), json.loads(config)
-    content = _load_pickle(path)
-    if not isinstance(content, dict) or "config" not in content.get("hyper_parameters", {}):
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds settings that are no mapping; make it anew")
+        return load_file(path), config
+    content = _mapping(_load_pickle(path))
+    config = _mapping(content.get("hyper_parameters")).get("config")
+    state = content.get("state_dict")
+    if not isinstance(config, dict) or not isinstance(state, Mapping):
         raise ValueError(
             f"{path} is not a checkpoint of this suite; experiments.convert reads official files"
         )
-    return content["state_dict"], content["hyper_parameters"]["config"]
-
-
-def file_hash(path: Path | str) -> str:
-    """Return the sha256 of a file's bytes as 64 hex digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return dict(state), config
 
 
 class _Inert:
@@ -74,19 +77,37 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
+class _Dict:
+    """Stands in for a foreign kind of dict: a plain one, which the reader fills."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return {}
+
+
+class _List(list):
+    """Stands in for a foreign kind of list, which the reader fills."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+
+CONTAINERS = {"defaultdict": _Dict, "AttributeDict": _Dict, "deque": _List}
+
+
 def load_foreign(path: Path | str) -> dict[str, Tensor]:
     """Read the tensors of an official checkpoint without running anything it contains.
 
-    Accepts a .safetensors, .pt, .pth, .bin or .ckpt file, or a diffusers folder. The tensors may
-    lie bare or under `state_dict` or `model`; a `module.` prefix of all names is dropped. Classes
-    that a Lightning or numpy pickle names are replaced by inert stand-ins.
+    Accepts a .safetensors, .pt, .pth, .bin or .ckpt file, or a diffusers folder, also one whose
+    weights are split in several files. The tensors may lie bare or under `state_dict` or `model`;
+    a `module.` prefix of all names is dropped. Classes that a Lightning or numpy pickle names are
+    replaced by inert stand-ins, or by plain containers.
 
     Returns:
         Tensors by their foreign names.
 
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
-        ValueError: a file without tensors.
+        ValueError: a file without tensors, or with such as hold no plain numbers.
     """
     content = _load_any(Path(path))
     for key in ("state_dict", "model"):
@@ -106,7 +127,7 @@ def load_tensor(path: Path | str) -> Tensor:
         ValueError: none, or several.
     """
     content = _load_any(Path(path))
-    found = [content] if isinstance(content, Tensor) else [*_tensors(content).values()]
+    found = [*_tensors({"it": content} if isinstance(content, Tensor) else content).values()]
     if len(found) != 1:
         raise ValueError(f"{path} must hold one tensor, it holds {len(found)}")
     return found[0]
@@ -121,32 +142,66 @@ def load_entries(path: Path | str) -> dict[str, dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: no such file, or a folder without weights.
+        ValueError: tensors that hold no plain numbers.
     """
     content = _load_any(Path(path))
-    parts = content if isinstance(content, Mapping) else {}
-    found = {str(k): _tensors(v) for k, v in parts.items() if isinstance(v, Mapping)}
-    return {k: v for k, v in {"": _tensors(content), **found}.items() if v}
+    parts = {"": content, **{str(k): v for k, v in _mapping(content).items()}}
+    found = {k: _tensors(v) for k, v in parts.items()}
+    return {k: v for k, v in found.items() if v}
+
+
+def _mapping(content: Any) -> Mapping[Any, Any]:
+    return content if isinstance(content, Mapping) else {}
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:
     """The tensors of a mapping, without the `module.` that all of their names may begin with."""
-    entries = content if isinstance(content, Mapping) else {}
-    state = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
+    state = {str(k): v for k, v in _mapping(content).items() if isinstance(v, Tensor)}
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else f"{value.device.type} {value.layout}"
+            raise ValueError(f"{name} is a tensor of another kind ({kind}); save it as a plain one")
     if all(k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
     return state
 
 
 def _load_any(path: Path) -> Any:
-    """What a foreign file, or the weights file of a folder, holds."""
-    if path.is_dir():
-        candidates = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-        if not candidates:
-            raise FileNotFoundError(f"{path} holds no .safetensors or .bin weights")
-        path = candidates[-1] if candidates[-1].suffix == ".safetensors" else candidates[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    """What a foreign file, or the weights of a folder, hold."""
+    files = _weights(path) if path.is_dir() else [path]
+    parts = []
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+        parts.append(load_file(file) if file.suffix == ".safetensors" else _load_pickle(file))
+    return parts[0] if len(parts) == 1 else {k: v for part in parts for k, v in part.items()}
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of a folder's weights: one, or all that its index names; safetensors go first."""
+    for kind in ("safetensors", "bin"):
+        whole = [p for p in folder.glob(f"*.{kind}") if not re.search(r"-\d+-of-\d+$", p.stem)]
+        if whole:
+            return [max(whole) if kind == "safetensors" else min(whole)]
+        indices = sorted(folder.glob(f"*.{kind}.index*.json"))
+        if indices:
+            return _shards(indices[-1])
+    raise FileNotFoundError(f"{folder} holds no .safetensors or .bin weights")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of weights names.
+
+    Raises:
+        ValueError: an index of another form, or one that names files elsewhere.
+    """
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights: it has no weight_map") from error
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} must name files of its own folder in weight_map")
+    return [index.parent / name for name in sorted(names)]
 
 
 def _load_pickle(path: Path) -> Any:
@@ -155,11 +210,18 @@ def _load_pickle(path: Path) -> Any:
     # files from before torch 1.6 (VGG16, LPIPS) are no zip; their classes cannot be listed
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        stubs = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
-        with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals([_stand_in(name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, IndexError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be read safely") from error
+    except (UnpicklingError, RuntimeError, LookupError, EOFError, TypeError) as error:
+        found = re.search(r"class '([\w.]+)'|GLOBAL ([\w.]+)", str(error))
+        what = f": it holds a {found[1] or found[2]}" if found else ""
+        raise ValueError(f"{path} is no checkpoint that can be read safely{what}") from error
+
+
+def _stand_in(name: str) -> Any:
+    """What takes the place of a foreign class: (class, its full name)."""
+    module, _, last = name.rpartition(".")
+    return type(last, (CONTAINERS.get(last, _Inert),), {"__module__": module}), name
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -1,21 +1,38 @@
 """Released masked transformers -> this suite's networks: aMUSEd's U-ViT and its open-muse names.
 
 Our parameter names are diffusers' (UVit2DModel), so converting means: know what the file is, give
-open-muse's MaskGiTUViT those names, infer the settings from the shapes and check every key. Files
-are read by `common.checkpoint.load_foreign`; aMUSEd's tokenizer is converted by vqgan/convert.py.
+open-muse's MaskGiTUViT those names, infer the settings from the shapes and check every key.
+vqgan/convert.py converts aMUSEd's tokenizer.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.common.settings import build
-from lightning_modules.muse.config import UViTConfig
+from lightning_modules.common.checkpoint import load_foreign
+from lightning_modules.common.foreign import (
+    Foreign,
+    Settings,
+    check_types,
+    count,
+    fitted,
+    pad_id,
+    read_settings,
+    section,
+    shape,
+    trained_side,
+    typed,
+)
+from lightning_modules.common.settings import plain
+from lightning_modules.muse.config import PRESETS, UViTConfig
 from lightning_modules.muse.uvit import UViT
+
+READS = """folders of aMUSEd's pipeline (amused-256, amused-512; open-muse's too) or its
+transformer; their text encoder stays where it is"""
 
 RELEASED_HEAD_WIDTH = 64
 
@@ -59,6 +76,42 @@ OPEN_MUSE = (
 )
 
 
+def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
+    """Read aMUSEd's U-ViT: the folder of its pipeline (diffusers' or open-muse's), or it alone.
+
+    Args:
+        source: folder, or file of the network.
+        hints: settings that a user gave, by dotted keys.
+
+    Raises:
+        ValueError: another file.
+    """
+    network = source / "transformer" if (source / "transformer").is_dir() else source
+    known = read_settings(network / "config.json")
+    tensors, model = convert(load_foreign(network), {**known, **section(hints, "uvit")})
+    settings: Settings = [("network", "uvit"), *((f"uvit.{k}", v) for k, v in model.items())]
+    settings += [("superres.enabled", False), ("critic.layers", 0), ("text.name", "clip")]
+    settings += [("text.hidden_state", -2), ("text.unit_norm", False), ("text.projected", True)]
+    decoding = plain(PRESETS["amused"])
+    defaults = [(f"sampling.{k}", v) for k, v in decoding.items() if not isinstance(v, dict)]
+    if "text.pad_id" not in hints:
+        words = "tokenizer" if (source / "tokenizer").is_dir() else "text_encoder"
+        defaults.append(("text.pad_id", pad_id(source / words)))
+    if (source / "text_encoder").is_dir():
+        defaults.append(("text.path", str(source / "text_encoder")))
+    # the first is diffusers' folder, the other open-muse's
+    tokenizers = [source / name for name in ("vqvae", "vae") if (source / name).is_dir()]
+    return Foreign(
+        "aMUSEd's U-ViT",
+        model["codebook_size"],
+        settings,
+        defaults,
+        {f"network.{k}": v for k, v in tensors.items()},
+        tokenizer=tokenizers[0] if tokenizers else None,
+        side=trained_side(known),
+    )
+
+
 def convert(
     state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,10 +136,8 @@ def convert(
             "down_block.res_blocks.0.depthwise.weight"
         )
     config = _config(state, hints or {})
-    with torch.device("meta"):
-        empty = UViT(build(UViTConfig, config))
-    load_strict(empty, {k: v.to("meta") for k, v in state.items()}, "the U-ViT checkpoint")
-    return {k: v.float() for k, v in state.items()}, config
+    network = fitted(lambda: UViT(typed(UViTConfig, config)), state, "the U-ViT checkpoint")
+    return network, config
 
 
 def open_muse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,37 +157,26 @@ def open_muse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def _shape(state: Mapping[str, Tensor], key: str) -> torch.Size:
-    if key not in state:
-        raise ValueError(f"the checkpoint lacks {key}")
-    return state[key].shape
-
-
-def _count(keys: Iterable[str], prefix: str) -> int:
-    """How many numbered children `prefix` has."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(m[1]) for k in keys if (m := pattern.match(k))), default=-1)
-
-
 def _config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
-    vocab, in_channels = _shape(state, "embed.embeddings.weight")
-    hidden, encoder_hidden = _shape(state, "encoder_proj.weight")
-    width = _shape(state, "embed.conv.weight")[0]
+    vocab, in_channels = shape(state, "embed.embeddings.weight", 2)
+    hidden, encoder_hidden = shape(state, "encoder_proj.weight", 2)
+    width = shape(state, "embed.conv.weight", 4)[0]
     given = {name: hints[name] for name in HINTS if name in hints}
+    check_types(UViTConfig, given)
     micro = given.get("micro_cond_embed_dim", UViTConfig.micro_cond_embed_dim)
     return {
         "hidden_size": hidden,
-        "num_hidden_layers": _count(state, "transformer_layers"),
+        "num_hidden_layers": count(state, "transformer_layers"),
         "num_attention_heads": max(1, hidden // RELEASED_HEAD_WIDTH),
-        "intermediate_size": _shape(state, "transformer_layers.0.ff.net.2.weight")[1],
+        "intermediate_size": shape(state, "transformer_layers.0.ff.net.2.weight", 2)[1],
         "in_channels": in_channels,
         "block_out_channels": width,
         "block_num_heads": max(1, width // RELEASED_HEAD_WIDTH),
-        "num_res_blocks": _count(state, "down_block.res_blocks"),
+        "num_res_blocks": count(state, "down_block.res_blocks"),
         "downsample": "down_block.downsample.conv.weight" in state,
         "vocab_size": vocab,
-        "codebook_size": _shape(state, "mlm_layer.conv2.weight")[0],
+        "codebook_size": shape(state, "mlm_layer.conv2.weight", 4)[0],
         "encoder_hidden_size": encoder_hidden,
-        "cond_embed_dim": _shape(state, "cond_embed.linear_1.weight")[1] - micro,
+        "cond_embed_dim": shape(state, "cond_embed.linear_1.weight", 2)[1] - micro,
         **given,
     }

@@ -2,23 +2,35 @@
 
 paella_v3.pt and checkpoints of its training code, model_600000.pt (v1), prior_v1.pt. Our parameter
 names are the released ones, so converting means: know what the file is, infer its settings, and
-check every key. Files are read by `common.checkpoint.load_foreign`.
+check every key.
 """
 
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.common.settings import build
-from lightning_modules.paella.config import ModelConfig, PriorConfig, V1Config
+from lightning_modules.common.checkpoint import load_foreign
+from lightning_modules.common.foreign import (
+    Foreign,
+    Settings,
+    check_types,
+    count,
+    fitted,
+    section,
+    shape,
+    typed,
+)
+from lightning_modules.common.settings import plain
+from lightning_modules.paella.config import PRESETS, ModelConfig, PriorConfig, V1Config
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
 from lightning_modules.paella.prior import Prior
+
+READS = "paella_v3.pt with vqgan_f4.pt, bare or under state_dict"
 
 Kind = Literal["v3", "v1", "prior"]
 NETWORKS = {
@@ -26,7 +38,38 @@ NETWORKS = {
     "v1": (DenoiseUNet, V1Config),
     "prior": (Prior, PriorConfig),
 }
+HINTS = ("nhead", "self_attn", "dropout", "c_r")  # what no shape tells
 RELEASED_HEADS = 16
+
+
+def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
+    """Read a token predictor of 2023 (v3) or 2022 (v1).
+
+    Args:
+        source: the file.
+        hints: settings that a user gave, by dotted keys.
+
+    Raises:
+        ValueError: another file, or the diffusion prior, which draws no tokens.
+    """
+    given = {**section(hints, "v1"), **section(hints, "model")}
+    kind, tensors, model = convert(load_foreign(source), given)
+    if kind == "prior":
+        raise ValueError("this is the diffusion prior, which makes no pictures by itself")
+    settings: Settings = [("network", kind)]
+    defaults: Settings = []
+    if kind == "v1":
+        what = "Paella of 2022 (v1)"
+        settings += [(f"v1.{k}", v) for k, v in model.items()]
+        settings.append(("text.name", "open_clip"))
+        defaults += [(f"sampling.{k}", v) for k, v in plain(PRESETS["v1"]).items()]
+    else:
+        what = "Paella's token predictor of 2023 (v3)"
+        settings += [(f"model.{k}", v) for k, v in model.items()]
+        if not model["clip_embd"]:
+            settings.append(("text.clip", None))
+    own = {f"network.{k}": v for k, v in tensors.items()}
+    return Foreign(what, model["num_labels"], settings, defaults, own)
 
 
 def convert(
@@ -45,12 +88,13 @@ def convert(
     Raises:
         ValueError: if it is none of the three, or a key is missing, left over or of wrong shape.
     """
-    hints = hints or {}
+    given = {k: v for k, v in (hints or {}).items() if k in HINTS}
+    check_types(ModelConfig, given)
     kind: Kind
     if "byt5_mapper.weight" in state:
-        kind, config = "v3", _v3_config(state, hints)
+        kind, config = "v3", _v3_config(state, given)
     elif "embedding.weight" in state and "clf.weight" in state:
-        kind, config = "v1", _v1_config(state, hints)
+        kind, config = "v1", _v1_config(state, given)
     elif "blocks.0.weight" in state:
         kind, config = "prior", _prior_config(state)
     else:
@@ -59,22 +103,8 @@ def convert(
             "embedding.weight and clf.weight (v1), nor blocks.0.weight (prior)"
         )
     network, settings = NETWORKS[kind]
-    with torch.device("meta"):
-        empty = network(build(settings, config))
-    load_strict(empty, {k: v.to("meta") for k, v in state.items()}, f"the Paella {kind} checkpoint")
-    return kind, dict(state), config
-
-
-def _shape(state: Mapping[str, Tensor], key: str) -> torch.Size:
-    if key not in state:
-        raise ValueError(f"the checkpoint lacks {key}")
-    return state[key].shape
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered children `prefix` has."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(m[1]) for k in state if (m := pattern.match(k))), default=-1)
+    what = f"the Paella {kind} checkpoint"
+    return kind, fitted(lambda: network(typed(settings, config)), state, what), config
 
 
 def _block_kind(state: Mapping[str, Tensor], block: str) -> str:
@@ -92,60 +122,60 @@ def _period(kinds: str) -> str:
 
 
 def _v3_config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
-    num_labels, c_in = _shape(state, "in_mapper.0.weight")
-    c_cond, byt5_embd = _shape(state, "byt5_mapper.weight")
-    first, patch_width = _shape(state, "embedding.1.weight")[:2]
+    num_labels, c_in = shape(state, "in_mapper.0.weight", 2)
+    c_cond, byt5_embd = shape(state, "byt5_mapper.weight", 2)
+    first, patch_width = shape(state, "embedding.1.weight", 4)[:2]
     c_hidden, blocks, level_config = [], [], []
-    for level in range(_count(state, "down_blocks")):
+    for level in range(count(state, "down_blocks")):
         prefix = f"down_blocks.{level}"
-        names = [f"{prefix}.{i}" for i in range(_count(state, prefix))]
+        names = [f"{prefix}.{i}" for i in range(count(state, prefix))]
         kinds = "".join(_block_kind(state, name) for name in names)
-        c_hidden.append(first if level == 0 else _shape(state, f"{prefix}.0.1.weight")[0])
+        c_hidden.append(first if level == 0 else shape(state, f"{prefix}.0.1.weight", 4)[0])
         level_config.append(_period(kinds))
         blocks.append(len(kinds) // max(len(level_config[-1]), 1))
     default_heads = [RELEASED_HEADS if "A" in kinds else -1 for kinds in level_config]
-    depthwise = [v for k, v in state.items() if k.endswith("depthwise.weight")]
-    timestep = [v for k, v in state.items() if re.fullmatch(r"(down|up)_.*\d\.mapper\.weight", k)]
+    depthwise = [k for k in state if k.endswith("depthwise.weight")]
+    timestep = [k for k in state if re.fullmatch(r"(down|up)_.*\d\.mapper\.weight", k)]
     config = {
         "c_in": c_in,
-        "c_out": _shape(state, "out_mapper.1.weight")[1],
+        "c_out": shape(state, "out_mapper.1.weight", 4)[1],
         "num_labels": num_labels,
-        "c_r": timestep[0].shape[1] if timestep else hints.get("c_r", ModelConfig.c_r),
+        "c_r": shape(state, timestep[0], 2)[1] if timestep else hints.get("c_r", ModelConfig.c_r),
         "patch_size": math.isqrt(patch_width // c_in),
         "c_cond": c_cond,
         "c_hidden": c_hidden,
-        "nhead": list(hints.get("nhead", default_heads)),
+        "nhead": hints.get("nhead", default_heads),
         "blocks": blocks,
         "level_config": level_config,
         "clip_embd": 0,
         "clip_image": "clip_image_mapper.weight" in state,
         "byt5_embd": byt5_embd,
-        "kernel_size": depthwise[0].shape[-1] if depthwise else ModelConfig.kernel_size,
+        "kernel_size": shape(state, depthwise[0], 4)[-1] if depthwise else ModelConfig.kernel_size,
         "dropout": hints.get("dropout", ModelConfig.dropout),
         "self_attn": hints.get("self_attn", ModelConfig.self_attn),
     }
     if "clip_mapper.weight" in state:
-        width, config["clip_embd"] = _shape(state, "clip_mapper.weight")
+        width, config["clip_embd"] = shape(state, "clip_mapper.weight", 2)
         config["clip_seq_len"] = width // c_cond
     return config
 
 
 def _v1_config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
-    num_labels, finest = _shape(state, "embedding.weight")
+    num_labels, finest = shape(state, "embedding.weight", 2)
     c_r = hints.get("c_r", V1Config.c_r)
 
     def levels(side: str) -> list[int]:
         """Number of ResBlocks of each level."""
-        names = [f"{side}.{level}" for level in range(_count(state, side))]
+        names = [f"{side}.{level}" for level in range(count(state, side))]
         return [
-            sum(f"{name}.{i}.gamma" in state for i in range(_count(state, name))) for name in names
+            sum(f"{name}.{i}.gamma" in state for i in range(count(state, name))) for name in names
         ]
 
     down = levels("down_blocks")
     return {
         "num_labels": num_labels,
         "c_hidden": finest * 2 ** (len(down) - 1),
-        "c_clip": _shape(state, "down_blocks.0.0.cond_mapper.weight")[1] - c_r,
+        "c_clip": shape(state, "down_blocks.0.0.cond_mapper.weight", 2)[1] - c_r,
         "c_r": c_r,
         "down_levels": down,
         "up_levels": levels("up_blocks"),
@@ -153,10 +183,10 @@ def _v1_config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[st
 
 
 def _prior_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    c_hidden, clip_embd = _shape(state, "blocks.0.weight")
+    c_hidden, clip_embd = shape(state, "blocks.0.weight", 2)
     return {
         "clip_embd": clip_embd,
         "c_hidden": c_hidden,
-        "c_r": _shape(state, "blocks.1.0.weight")[1] - clip_embd - c_hidden,
-        "num_blocks": _count(state, "blocks") - 2,
+        "c_r": shape(state, "blocks.1.0.weight", 2)[1] - clip_embd - c_hidden,
+        "num_blocks": count(state, "blocks") - 2,
     }

@@ -6,7 +6,6 @@ Face folder of microsoft/vq-diffusion-ithq. The tokenizer inside a training file
 `vqgan.convert`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,14 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.common.checkpoint import load_entries, load_foreign, load_strict
-from lightning_modules.common.settings import build
+from lightning_modules.common.checkpoint import load_entries, load_foreign
+from lightning_modules.common.foreign import (
+    Foreign,
+    Settings,
+    State,
+    check_types,
+    count,
+    fitted,
+    numbers,
+    pad_id,
+    read_settings,
+    section,
+    shape,
+    trained_side,
+    typed,
+)
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.network import Denoiser
+from lightning_modules.vq_diffusion.process import (
+    KEEP_FIRST,
+    KEEP_LAST,
+    MASK_FIRST,
+    linear_schedule,
+    mask_schedule,
+)
 
-State = dict[str, Tensor]
+READS = """coco_pretrained.pth and the like with tokenizer and text encoder inside (and
+--codes taming_vqvae_2887.pt), and the folder of vq-diffusion-ithq"""
 
+CODEC = "content_codec."
 NULL = "empty_text_embed"
 HF_NULL = "learned_classifier_free_sampling_embeddings"
 RELEASED_HEADS = 16
@@ -48,6 +70,13 @@ HINTS = {
     "checkpoint_blocks": "checkpoint_blocks",
 }
 HF_ACTIVATIONS = {"geglu-approximate": "GELU2", "gelu": "GELU"}
+# of diffusers' scheduler_config.json, with what it means where it is silent
+HF_SCHEDULE = {
+    "alpha_cum_start": KEEP_FIRST,
+    "alpha_cum_end": KEEP_LAST,
+    "gamma_cum_start": MASK_FIRST,
+    "gamma_cum_end": 0.99999,
+}
 
 
 @dataclass
@@ -75,6 +104,96 @@ class Official:
     text: State = field(default_factory=dict)
 
 
+def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
+    """Read a training file, a denoiser alone, or the Hugging Face folder.
+
+    Args:
+        source: file or folder.
+        hints: settings that a user gave, by dotted keys.
+
+    Raises:
+        ValueError: another file, or one with the learnable null of Improved VQ-Diffusion.
+    """
+    official, found = read_parts(source, hints)
+    if official.null is not None:
+        raise ValueError("this checkpoint has a learnable null: take --paper improved_vqd")
+    return found
+
+
+def read_parts(source: Path, hints: Mapping[str, Any]) -> tuple[Official, Foreign]:
+    """Read what VQ-Diffusion and Improved VQ-Diffusion have in common.
+
+    Raises:
+        ValueError: another file, or a schedule that `mask_rate` does not express.
+    """
+    state, known = load(source)
+    found = convert(state, {**known, **section(hints, "model")})
+    model = typed(ModelConfig, found.model)
+    settings: Settings = [(f"model.{k}", v) for k, v in found.model.items()]
+    defaults: Settings = []
+    scheduler = read_settings(source / "scheduler" / "scheduler_config.json")
+    rate = scheduled_rate(scheduler, model) if scheduler else found.mask_rate
+    if rate is not None:
+        settings.append(("schedule.mask_rate", rate))
+    if model.condition == "text":
+        defaults.append(("text.name", "clip"))
+        if (source / "text_encoder").is_dir():
+            defaults.append(("text.path", str(source / "text_encoder")))
+        if (source / "tokenizer").is_dir() and "text.pad_id" not in hints:
+            defaults.append(("text.pad_id", pad_id(source / "tokenizer")))
+    own = {f"network.{k}": v for k, v in found.network.items()}
+    for ours, theirs in (("loss_history", "Lt_history"), ("loss_count", "Lt_count")):
+        value = found.statistics.get(theirs, torch.zeros(model.diffusion_steps))
+        own[ours] = numbers(theirs, value)
+    inside = source if source.is_file() and any(k.startswith(CODEC) for k in state) else None
+    return found, Foreign(
+        "VQ-Diffusion",
+        model.num_codes,
+        settings,
+        defaults,
+        own,
+        found.text,
+        tokenizer=source / "vqvae" if (source / "vqvae").is_dir() else inside,
+        side=trained_side(known),
+        places=model.spatial_size[0] * model.spatial_size[1],
+    )
+
+
+def scheduled_rate(scheduler: Mapping[str, Any], model: ModelConfig) -> float:
+    """Return the mask_rate that gives the schedule of diffusers' VQDiffusionScheduler.
+
+    Its A and C are linear in t from *_cum_start to *_cum_end, like those of `linear_schedule`.
+
+    Args:
+        scheduler: its scheduler_config.json.
+        model: settings of the denoiser.
+
+    Raises:
+        ValueError: another scheduler, or one that no mask_rate expresses.
+    """
+    name = scheduler.get("_class_name", "VQDiffusionScheduler")
+    if name != "VQDiffusionScheduler":
+        raise ValueError(f"the scheduler must be a VQDiffusionScheduler, got {name}")
+    for key, wanted in (
+        ("num_vec_classes", model.num_codes + 1),
+        ("num_train_timesteps", model.diffusion_steps),
+    ):
+        if scheduler.get(key, wanted) != wanted:
+            raise ValueError(f"{key} of the scheduler must be {wanted}, got {scheduler[key]}")
+    ends = [scheduler.get(key, default) for key, default in HF_SCHEDULE.items()]
+    if not all(type(end) in (int, float) and 0 <= end <= 1 for end in ends):
+        raise ValueError(f"{[*HF_SCHEDULE]} of the scheduler must be probabilities, got {ends}")
+    keep, mask = (ends[0], ends[1]), (ends[2], ends[3])
+    theirs = linear_schedule(model.diffusion_steps, model.num_codes, keep=keep, mask=mask)
+    ours = mask_schedule(model.diffusion_steps, model.num_codes, mask[1])
+    if not (torch.allclose(theirs.keep, ours.keep) and torch.allclose(theirs.mask, ours.mask)):
+        raise ValueError(
+            f"the scheduler keeps {keep} and masks {mask}, which no schedule.mask_rate expresses: "
+            f"it must keep {(KEEP_FIRST, KEEP_LAST)} and mask from {MASK_FIRST}"
+        )
+    return mask[1]
+
+
 def load(path: Path | str) -> tuple[State, dict[str, Any]]:
     """Read the tensors of a checkpoint by their foreign names, and the settings beside them.
 
@@ -92,8 +211,7 @@ def load(path: Path | str) -> tuple[State, dict[str, Any]]:
         if (path / HF_NULL).is_dir():
             null = load_foreign(path / HF_NULL)
             state |= {f"{HF_NULL}.{k}": v for k, v in null.items()}
-        known = path / "transformer" / "config.json"
-        return state, json.loads(known.read_text()) if known.is_file() else {}
+        return state, read_settings(path / "transformer" / "config.json")
     entries = load_entries(path)
     found = entries.get("model") or entries.get("state_dict") or entries.get("")
     if not found:
@@ -116,14 +234,10 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
     Raises:
         ValueError: an unknown layout, or a key that is missing, left over or of wrong shape.
     """
-    rest = {
-        k: v.float() if v.is_floating_point() else v
-        for k, v in state.items()
-        if not k.startswith("content_codec.")
-    }
+    rest = {k: v for k, v in state.items() if not k.startswith(CODEC)}
     if any(k.startswith("transformer.transformer.") for k in rest):
         rest = _without(rest, "transformer.")
-    text = _take(rest, "condition_emb.")
+    text = {k: numbers(f"condition_emb.{k}", v) for k, v in _take(rest, "condition_emb.").items()}
     if text:
         _check_text(text)
     found: dict[str, Any] = {"text": text}
@@ -134,8 +248,12 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
         found["statistics"] = {k: rest.pop(k) for k in STATISTICS if k in rest}
         found["null"] = rest.pop(NULL, None)
         if "log_cumprod_ct" in schedule:
-            found["mask_rate"] = round(float(schedule["log_cumprod_ct"][-2].double().exp()), 6)
-            hints = {"diffusion_steps": len(schedule["log_cumprod_ct"]) - 1, **(hints or {})}
+            times = shape(schedule, "log_cumprod_ct", 1)[0] - 1
+            if times < 1:
+                raise ValueError("log_cumprod_ct must have an entry for each time and one more")
+            last = schedule["log_cumprod_ct"][-2:-1].double()
+            found["mask_rate"] = round(float(numbers("log_cumprod_ct", last).exp()), 6)
+            hints = {"diffusion_steps": times, **(hints or {})}
         rest = _without(rest, "transformer.")
     elif any(k.startswith("latent_image_embedding.") for k in rest):
         found["null"] = rest.pop(f"{HF_NULL}.embeddings", None)
@@ -152,13 +270,19 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
         if not re.fullmatch(r"blocks\.\d+\.attn\d?\.mask", k)  # a buffer that nothing reads
     }
     model = _settings(network, hints or {})
-    found["learnable"] = found.get("null") is not None
-    if model["condition"] != "text":
+    null = found.get("null")
+    if null is not None and null.numel() == 0:  # diffusers' learnable=false leaves it empty
+        null = None
+    found["learnable"] = null is not None
+    if null is None or model["condition"] != "text":
         found["null"] = None  # class models carry one too, which nothing reads
-    with torch.device("meta"):
-        empty = Denoiser(build(ModelConfig, model))
-    shapes = {k: v.to("meta") for k, v in network.items()}
-    load_strict(empty, shapes, "the VQ-Diffusion checkpoint")
+    else:
+        width = shape({NULL: null}, NULL, 2)[1]
+        if width != model["condition_dim"]:
+            raise ValueError(f"{NULL} must be {model['condition_dim']} wide, got {width}")
+        found["null"] = numbers(NULL, null)
+    what = "the VQ-Diffusion checkpoint"
+    network = fitted(lambda: Denoiser(typed(ModelConfig, model)), network, what)
     return Official(model=model, network=network, **found)
 
 
@@ -169,38 +293,42 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
         condition = "text"
     else:
         condition = "class" if f"{first}.ln2.linear.weight" in state else "none"
-    num_codes, n_embd = _shape(state, "to_logits.1.weight")
+    num_codes, n_embd = shape(state, "to_logits.1.weight", 2)
     conv = f"{first}.mlp.conv1.weight" in state
-    hidden = _shape(state, f"{first}.mlp.conv1.weight" if conv else f"{first}.mlp.0.weight")[0]
+    mlp = ("conv1.weight", 4) if conv else ("0.weight", 2)
+    hidden = shape(state, f"{first}.mlp.{mlp[0]}", mlp[1])[0]
     parameter = "content_emb.height_emb" in state
-    suffix = "" if parameter else ".weight"
+    tables = ("", 3) if parameter else (".weight", 2)
     model: dict[str, Any] = {
         "condition": condition,
         "num_codes": num_codes,
-        "n_layer": len({k.split(".")[1] for k in state if k.startswith("blocks.")}),
+        "n_layer": count(state, "blocks"),
         "n_embd": n_embd,
         "n_head": RELEASED_HEADS,
         "mlp_type": "conv_mlp" if conv else "fc",
         "mlp_hidden_times": hidden // n_embd,
         "spatial_size": [
-            _shape(state, f"content_emb.{side}_emb{suffix}")[-2] for side in ("height", "width")
+            shape(state, f"content_emb.{side}_emb{tables[0]}", tables[1])[-2]
+            for side in ("height", "width")
         ],
         "pos_emb_type": "parameter" if parameter else "embedding",
         "timestep_type": "adalayernorm_abs",
     }
-    model |= {HINTS[k]: v for k, v in hints.items() if k in HINTS and v is not None}
+    given = {HINTS[k]: v for k, v in hints.items() if k in HINTS and v is not None}
+    check_types(ModelConfig, given)
+    model |= given
     if "activation_fn" in hints:
         name = hints["activation_fn"]
-        if name not in HF_ACTIVATIONS:
+        if name not in [*HF_ACTIVATIONS]:
             raise ValueError(f"activation_fn must be one of {[*HF_ACTIVATIONS]}, got {name!r}")
         model["block_activate"] = HF_ACTIVATIONS[name]
     if f"{first}.ln1.emb.weight" in state:
         model["timestep_type"] = "adalayernorm"
-        model["diffusion_steps"] = _shape(state, f"{first}.ln1.emb.weight")[0]
+        model["diffusion_steps"] = shape(state, f"{first}.ln1.emb.weight", 2)[0]
     if condition == "text":
-        model["condition_dim"] = _shape(state, f"{first}.attn2.key.weight")[1]
+        model["condition_dim"] = shape(state, f"{first}.attn2.key.weight", 2)[1]
     if condition == "class":
-        model["class_number"] = _shape(state, f"{first}.ln2.emb.weight")[0]
+        model["class_number"] = shape(state, f"{first}.ln2.emb.weight", 2)[0]
     return model
 
 
@@ -210,12 +338,6 @@ def _check_text(state: State) -> None:
         raise ValueError(f"the text encoder has {len(strange)} left over, first {strange[0]!r}")
     with torch.device("meta"):
         openai_clip_text({k: v.to("meta") for k, v in state.items()})
-
-
-def _shape(state: State, key: str) -> torch.Size:
-    if key not in state:
-        raise ValueError(f"the checkpoint lacks {key}")
-    return state[key].shape
 
 
 def _take(state: State, prefix: str) -> State:

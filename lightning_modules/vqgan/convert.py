@@ -5,22 +5,35 @@ quantize.*) and of Paella's f4 network (in_block.*, down_blocks.*, up_blocks.*, 
 quantize.*), so that most keys stay as they are. Sizes are read from the shapes.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.common.checkpoint import load_foreign, load_strict
+from lightning_modules.common.checkpoint import load_foreign, load_tensor
+from lightning_modules.common.foreign import (
+    State,
+    check_types,
+    count,
+    fitted,
+    read_settings,
+    read_suite,
+    section,
+    shape,
+    typed,
+)
 from lightning_modules.common.settings import plain
 from lightning_modules.vqgan.config import ModelConfig
+from lightning_modules.vqgan.module import VQGANModule
 from lightning_modules.vqgan.network import NETWORKS
+from lightning_modules.vqgan.quantizer import map_from_counts, used_from_map
 
-State = dict[str, Tensor]
+READS = """vqgan_f4.pt, taming and latent-diffusion files, diffusers folders of VQModel and
+PaellaVQModel; new ids of the codes go with --codes"""
 
 TAMING_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 PAELLA_PARTS = ("in_block.", "down_blocks.", "up_blocks.", "out_block.", "vquantizer.")
@@ -44,6 +57,62 @@ HINTS = (
     "unknown_code",
     "unknown_id",
 )
+
+
+def read(
+    source: Path, hints: Mapping[str, Any], aside: Path | Tensor | None = None
+) -> tuple[State, dict[str, Any]]:
+    """Read a tokenizer of this suite or an official one.
+
+    Args:
+        source: file, or diffusers folder with its config.json.
+        hints: settings that a user gave, by dotted keys (model.X).
+        aside: file with the new id of every code, or [K] how often each occurs: those that do are
+            kept.
+
+    Returns:
+        What `VQGANModule.from_export` takes.
+
+    Raises:
+        ValueError: a file of unknown layout, or ids of another form.
+    """
+    found = read_suite(source, "vqgan")
+    if found is not None:
+        state, config = VQGANModule.from_export(*found).export()
+    else:
+        known = read_settings(source / "config.json")
+        state, config = convert(load_foreign(source), {**known, **section(hints, "model")})
+    if aside is None:
+        return state, config
+    ids = map_from_counts(aside) if isinstance(aside, Tensor) else load_tensor(aside)
+    return renumbered(state, config, ids)
+
+
+def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> tuple[State, dict[str, Any]]:
+    """Give a tokenizer's codes new ids; those that share id 0 are no longer told apart.
+
+    Args:
+        state: the tokenizer's tensors.
+        config: its settings.
+        ids: [K] int64, every id of [0, max] occurring.
+
+    Raises:
+        ValueError: ids of another form, or codes that have new ids already.
+    """
+    model = config["model"]
+    if model["used_codes"]:
+        raise ValueError(f"the tokenizer keeps {model['used_codes']} of its codes already")
+    if ids.dtype != torch.int64 or ids.shape != (model["num_codes"],) or int(ids.min()) < 0:
+        raise ValueError(
+            f"the new ids must be {model['num_codes']} whole numbers of at least 0, "
+            f"got {ids.dtype} of shape {list(ids.shape)}"
+        )
+    if int(ids.max()) >= len(ids):
+        raise ValueError(f"the new ids must be below {len(ids)}, got {int(ids.max())}")
+    used = used_from_map(ids)
+    kept = {"used_codes": len(used), "unknown_code": "id", "unknown_id": 0}
+    renamed = {**state, "quantize.used": used}
+    return VQGANModule.from_export(renamed, {**config, "model": {**model, **kept}}).export()
 
 
 def convert(
@@ -85,14 +154,6 @@ def convert(
     )
 
 
-def convert_path(path: Path | str) -> tuple[State, dict[str, Any]]:
-    """Convert a checkpoint file, or a diffusers folder with its config.json."""
-    path = Path(path)
-    settings = path / "config.json"
-    hints = json.loads(settings.read_text()) if settings.is_file() else None
-    return convert(load_foreign(path), hints)
-
-
 def taming(
     state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
 ) -> tuple[State, dict[str, Any]]:
@@ -103,29 +164,30 @@ def taming(
     """
     own = {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
     _only(own, TAMING_PARTS, "a taming checkpoint")
-    first = own["encoder.conv_in.weight"].shape[0]
-    levels = _count(own, r"encoder\.down\.(\d+)\.")
-    widths = [own[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    first, in_channels = shape(own, "encoder.conv_in.weight", 4)[:2]
+    levels = count(own, "encoder.down", 1)
+    blocks = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    widths = [shape(own, block, 4)[0] for block in blocks]
     # diffusers takes any widths; taming's are multiples of the first
     ch = first if all(w % first == 0 for w in widths) else math.gcd(*widths)
     given = _hints(hints)
     resolution = given.get("resolution", 256)
     attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in own]
     gumbel = "quantize.embed.weight" in own
-    codes = own["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
+    codes = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
     middle = "encoder.mid.attn_1.q.weight" in own
     values = {
         "network": "taming",
-        "num_codes": codes.shape[0],
-        "in_channels": own["encoder.conv_in.weight"].shape[1],
+        "num_codes": shape(own, codes, 2)[0],
+        "in_channels": in_channels,
         "ch": ch,
         "ch_mult": [w // ch for w in widths],
         "ch_first": first if first != ch else 0,
-        "num_res_blocks": _count(own, r"encoder\.down\.0\.block\.(\d+)\."),
+        "num_res_blocks": count(own, "encoder.down.0.block", 1),
         "attn_resolutions": [resolution // 2**i for i in attention],
         "attn_type": "vanilla" if middle else "none",
-        "z_channels": own["encoder.conv_out.weight"].shape[0],
-        "embed_dim": own["quant_conv.weight"].shape[0],
+        "z_channels": shape(own, "encoder.conv_out.weight", 4)[0],
+        "embed_dim": shape(own, "quant_conv.weight", 4)[0],
         "resolution": resolution,
         "quantizer": "gumbel" if gumbel else "nearest",
         "legacy_beta": not gumbel,
@@ -141,19 +203,20 @@ def paella(
     """Convert Paella's vqgan_f4.pt, open-muse's copies, or diffusers' PaellaVQModel."""
     _only(state, PAELLA_PARTS, "a Paella tokenizer")
     own = {_paella_key(k): v for k, v in state.items()}
-    latent = [k for k, v in own.items() if re.fullmatch(r"down_blocks\.\d+\.0\.weight", k)]
+    latent = [k for k in own if re.fullmatch(r"down_blocks\.\d+\.0\.weight", k)]
     # blocks come as one per level and one convolution between levels, then the latent projection
+    if not latent:
+        raise ValueError("the checkpoint lacks down_blocks.N.0.weight, which makes the latents")
     levels = (int(latent[0].split(".")[1]) + 1) // 2
-    decoder = _count(own, r"up_blocks\.(\d+)\.")
-    c_hidden = own["up_blocks.0.0.weight"].shape[0]
+    num_codes, c_latent = shape(own, "quantize.embedding.weight", 2)
     values = {
         "network": "paella",
-        "num_codes": own["quantize.embedding.weight"].shape[0],
-        "in_channels": own["in_block.1.weight"].shape[1] // 4,
+        "num_codes": num_codes,
+        "in_channels": shape(own, "in_block.1.weight", 4)[1] // 4,
         "levels": levels,
-        "bottleneck_blocks": decoder - 1 - 2 * (levels - 1),
-        "c_hidden": c_hidden,
-        "c_latent": own["quantize.embedding.weight"].shape[1],
+        "bottleneck_blocks": count(own, "up_blocks", 1) - 1 - 2 * (levels - 1),
+        "c_hidden": shape(own, "up_blocks.0.0.weight", 4)[0],
+        "c_latent": c_latent,
         "scale_factor": 0.3764,
     }
     return _finish(own, values | _hints(hints), "the Paella tokenizer")
@@ -163,7 +226,7 @@ def diffusers_vqmodel(
     state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
 ) -> tuple[State, dict[str, Any]]:
     """Convert diffusers' VQModel (or an older one, whose attention has other names)."""
-    levels = _count(state, r"encoder\.down_blocks\.(\d+)\.")
+    levels = count(state, "encoder.down_blocks", 1)
     own = {}
     for key, value in state.items():
         new = _diffusers_key(key, levels)
@@ -210,18 +273,18 @@ def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
 
 def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, dict[str, Any]]:
     """Check the tensors against the network that the settings describe."""
-    model = ModelConfig(**values)
-    own = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
-    with torch.device("meta"):
-        network = NETWORKS[model.network](model)
-    load_strict(network, {k: v.to("meta") for k, v in own.items()}, what)
+    model = typed(ModelConfig, values)
+    own = fitted(lambda: NETWORKS[model.network](model), own, what)
     return own, {"paper": "vqgan", "model": plain(model)}
 
 
 def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
     """Take the settings out of what a caller knows, under our names."""
     flat = dict(hints or {})
-    flat |= flat.get("ddconfig") or {}
+    inner = flat.get("ddconfig") or {}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"ddconfig must be a mapping, got {inner!r}")
+    flat |= inner
     own = {k: v for k, v in flat.items() if k in HINTS and v is not None}
     if "norm_num_groups" in flat:
         own["norm_groups"] = flat["norm_num_groups"]
@@ -233,6 +296,7 @@ def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
         own |= {"unknown_code": "id", "unknown_id": unknown}
     elif unknown is not None:
         own["unknown_code"] = unknown
+    check_types(ModelConfig, own)
     return own
 
 
@@ -240,14 +304,6 @@ def _only(state: Mapping[str, Tensor], parts: tuple[str, ...], what: str) -> Non
     strange = sorted(k for k in state if not k.startswith(parts))
     if strange:
         raise ValueError(f"{what} has no key {strange[0]!r} ({len(strange)} left over)")
-
-
-def _count(keys: Iterable[str], pattern: str) -> int:
-    """Return one more than the largest number that the pattern finds at a key's start."""
-    found = [int(m[1]) for k in keys if (m := re.match(pattern, k))]
-    if not found:
-        raise ValueError(f"the checkpoint has no key like {pattern}")
-    return max(found) + 1
 
 
 def _paella_key(key: str) -> str:

@@ -13,9 +13,9 @@ from lightning import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.files import file_hash
 from lightning_modules.common import checkpoint
 from lightning_modules.common.checkpoint import (
-    file_hash,
     load_entries,
     load_foreign,
     load_strict,

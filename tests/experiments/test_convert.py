@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.files import file_hash
 from experiments import sample
-from experiments.convert import FOREIGN, main
+from experiments.convert import READERS, main
 from experiments.pictures import load_png
-from lightning_modules.common.checkpoint import file_hash, load_weights
+from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.muse.config import UViTConfig
 from lightning_modules.muse.uvit import UViT
 from lightning_modules.paella.config import ModelConfig, PriorConfig, V1Config
@@ -238,12 +239,12 @@ def test_nothing_is_overwritten(
 def test_settings_of_the_network_of_2022(tmp_path: Path) -> None:
     state = DenoiseUNet(V1Config(24, 8, 16, 4, [1, 1], [1, 1])).state_dict()
     torch.save(state, tmp_path / "model_600000.pt")
-    found = FOREIGN["paella"](tmp_path / "model_600000.pt", [("v1.c_r", 4), ("sampling.steps", 5)])
+    found = READERS["paella"].read(tmp_path / "model_600000.pt", {"v1.c_r": 4})
     assert found.num_codes == 24
-    pairs = dict(found.pairs)
+    pairs = dict(found.settings)
     assert pairs["network"] == "v1" and pairs["text.name"] == "open_clip"
     assert (pairs["v1.num_labels"], pairs["v1.c_hidden"], pairs["v1.c_r"]) == (24, 8, 4)
-    assert pairs["sampling.schedule"] == "cosine" and "sampling.steps" not in pairs
+    assert dict(found.defaults)["sampling.schedule"] == "cosine"
     assert set(found.state) == {f"network.{name}" for name in state}
 
 
@@ -299,8 +300,9 @@ def amused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_settings_of_amused(amused: Path) -> None:
-    found = FOREIGN["muse"](amused, [])
-    pairs, state = dict(found.pairs), load_file(next((amused / "transformer").glob("*.s*")))
+    found = READERS["muse"].read(amused, {})
+    pairs = dict([*found.settings, *found.defaults])
+    state = load_file(next((amused / "transformer").glob("*.s*")))
     assert found.num_codes == 20
     assert {k: v for k, v in pairs.items() if k.startswith("uvit.")} == {
         f"uvit.{k}": v for k, v in dataclasses.asdict(UVIT).items()
@@ -311,13 +313,14 @@ def test_settings_of_amused(amused: Path) -> None:
     assert (pairs["text.name"], pairs["text.hidden_state"], pairs["text.pad_id"]) == (
         "clip", -2, 49407,
     )  # fmt: skip
-    assert pairs["text.path"] == str(amused / "text_encoder") and pairs["data.resolution"] == 8
+    assert pairs["text.path"] == str(amused / "text_encoder")
+    assert (found.side, found.tokenizer) == (4, amused / "vqvae")
     assert set(found.state) == {f"network.{name}" for name in state}
-    asked = [("sampling.steps", 3), ("text.path", "clip-l"), ("data.resolution", 16)]
-    other = dict(FOREIGN["muse"](amused, asked).pairs)
-    assert not {k for k, _ in asked} & other.keys() and other["sampling.guidance_end"] == 10.0
-    alone = dict(FOREIGN["muse"](amused / "transformer", []).pairs)  # the network without the rest
-    assert "text.path" not in alone and alone["uvit.hidden_size"] == 16
+    # what a user may say otherwise
+    assert {"sampling.steps", "text.pad_id", "text.path"} <= dict(found.defaults).keys()
+    alone = READERS["muse"].read(amused / "transformer", {})  # the network without the rest
+    assert "text.path" not in dict(alone.defaults) and alone.tokenizer is None
+    assert dict(alone.settings)["uvit.hidden_size"] == 16
 
 
 def test_amused_converts_and_samples(
@@ -335,9 +338,9 @@ def test_amused_converts_and_samples(
     words = ["--ckpt", "x.safetensors", "--prompt", "a bowl", "--seed", "3"]
     assert sample.main([*words, "--out", "a"]) == 0
     assert load_png("a/00000.png")[0].shape == (3, 8, 8)
-    # pictures of prompts do not hang on each other
-    both = module.sample(["a", "a bowl"], seeds=[1, 3])
-    assert torch.equal(both[1:], module.sample(["a bowl"], seeds=[3]))
+    # pictures of prompts do not hang on each other; bits do on the size of a batch
+    one, other = (module.sample([text, "a bowl"], seeds=[i, 3]) for i, text in enumerate("ab"))
+    assert torch.equal(one[1], other[1]) and not torch.equal(one[0], other[0])
 
 
 def with_(*changes: str) -> list[str]:

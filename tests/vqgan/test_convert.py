@@ -160,7 +160,7 @@ def test_a_diffusers_folder_of_vqmodel(tmp_path: Path, old: bool, middle: str) -
     save_file(foreign, tmp_path / "diffusion_pytorch_model.safetensors")
 
     same(ours, foreign, settings)
-    exported, config = convert.convert_path(tmp_path)
+    exported, config = convert.read(tmp_path, {})
     other = VQGANModule.from_export(exported, config)
     assert all(torch.equal(other.export()[0][k], v) for k, v in state.items())
     assert other.config.model.scale_factor == 1.0
@@ -200,9 +200,9 @@ def test_paella_files_of_every_origin(tmp_path: Path, levels: int) -> None:
         assert other.factor == 2**levels
     (tmp_path / "config.json").write_text(json.dumps({"scale_factor": 0.5, "levels": levels}))
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert convert.convert_path(tmp_path)[1]["model"]["scale_factor"] == 0.5
+    assert convert.read(tmp_path, {})[1]["model"]["scale_factor"] == 0.5
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "f4.pt")
-    assert convert.convert_path(tmp_path / "f4.pt")[1]["model"]["scale_factor"] == 0.3764
+    assert convert.read(tmp_path / "f4.pt", {})[1]["model"]["scale_factor"] == 0.3764
 
 
 def test_left_over_missing_and_misshapen_tensors_are_named() -> None:
