@@ -1,6 +1,5 @@
-"""Pictures as files and sheets: PNG with text, grids of pictures, the story of the tokens."""
+"""Pictures as files and sheets: PNG with text, grids of pictures, the steps of a sampling."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from data.files import atomic
+
 GAP = 6
 LINE = 13
-INK, PAPER = (40, 44, 52), (255, 255, 255)
+INK, GROUND = (40, 44, 52), (255, 255, 255)
 # readable on white and on black alike
 GREY = (128, 128, 128, 255)
 TOKENS = np.array([(128, 128, 128, 70), (217, 119, 40, 255)], np.uint8)  # same, changed
@@ -58,15 +59,12 @@ def save_png(
         text: stored in the file by keyword (prompt, seed, ...): tEXt where Latin-1 holds it,
             else iTXt in UTF-8.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def load_png(path: Path | str) -> tuple[Tensor, dict[str, str]]:
@@ -119,7 +117,7 @@ def grid(
     rows = [slice(i, i + columns) for i in range(0, len(cells), columns)]
     below = [LINE * max(map(len, texts[row])) + 4 if captions else 0 for row in rows]
     size = (columns * (width + GAP) + GAP, sum(height + GAP + b for b in below) + GAP)
-    sheet = Image.new("RGB", size, PAPER)
+    sheet = Image.new("RGB", size, GROUND)
     pen, y = ImageDraw.Draw(sheet), GAP
     for row, room in zip(rows, below, strict=True):
         for i, (cell, text) in enumerate(zip(cells[row], texts[row], strict=True)):

@@ -1,5 +1,6 @@
 """Published numbers, experiments/reported/<paper>.yaml, to stand beside measured ones."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 
 from lightning_modules.common.settings import build
 
-REPORTED = Path(__file__).parent / "reported"
+REPORTED = Path(__file__).parents[1] / "reported"
 Evidence = Literal["paper", "code", "secondary"]
 
 
@@ -51,21 +52,31 @@ class Claim:
 
 
 @dataclass
-class Reported:
-    """Everything that is known of a paper's results."""
+class Published:
+    """Everything that is known of the results of a paper, or of those that a sweep measures."""
 
     tables: dict[str, Table] = field(default_factory=dict)
     """Name -> table."""
     claims: list[Claim] = field(default_factory=list)
     """Statements without numbers."""
 
-    def of_sweep(self, name: str) -> tuple[list[Table], list[Claim]]:
-        """Return the tables and claims that a sweep measures."""
-        tables = [t for t in self.tables.values() if t.sweep == name]
-        return tables, [c for c in self.claims if c.sweep == name]
+    def of_sweep(self, name: str) -> "Published":
+        """Return what a sweep measures."""
+        tables = {key: table for key, table in self.tables.items() if table.sweep == name}
+        return Published(tables, [claim for claim in self.claims if claim.sweep == name])
+
+    def provenance(self) -> Iterator[str]:
+        """Tell in a line each where the numbers and claims come from."""
+        for table in self.tables.values():
+            yield (
+                f"published: {table.title}; {table.source}; evidence: {table.evidence}; "
+                f"{table.protocol}. Another data set and size: compare the order, not the numbers."
+            )
+        for claim in self.claims:
+            yield f"published: {claim.claim} {claim.source}; evidence: {claim.evidence}"
 
 
-def load_reported(path: Path) -> Reported:
+def load_published(path: Path) -> Published:
     """Read a file of published numbers.
 
     Raises:
@@ -82,14 +93,14 @@ def load_reported(path: Path) -> Reported:
         strange = {score for row in table.rows.values() for score in row} - table.columns.keys()
         if strange:
             raise ValueError(f"{path}: {name} has no column {sorted(strange)[0]!r}")
-    return Reported(tables, claims)
+    return Published(tables, claims)
 
 
-def every_reported() -> Reported:
+def all_published() -> Published:
     """Return the published numbers of all papers."""
-    found = Reported()
+    found = Published()
     for path in sorted(REPORTED.glob("*.yaml")):
-        one = load_reported(path)
+        one = load_published(path)
         found.tables |= {f"{path.stem}/{name}": table for name, table in one.tables.items()}
         found.claims += one.claims
     return found

@@ -1,0 +1,191 @@
+"""The frame of all pages: one self-contained HTML file, light or dark, for desk and phone."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from experiments.report.pictures import to_image
+
+Picture = Tensor | Path | Image.Image  # uint8 [3, H, W], a file, or a PIL image
+SMALL = 128  # pixels; a picture with a shorter side is enlarged without smoothing
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Return a whole page made of parts, of which empty ones are left out."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        # nothing may be loaded, whatever a prompt or a note contains
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, body: str, about: str = "") -> str:
+    """Return a part of a page under its title, `about` between them; empty without a body."""
+    intro = f"<p class=muted>{escape(about)}</p>" if about else ""
+    return f"<section><h2>{escape(title)}</h2>{intro}{body}</section>" if body else ""
+
+
+def details(summary: str, body: str) -> str:
+    """Return what is shown on demand; empty without a body."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else ""
+
+
+def paragraphs(texts: Iterable[str]) -> str:
+    """Return plain texts as a paragraph each."""
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def code(text: str) -> str:
+    """Return a text as it is typed; long lines are broken."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def clamped(text: str, lines: int = 3) -> str:
+    """Return a paragraph of at most so many lines, with the whole text where a mouse rests."""
+    return f'<p class=clamped style="--lines:{lines}" title="{escape(text)}">{escape(text)}</p>'
+
+
+def html_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
+) -> str:
+    """Return a table of plain texts, which scrolls sideways in a box of its own.
+
+    Args:
+        heads: of the columns.
+        rows: as many texts each; what follows a line break is put small below the rest.
+        numbers: columns that are aligned to the right.
+    """
+    right = set(numbers)
+
+    def cell(tag: str, i: int, text: str) -> str:
+        first, _, rest = text.partition("\n")
+        small = f"<small>{escape(rest)}</small>" if rest else ""
+        return f"<{tag}{' class=number' if i in right else ''}>{escape(first)}{small}</{tag}>"
+
+    def row(tag: str, texts: Sequence[str]) -> str:
+        return f"<tr>{''.join(cell(tag, i, text) for i, text in enumerate(texts))}</tr>"
+
+    body = "".join(row("td", texts) for texts in rows)
+    # a box that scrolls must be reachable by keyboard
+    return (
+        '<div class=wide tabindex="0"><table>'
+        f"<thead>{row('th', heads)}</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def picture_tag(picture: Picture, alt: str) -> str:
+    """Embed a picture; a small one is enlarged by the browser without smoothing.
+
+    Raises:
+        OSError: a file that is not there or no picture.
+    """
+    if isinstance(picture, Path):
+        with Image.open(picture) as opened:
+            image = opened.copy()
+    else:
+        image = to_image(picture) if isinstance(picture, Tensor) else picture
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    small = " class=small" if min(image.size) <= SMALL else ""
+    return (
+        f'<img{small} src="{data_url(buffer.getvalue(), "image/png")}" alt="{escape(alt)}" '
+        f'width="{image.width}" height="{image.height}">'
+    )
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """Return bytes as an address that holds them."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+STYLE = """
+:root {
+  --ground: #fbfbfa; --box: #ffffff; --ink: #1d2126; --muted: #5f666f; --rule: #e3e3df;
+  --accent: #2f6fae; --note: #c2691c; --shadow: #0000002e;
+  --right: #1a7340; --wrong: #b3331f; --right-ground: #e5f3ea; --wrong-ground: #fbe9e5;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #15171a; --box: #1d2024; --ink: #e4e6e9; --muted: #a0a7b0; --rule: #31353b;
+    --accent: #74aee6; --note: #e69a55; --shadow: #ffffff38;
+    --right: #7fd09b; --wrong: #f2917e; --right-ground: #1b3325; --wrong-ground: #3d211c;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 70rem; padding: 1.25rem clamp(1rem, 4vw, 2.5rem) 4rem;
+  background: var(--ground); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  overflow-wrap: break-word;
+}
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 0.25rem; letter-spacing: -0.01em; }
+h2 { font-size: 1.2rem; margin: 0 0 0.25rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 -0.25rem; }
+p, figure { margin: 0; }
+section { margin-top: 2.5rem; }
+small, .muted { color: var(--muted); }
+small { display: block; font-size: 0.8rem; line-height: 1.35; }
+.headline { margin-top: 1rem; max-width: 40rem; }
+.headline .value { font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+.headline strong { font-size: 2.4rem; line-height: 1.2; letter-spacing: -0.02em; }
+.notes { margin: 0.75rem 0 0; padding: 0.6rem 1rem; background: var(--box); border-left: 3px solid var(--note); }
+.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: var(--lines);
+  overflow: hidden; }
+/* a shadow at the edge behind which a table goes on: the covers scroll along, the shadows do not */
+.wide { overflow-x: auto; max-width: 100%; margin: 0.75rem 0; background:
+  linear-gradient(to right, var(--ground) 40%, transparent) left / 2.5rem 100%,
+  linear-gradient(to left, var(--ground) 40%, transparent) right / 2.5rem 100%,
+  linear-gradient(to right, var(--shadow), transparent) left / 1rem 100%,
+  linear-gradient(to left, var(--shadow), transparent) right / 1rem 100%, var(--ground);
+  background-repeat: no-repeat; background-attachment: local, local, scroll, scroll; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.25rem 0.35rem 0;
+  white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th:last-child, td:last-child { padding-right: 0.25rem; }
+th { color: var(--muted); font-weight: 500; }
+.number { text-align: right; }
+.scores small, .scores td:first-child { white-space: normal; }
+.scores th, .scores td { padding-right: 0.75rem; }
+img { display: block; max-width: 100%; height: auto; }
+img.small { image-rendering: pixelated; width: 100%; }
+.examples { display: grid; gap: 0.75rem; margin-top: 0.75rem; font-size: 0.85rem; line-height: 1.4;
+  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.example { background: var(--box); border: 1px solid var(--rule); border-radius: 8px;
+  overflow: hidden; display: flex; flex-direction: column; }
+.example.wrong { border-color: var(--wrong); }
+.example figcaption { padding: 0.4rem 0.6rem 0.5rem; display: flex; flex-direction: column;
+  flex: 1; }
+.example .clamped + .clamped { color: var(--wrong); }
+.line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 0.5rem;
+  margin-top: auto; padding-top: 0.3rem; }
+.mark { font-weight: 600; padding: 0 0.5rem; border-radius: 1rem; }
+.mark.right { color: var(--right); background: var(--right-ground); }
+.mark.wrong { color: var(--wrong); background: var(--wrong-ground); }
+.traces, .charts { display: grid; gap: 1.5rem; margin-top: 0.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 25.5rem), 1fr)); }
+.traces figcaption { font-weight: 600; margin-bottom: 0.25rem; }
+.charts img { width: 100%; max-width: 30rem; }
+.pairs { display: grid; gap: 0.75rem; margin-top: 0.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
+pre { background: var(--box); border: 1px solid var(--rule); border-radius: 8px; margin: 0.75rem 0;
+  padding: 0.75rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 0.85rem/1.5 ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+summary { cursor: pointer; padding: 0.4rem 0; color: var(--accent); }
+@media (max-width: 30rem) {
+  .examples { grid-template-columns: repeat(3, 1fr); gap: 0.5rem; font-size: 0.75rem; }
+  .example figcaption { padding: 0.3rem 0.4rem 0.4rem; }
+}
+@media print { details { display: none; } figure { break-inside: avoid; } }
+"""
