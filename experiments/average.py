@@ -9,7 +9,6 @@ from torch import Tensor
 
 from data.files import link, write_json
 from experiments.cli import Parser, command
-from experiments.pipeline.generator import ABOUT
 from experiments.settings import ConfigError
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.common.ema import offline_average
@@ -56,12 +55,12 @@ def run(argv: Sequence[str]) -> None:
 
     average = offline_average(states(), args.decay)
     save_weights(args.out, {**state, **average}, config)
-    about = source.with_name(ABOUT)
+    about = source.with_suffix(".json")
     if about.is_file():
         known = json.loads(about.read_text())
         files = [known["first_stage"], *known.get("parts", {}).values()]
         files += known.get("further", {}).values()
-        write_json(args.out.with_name(ABOUT), known)
+        write_json(args.out.with_suffix(".json"), known)
     else:
         files = [n for n in (config.get("tokenizer"), config.get("high", {}).get("tokenizer")) if n]
     for named in files:

@@ -3,9 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Log = Callable[[str], None]
@@ -61,42 +59,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class TrainingProgress(Callback):
-    """Counts the batches of a training over all virtual epochs.
-
-    Args:
-        what: name of the stage.
-        total: batches of the whole training.
-        log: gets the plain lines.
-        style: see `Counter`.
-    """
-
-    def __init__(self, what: str, total: int, log: Log, style: str) -> None:
-        self.what, self.total, self.log, self.style = what, total, log, style
-        self.counter: Counter | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count where the training begins or resumes."""
-        if trainer.is_global_zero:
-            done = trainer.fit_loop.total_batch_idx + 1
-            self.counter = Counter(self.what, self.total, self.log, self.style, done)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
-    ) -> None:
-        """Count a batch."""
-        if self.counter is not None:
-            done = trainer.fit_loop.total_batch_idx + 1
-            loss = trainer.logged_metrics.get("train/loss")
-            self.counter.update(done, "" if loss is None else f"loss {float(loss):.3f}")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
-        if self.counter is not None:
-            self.counter.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
-        """Take the bar away."""
-        self.on_train_end(trainer, pl_module)

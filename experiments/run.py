@@ -74,8 +74,8 @@ def run(argv: Sequence[str]) -> int:
         show_plan(args.paper, settings, out, args.until, args.json)
         return 0
     prepare_torch()
-    from experiments.pipeline.runner import execute
     from experiments.pipeline.publish import Titles
+    from experiments.pipeline.runner import execute
 
     titles = Titles(args.paper, scale, shlex.join([*COMMAND.split(), *argv]))
     outcome = execute(titles, settings, out, speaker(), args.until)

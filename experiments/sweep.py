@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.cli import Parser, command, console, prepare_torch, speaker
 from experiments.pipeline.ranks import is_leader
 from experiments.points import PROGRAM, Point, Sweep, make_points, read_sweep, stands
-from experiments.run import COMMAND as run_command
+from experiments import run as run_command
 from experiments.settings import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def do_points(
             say(f"{head}{guess}")
             start = time.monotonic()
             try:
-                words = shlex.join([*run_command.split(), *point.argv])
+                words = shlex.join([*run_command.COMMAND.split(), *point.argv])
                 execute(
                     Titles(point.paper, point.scale, words), point.config, point.out,
                     lambda line: None if " reused from " in line else say(f"    {line}"),

@@ -30,8 +30,7 @@ GENERATORS: dict[str, type[GeneratorModule]] = {
     "ldmae": LDMAEModule,
 }
 CHECKPOINT = "checkpoint.safetensors"
-BESIDE = "generator.json"
-"""What stands beside a checkpoint and says what it works with, each key optional: `first_stage`
+"""Beside a checkpoint X.safetensors may stand X.json, which says what it works with, each key optional: `first_stage`
 {file, sha256}, `sampling` settings, `parts` name -> {file, sha256} of further weights, `further`
 name -> {file, sha256} of further first stages. Files are named from its folder."""
 
@@ -70,11 +69,11 @@ def load_generator(
 
     Args:
         path: a generator's checkpoint of this suite, or the run folder that holds it.
-        first_stage: its first stage's file; by default the one that generator.json beside the
-            checkpoint names, or else the checkpoint.
+        first_stage: its first stage's file; by default the one that the settings beside the
+            checkpoint name, or else the checkpoint.
         device: where everything goes.
         paper: sample it as this paper does, which must be its own or one that adopts it.
-        sampling: settings in place of generator.json's, which stand before the checkpoint's.
+        sampling: settings in place of those beside it, which stand before the checkpoint's.
 
     Raises:
         FileNotFoundError: one of the files is not there.
@@ -107,7 +106,8 @@ def load_generator(
     # "tokenizer" in files from before there were other first stages
     named = beside.get("first_stage", config.get("first_stage", config.get("tokenizer")))
     if named is None:
-        raise ValueError(f"neither {path} nor a {BESIDE} beside it names its first stage")
+        beside = path.with_suffix(".json").name
+        raise ValueError(f"neither {path} nor {beside} beside it names its first stage")
     others = {
         name: load_first_stage(_find(path, further.get(name, own), f"first stage {name}"), device)
         for name, own in module.further_first_stages().items()
@@ -119,7 +119,7 @@ def load_generator(
 
 def _beside(checkpoint: Path) -> dict[str, Any]:
     """Read what stands beside a checkpoint, where anything does."""
-    file = checkpoint.with_name(BESIDE)
+    file = checkpoint.with_suffix(".json")
     if not file.is_file():
         return {}
     try:

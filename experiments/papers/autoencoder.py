@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from experiments.papers.base import FirstStageKind, FirstStageSection, RunSettings
+from experiments.papers.base import FirstStageKind, FirstStageSection, Reader, RunSettings
 from lightning_modules.common.checks import multiple
 from lightning_modules.ldmae.config import (
     AUTOENCODER_LOSSES,
@@ -39,6 +39,13 @@ class AutoencoderRun(AutoencoderConfig, RunSettings):
 
     FIRST_STAGE: ClassVar[FirstStageKind] = AUTOENCODER
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = SECTIONS
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.ldmae import convert
+
+        return Reader(convert.read_autoencoder, convert.READS_AUTOENCODER)
 
     @property
     def first_stage(self) -> AutoencoderSection:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -166,6 +166,15 @@ class FirstStageKind:
     """Whether the statistics of its latents are those of a run's own pictures."""
 
 
+class Reader(NamedTuple):
+    """What a paper knows of the files of others."""
+
+    read: Callable[..., Any]
+    """Generators: (source, hints) -> Foreign; first stages: (source, hints, aside) -> export."""
+    reads: str
+    """Lines of help: what can be read."""
+
+
 @dataclass(frozen=True)
 class Materials:
     """What a run builds its stages of."""
@@ -228,6 +237,11 @@ class RunSettings:
                     raise ValueError(
                         f"eval.{name} must be at most data.{size} ({there}), got {wanted}"
                     )
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files of this paper are read."""
+        raise NotImplementedError
 
     @property
     def first_stage(self) -> Any:
@@ -415,9 +429,7 @@ def measures_of(kind: FirstStageKind, section: Any) -> tuple[int, int | None, in
     return measures_of_file(kind, Path(section.ckpt))
 
 
-def measures_of_file(
-    kind: FirstStageKind, path: Path
-) -> tuple[int, int | None, int | None] | None:
+def measures_of_file(kind: FirstStageKind, path: Path) -> tuple[int, int | None, int | None] | None:
     """Read the same from a file's settings, without its tensors; None where it has none."""
     from lightning_modules.common.settings import build
 

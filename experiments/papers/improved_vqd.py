@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from experiments.papers.base import Drawing, Materials, existing
+from experiments.papers.base import Drawing, Materials, Reader, existing
 from experiments.papers.vq_diffusion import VQDiffusionRun
 from experiments.pipeline.data import Captions
 from experiments.pipeline.sample import Sample
@@ -17,7 +17,17 @@ from lightning_modules.improved_vqd.config import PRESETS, ImprovedVQDConfig
 class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
     """Improved VQ-Diffusion: VQ-Diffusion with classifier-free guidance and purity sampling."""
 
-    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {**VQDiffusionRun.PRESETS, "sampling": PRESETS}
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        **VQDiffusionRun.PRESETS,
+        "sampling": PRESETS,
+    }
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.improved_vqd import convert
+
+        return Reader(convert.read, convert.READS)
 
     def check(self) -> None:
         """Check that the sections fit each other."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from experiments.papers.autoencoder import AUTOENCODER, SECTIONS, AutoencoderSection
-from experiments.papers.base import FirstStageKind, GeneratorRun
+from experiments.papers.base import FirstStageKind, GeneratorRun, Reader
 from lightning_modules.ldmae.config import DIT_MODELS, DIT_SAMPLING, LDMAEConfig
 
 
@@ -22,6 +22,13 @@ class LDMAERun(LDMAEConfig, GeneratorRun):
 
     autoencoder: AutoencoderSection = field(default_factory=AutoencoderSection)
     """The autoencoder under the generator."""
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.ldmae import convert
+
+        return Reader(convert.read, convert.READS)
 
     def reads_text(self) -> bool:
         """Whether captions are what the generator is conditioned on."""

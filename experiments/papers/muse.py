@@ -9,6 +9,7 @@ from data.files import file_hash
 from experiments.papers.base import (
     Drawing,
     Materials,
+    Reader,
     TrainerConfig,
     existing,
     measures_of_file,
@@ -42,28 +43,26 @@ class MuseRun(MuseConfig, TokenRun):
     superres_trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long the super-resolution stage is trained; the machine's settings are trainer's."""
 
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.muse import convert
+
+        return Reader(convert.read, convert.READS)
+
     @property
     def high_resolution(self) -> int:
         """Width and height of the pictures that super-resolution makes."""
         return self.data.resolution * self.superres.factor
 
-    def high_geometry(self) -> Geometry | None:
-        """Return the grid of the super-resolution stage; None where only its file knows."""
-        if self.superres.tokenizer is None:
-            low = self.geometry()
-            measures = None if low is None else (low.factor, low.num_codes, low.channels)
-        else:
-            measures = measures_of_file(TOKENIZER, Path(self.superres.tokenizer))
-        return None if measures is None else Geometry.of(self.high_resolution, *measures)
-
     def check(self) -> None:
-        """Check that the sections fit each other, and both first stages."""
+        """Check that the sections fit each other, and super-resolution its own tokenizer."""
         super().check()
-        if self.superres.enabled:
-            existing("superres.tokenizer", self.superres.tokenizer)
-            low, high = self.geometry(), self.high_geometry()
-            if low is not None and high is not None:
-                self.check_superres(low, high)
+        path = existing("superres.tokenizer", self.superres.tokenizer)
+        if self.superres.enabled and path is not None:
+            measures = measures_of_file(TOKENIZER, path)
+            if measures is not None:
+                self.superres.check_high(Geometry.of(self.high_resolution, *measures))
 
     def drawing(self, materials: Materials) -> Drawing:
         """Return the base's pictures, and those of super-resolution from the same tokens."""
@@ -143,8 +142,7 @@ class SuperResRecipe:
         base = None
         if self.base is not None:
             base = load_generator(self.base.file(inputs), first_stage=self.low.file(inputs))  # type: ignore[attr-defined]
-        module = SuperResModule(config).attach(high)
-        return module.attach_low(low, base)
+        return SuperResModule(config).attach(high, low=low, base=base)
 
     def begin(self, module: Any, inputs: Folders) -> bool:
         """Train."""
@@ -153,5 +151,7 @@ class SuperResRecipe:
     def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the weights to sample with, and the settings with the tokenizer's hash."""
         state, config = module.export()
-        named = {"sha256": file_hash(self.high.file(inputs))}  # type: ignore[attr-defined]
-        return state, {**config, "high": {**config["high"], "first_stage": named}}
+        if self.high != self.low:
+            named = {"sha256": file_hash(self.high.file(inputs))}  # type: ignore[attr-defined]
+            config["high"] = {**config["high"], "first_stage": named}
+        return state, config

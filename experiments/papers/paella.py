@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from experiments.papers.base import Reader
 from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
 from lightning_modules.paella.config import MODELS, PRESETS, PaellaConfig
 
@@ -18,6 +19,13 @@ class PaellaRun(PaellaConfig, TokenRun):
         "sampling": PRESETS,
         **TOKENIZER_PRESETS,
     }
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.paella import convert
+
+        return Reader(convert.read, convert.READS)
 
     def check(self) -> None:
         """Check that the sections fit each other."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from experiments.papers.base import Reader
 from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
 from lightning_modules.vq_diffusion.config import (
     MODELS,
@@ -25,6 +26,13 @@ class VQDiffusionRun(VQDiffusionConfig, TokenRun):
         "sampling": PRESETS,
         **TOKENIZER_PRESETS,
     }
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.vq_diffusion import convert
+
+        return Reader(convert.read, convert.READS)
 
     def check(self) -> None:
         """Check that the sections fit each other."""

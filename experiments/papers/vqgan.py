@@ -8,6 +8,7 @@ from experiments.papers.base import (
     FirstStageKind,
     FirstStageSection,
     GeneratorRun,
+    Reader,
     RunSettings,
 )
 from lightning_modules.common.checks import multiple
@@ -53,6 +54,13 @@ class VQGANRun(VQGANConfig, RunSettings):
 
     FIRST_STAGE: ClassVar[FirstStageKind] = TOKENIZER
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {**SECTIONS}
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.vqgan import convert
+
+        return Reader(convert.read, convert.READS)
 
     @property
     def first_stage(self) -> TokenizerSection:

@@ -110,9 +110,7 @@ class Captions(Stage):
             self.shards.shards(inputs), self.view, first=self.first, limit=self.count,
             max_skipped=machine.max_skipped,
         )  # fmt: skip
-        rows = [
-            {"split": self.shards.split, "prompt": row.pop("caption"), **row} for row in found
-        ]
+        rows = [{"split": self.shards.split, "prompt": row.pop("caption"), **row} for row in found]
         write_json(folder / "captions.json", rows)
         return {"samples": len(rows)}
 
@@ -161,9 +159,7 @@ class Pictures:
                 next(islice(samples, first - position, first - position), None)
             position = last
             batch = islice(samples, last - first)
-            good = list(
-                apply(lambda s: {**decoded(s, c.view), "index": s["index"]}, batch, skips)
-            )
+            good = list(apply(lambda s: {**decoded(s, c.view), "index": s["index"]}, batch, skips))
             if not good:
                 raise ValueError(f"no picture of {c.shards.split} can be decoded: {skips.counts}")
             pixels = torch.from_numpy(np.stack([s["pixels"] for s in good]))  # [B, H, W, 3]

@@ -48,7 +48,7 @@ class Edits(Stage):
         settings = module.settings(self.sampling)
         tasks = edit_tasks(self.captions.rows(inputs), self.count, self.seed)
         read = Pictures(self.captions).reader(inputs, machine)
-        last = module.part(module.LAST_PART)
+        last = module.final_first_stage
         for first in range(0, len(tasks), machine.batch_size):
             part = tasks[first : first + machine.batch_size]
             images = torch.cat([read(t["sample"], t["sample"] + 1)[0] for t in part])
@@ -58,7 +58,7 @@ class Edits(Stage):
             seeds = [self.seed + first + i for i in range(len(part))]
             request = Request([t["prompt"] for t in part], seeds, start=start, mask=cells)
             after = to_uint8(module.sample(request, settings).cpu())
-            before = to_uint8(last.first_stage.decode(last.first_stage.encode(start)).cpu())
+            before = to_uint8(last.decode(last.encode(start)).cpu())
             hidden = before.masked_fill(masks.cpu()[:, None], GREY)
             for i, pictures in enumerate(zip(before, hidden, after, strict=True), first):
                 save_png(folder / f"original-{i:05d}.png", pictures[0])
@@ -73,7 +73,7 @@ class Edits(Stage):
 
     def reader(
         self, inputs: Folders, machine: Machine
-    ) -> Callable[[int, int], tuple["Tensor", list[Asked]]]:
+    ) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
         """Return what reads edited pictures [first, last), and what was asked, with originals."""
         import torch
 

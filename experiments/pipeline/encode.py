@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ class Encode(SplitStage):
 
         def make(i: int) -> None:
             encode_shard(
-                folder / f"{i:05d}.safetensors", shards, shards.paths[i], self.view, encoders,
+                folder / f"{i:05d}.safetensors", shards.paths[i], shards, self.view, encoders,
                 batch_size=machine.batch_size, device=machine.device,
                 max_skipped=machine.max_skipped, stamp=self.key,
             )  # fmt: skip
@@ -72,17 +71,20 @@ class Encode(SplitStage):
 
         stage = self.views[0].first_stage
         file = stage.file(inputs)  # type: ignore[attr-defined]
-        made_with = {"tokenizer": file_hash(file), "num_codes": getattr(load_first_stage(file), "num_codes", None)}
+        made_with = {
+            "tokenizer": file_hash(file),
+            "num_codes": getattr(load_first_stage(file), "num_codes", None),
+        }
         count = len(self.parts(inputs, machine))
         return finish_cache(folder, count, made_with, machine.max_skipped)
 
 
-def _reduced(encode: Callable[["Tensor"], "Tensor"], factor: int) -> Callable:
+def _reduced(encode: Callable[[Tensor], Tensor], factor: int) -> Callable:
     """Let an encoder see smaller pictures."""
     if factor == 1:
         return encode
 
-    def small(images: "Tensor") -> "Tensor":
+    def small(images: Tensor) -> Tensor:
         import torch.nn.functional as F
 
         return encode(F.interpolate(images, scale_factor=1 / factor, mode="area"))

@@ -1,7 +1,6 @@
 """One training through Lightning: virtual epochs, a checkpoint at each border, resumable."""
 
 import csv
-import os
 import signal
 import threading
 import warnings
@@ -16,8 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from data.files import atomic
 from experiments.pipeline.loop import Loop, Monitor
-from experiments.pipeline.stage import Log, Machine
-from experiments.progress import TrainingProgress
+from experiments.pipeline.stage import Log, Machine, Say
+from experiments.progress import Counter
 from lightning_modules.common.checkpoint import save_weights
 
 RESUME = "resume.ckpt"
@@ -69,6 +68,45 @@ class KeepWeights(Callback):
             save_weights(
                 self.folder / name, pl_module.state_dict(), dict(pl_module.hparams["config"])
             )
+
+
+class TrainingProgress(Callback):
+    """Counts the batches of a training over all virtual epochs.
+
+    Args:
+        what: name of the stage.
+        total: batches of the whole training.
+        write: gets the plain lines.
+        style: see `Counter`.
+    """
+
+    def __init__(self, what: str, total: int, write: Say, style: str) -> None:
+        self.what, self.total, self.write, self.style = what, total, write, style
+        self.counter: Counter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count where the training begins or resumes."""
+        if trainer.is_global_zero:
+            done = trainer.fit_loop.total_batch_idx + 1
+            self.counter = Counter(self.what, self.total, self.write, self.style, done)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Count a batch."""
+        if self.counter is not None:
+            done = trainer.fit_loop.total_batch_idx + 1
+            loss = trainer.logged_metrics.get("train/loss")
+            self.counter.update(done, "" if loss is None else f"loss {float(loss):.3f}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        if self.counter is not None:
+            self.counter.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        """Take the bar away."""
+        self.on_train_end(trainer, pl_module)
 
 
 def fit(

@@ -10,7 +10,7 @@ from experiments.pipeline.stage import Folders, Log, Machine, Stage
 from experiments.pipeline.train import Train
 
 CHECKPOINT = "checkpoint.safetensors"
-ABOUT = "generator.json"
+ABOUT = "checkpoint.json"
 
 
 @dataclass(frozen=True, eq=False)

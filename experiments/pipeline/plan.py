@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data.config import DataConfig
+from eval.digits import DigitRows
+from eval.edits import EditRows
+from eval.features import FeatureRows
+from eval.latents import LEVELS
+from eval.reconstruction import ReconstructionRows
+from eval.scenes import SceneRows
 from experiments.papers.base import Drawing, Materials, RunSettings
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits
@@ -13,12 +19,6 @@ from experiments.pipeline.sample import Sample
 from experiments.pipeline.score import Score, Scored
 from experiments.pipeline.stage import Stage, order
 from experiments.settings import pick, resolved
-from eval.digits import DigitRows
-from eval.edits import EditRows
-from eval.features import FeatureRows
-from eval.latents import LEVELS
-from eval.reconstruction import ReconstructionRows
-from eval.scenes import SceneRows
 
 HELDOUT = 1_000_000  # added to the seeds of held-out prompts, so that no two pictures share one
 
@@ -110,9 +110,7 @@ def plan(paper: str, run: RunSettings) -> Plan:
         sampling = resolved(run)["sampling"]
         edits = Edits(drawing.generator, captions, e.edits, sampling, e.seed)
         sets.append(Scored("edits", "edit", Features(edits, EditRows(scenes))))
-    return Plan(
-        first, Score((*sets, own), e.bootstrap, e.seed), real, drawing, samples, edits
-    )
+    return Plan(first, Score((*sets, own), e.bootstrap, e.seed), real, drawing, samples, edits)
 
 
 def reduction(resolution: int) -> dict[str, str]:

@@ -129,7 +129,7 @@ def _page(
         curves=_losses(main or trained, inputs),
         reconstructions=pairs,
         config_yaml=to_yaml(run),
-        stages=[StageRow(stage.name, stage.key, done[stage]["seconds"]) for stage in plan.stages],
+        stages=[StageRow(stage.name, stage.key, done[stage]["seconds"], False) for stage in plan.stages],
         skipped={
             stage.name: marker["what"]["skipped"]
             for stage, marker in done.items()

@@ -113,4 +113,3 @@ def wandb_loggers(planned: Plan, run: RunSettings, titles: Titles, out: Path) ->
     for stage in trained[1:]:
         loggers[stage.what] = WandbLogger(experiment=first.experiment, prefix=stage.what)
     return loggers
-

@@ -31,7 +31,7 @@ class Sample(SplitStage):
     """Pictures, the first ones, whose tokens are shown step by step."""
     part: str = ""
     """Which part of the generator draws; empty for the generator itself."""
-    low: "Sample | None" = None
+    low: Sample | None = None
     """The pictures whose tokens the part enlarges."""
     keep_tokens: bool = field(default=False)
     """Whether the tokens are kept beside the pictures."""
@@ -110,7 +110,7 @@ class Sample(SplitStage):
 
     def reader(
         self, inputs: Folders, machine: Machine
-    ) -> Callable[[int, int], tuple["Tensor", list[Asked]]]:
+    ) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
         """Return what reads pictures [first, last): uint8 [B, 3, H, W], and what was asked."""
         import torch
 
@@ -137,11 +137,11 @@ class Trace:
         self.states: list[Tensor] = []
 
     @property
-    def on_step(self) -> Callable[[int, "Tensor", "Tensor"], None] | None:
+    def on_step(self) -> Callable[[int, Tensor, Tensor], None] | None:
         """What a sampling loop calls after every step."""
         return self._remember if self.count else None
 
-    def _remember(self, step: int, before: "Tensor", after: "Tensor") -> None:
+    def _remember(self, step: int, before: Tensor, after: Tensor) -> None:
         if not self.states:
             self.states.append(before[: self.count].clone())
         self.states.append(after[: self.count].clone())
@@ -185,7 +185,7 @@ def make_request(module: Any, asked: Sequence[Asked], low: Any = None) -> Any:
     )
 
 
-def decode_unfinished(first_stage: Any, states: "Tensor") -> "Tensor":
+def decode_unfinished(first_stage: Any, states: Tensor) -> Tensor:
     """Decode unfinished tokens [T, h, w] or latents [T, C, h, w]; masked tokens are grey."""
     if states.ndim == 4:
         return first_stage.decode(states)

@@ -19,9 +19,8 @@ from experiments.progress import Counter
 Say = Callable[[str], None]
 
 
-def unkeyed(default: Any = dataclasses.MISSING) -> Any:
-    """Declare a field that shows something of the work and changes no result, as a monitor does."""
-    return field(default=default, metadata={"unkeyed": True})
+# metadata of a field that shows something of the work and changes no result, as a monitor does
+UNKEYED = {"unkeyed": True}
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Stage:
     @property
     def inputs(self) -> list["Stage"]:
         """The stages among the fields, also inside of other fields."""
-        return list(_stages(vars_of(self).values()))
+        return list(_stages(vars(self).values()))
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Make the result in `folder`, going on with what an interrupted call left there.
@@ -170,12 +169,6 @@ def order(targets: Iterable[Stage]) -> list[Stage]:
     return list(found)
 
 
-def vars_of(node: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that change a result, by name."""
-    keyed = [f for f in dataclasses.fields(node) if not f.metadata.get("unkeyed")]
-    return {f.name: getattr(node, f.name) for f in keyed}
-
-
 def plain_paths(value: Any) -> Any:
     """Return plain containers with texts in the place of Paths, as modules take them."""
     if isinstance(value, Mapping):
@@ -186,7 +179,8 @@ def plain_paths(value: Any) -> Any:
 
 
 def _fields(node: Any) -> dict[str, Any]:
-    return {name: _content(value) for name, value in vars_of(node).items()}
+    keyed = [f for f in dataclasses.fields(node) if not f.metadata.get("unkeyed")]
+    return {f.name: _content(getattr(node, f.name)) for f in keyed}
 
 
 def _content(value: Any) -> Any:
@@ -212,7 +206,7 @@ def _stages(values: Iterable[Any]) -> Iterator[Stage]:
         if isinstance(value, Stage):
             yield value
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from _stages(vars_of(value).values())
+            yield from _stages(vars(value).values())
         elif isinstance(value, Mapping):
             yield from _stages(value.values())
         elif isinstance(value, (list, tuple)):

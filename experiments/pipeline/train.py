@@ -1,7 +1,7 @@
 """One training: a recipe that builds a module, what it learns from, and how long."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -10,12 +10,12 @@ from experiments.pipeline.data import PictureSource, Shards
 from experiments.pipeline.encode import Encode
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.stage import (
+    UNKEYED,
     Folders,
     Log,
     Machine,
     Stage,
     plain_paths,
-    unkeyed,
 )
 
 
@@ -125,9 +125,9 @@ class Train(Stage):
     loop: Loop
     seed: int
     """Of initial weights, order of the samples, and noise."""
-    val: Shards | None = unkeyed(None)
+    val: Shards | None = field(default=None, metadata=UNKEYED)
     """What the validation loss is watched on; changes no weight."""
-    monitor: Monitor = unkeyed(Monitor())
+    monitor: Monitor = field(default=Monitor(), metadata=UNKEYED)
 
     @property
     def name(self) -> str:

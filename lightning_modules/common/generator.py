@@ -49,7 +49,7 @@ class GeneratorModule(LightningModule):
         self.config: Any = build(
             self.config_class, {k: v for k, v in config.items() if k in fields}
         )
-        self.config.check(Geometry.from_config(config))
+        self.config.check_fit(Geometry.from_config(config))
         self.seed: int = config.get("seed", 0)
         self.grid: tuple[int, int] = tuple(config["grid"])
         self.optim: OptimConfig = self.config.optim
@@ -110,6 +110,21 @@ class GeneratorModule(LightningModule):
     def further_first_stages(self) -> dict[str, dict[str, str]]:
         """Return name -> {"file", "sha256"} of the first stages that `attach` takes besides."""
         return {}
+
+    @property
+    def final_first_stage(self) -> Any:
+        """What the finished pictures are decoded by."""
+        return self.first_stage
+
+    def part(self, name: str) -> "GeneratorModule":
+        """Return a part that draws pictures of its own; under the empty name the generator itself.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        if name:
+            raise ValueError(f"{type(self).__name__} has no part {name}")
+        return self
 
     @property
     def pixels_per_token(self) -> int:

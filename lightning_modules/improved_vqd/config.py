@@ -139,13 +139,13 @@ class ImprovedVQDConfig(plain.VQDiffusionConfig):
         """Number of classes that can be asked for; a learned null is one more."""
         return self.model.class_number - (self.null_condition.name == "learned")
 
-    def check(self, first: Geometry) -> None:
+    def check_fit(self, first: Geometry) -> None:
         """Check that the sections fit each other and the first stage.
 
         Raises:
             ValueError: the first setting that does not.
         """
-        super().check(first)
+        super().check_fit(first)
         if self.sampling.order != "diffusion" and self.sampling.reveal == "released":
             try:
                 check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)

@@ -189,7 +189,7 @@ class LDMAEConfig:
             return dataclasses.replace(self.model, text_width=0)
         return dataclasses.replace(self.model, text_width=0, num_classes=1, class_dropout_prob=0.0)
 
-    def check(self, first: Geometry) -> None:
+    def check_fit(self, first: Geometry) -> None:
         """Check that the sections fit each other and the autoencoder.
 
         Raises:

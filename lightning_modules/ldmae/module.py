@@ -42,7 +42,7 @@ class LDMAEModule(GeneratorModule):
         Raises:
             ValueError: its latents have another number of channels.
         """
-        self.config.check(Geometry(self.grid, channels=first_stage.channels))
+        self.config.check_fit(Geometry(self.grid, channels=first_stage.channels))
         return super().attach(first_stage, **others)
 
     @property

@@ -423,7 +423,7 @@ class MuseConfig:
     superres: SuperResStage = field(default_factory=SuperResStage)
     """Super-resolution stage."""
 
-    def check(self, first: Geometry) -> None:
+    def check_fit(self, first: Geometry) -> None:
         """Check that the sections fit each other, the text encoder and the first stage.
 
         Raises:

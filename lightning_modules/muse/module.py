@@ -238,6 +238,12 @@ class MuseModule(MaskedStage):
         """What the finished pictures are decoded by."""
         return self.first_stage if self.superres is None else self.superres.first_stage
 
+    def part(self, name: str) -> GeneratorModule:
+        """Return the super-resolution stage under its name."""
+        if name == "superres" and self.superres is not None:
+            return self.superres
+        return super().part(name)
+
     @property
     def pixels_per_token(self) -> int:
         """Pixels of a picture per base token along a side."""

@@ -256,7 +256,7 @@ class PaellaConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling loop."""
 
-    def check(self, first: Geometry) -> None:
+    def check_fit(self, first: Geometry) -> None:
         """Check that the sections fit each other and the tokenizer.
 
         Raises:

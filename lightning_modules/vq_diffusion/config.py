@@ -178,7 +178,7 @@ class VQDiffusionConfig:
         """Number of classes that can be asked for, with model.condition=class."""
         return self.model.class_number
 
-    def check(self, first: Geometry) -> None:
+    def check_fit(self, first: Geometry) -> None:
         """Check that the sections fit each other and the first stage.
 
         Raises:

@@ -7,9 +7,11 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from data.files import file_hash
+
 from lightning_modules.common.adversarial import DISC_LOSSES, disc_factor
 from lightning_modules.common.adversarial_training import AdversarialModule, cosine, image_psnr
-from lightning_modules.common.checkpoint import load_strict
+from lightning_modules.common.checkpoint import load_strict, load_weights
 from lightning_modules.common.settings import build, plain
 from lightning_modules.vqgan.config import VQGANConfig
 from lightning_modules.vqgan.losses import generator_loss, reconstruction_loss
@@ -183,7 +185,13 @@ class VQGANModule(AdversarialModule):
         return self.autoencoder
 
     def setup(self, stage: str) -> None:
-        """Load LPIPS for training or validation, or say once that it is off."""
+        """Take the encoder of the tokenizer that finetune names, and LPIPS for the loss."""
+        if stage == "fit" and self.config.finetune is not None and self.same_tokens_as is None:
+            path = self.config.finetune
+            state, config = load_weights(path)
+            if config.get("paper") != "vqgan":
+                raise ValueError(f"finetune: {path} is no tokenizer file")
+            self.adopt(state, config.get("tokens_of") or file_hash(path))
         objective = self.config.objective
         self.use_lpips(objective.lpips_path, objective.perceptual_weight, stage)
 

@@ -159,7 +159,7 @@ def test_sections_that_do_not_fit(sections: dict[str, Any], message: str) -> Non
         make(**sections)
     with pytest.raises(ValueError, match=r"^classes must name all 5 classes or none, got 1 names$"):
         make("class", classes=["zero"])
-    make().config.check(Geometry(GRID))  # of a first stage whose codes are not known yet
+    make().config.check_fit(Geometry(GRID))  # of a first stage whose codes are not known yet
 
 
 # Sampling ----
