@@ -66,7 +66,7 @@ SAMPLERS: dict[str, list[dict[str, Any]]] = {
     "paella": [
         {"mode": "quant", "quant_steps": 2},
         {"mode": "argmax", "renoise_mode": "prev"},
-        {"typical_mass": 0.5, "renoise_mode": "rand", "schedule": "cosine"},
+        {"typical_mass": 0.5, "renoise_mode": "rand"},
     ],
     "vq_diffusion": [
         {"steps": 10, "truncation": 1.0},
