@@ -1,5 +1,6 @@
 """The smallest generators of every paper, and what tests of them need: data, training, float64."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.text import Condition
 from lightning_modules.improved_vqd.module import ImprovedVQDModule
 from lightning_modules.ldmae.module import LDMAEModule
@@ -192,7 +194,12 @@ def tiny(kind: str, random: float = 0.0, **sections: Any) -> Any:
 
 
 def exact(module: Any) -> Any:
-    """Put a module into float64, where another order of summing draws no other token."""
+    """Put a module of tokens into float64, where another order of summing draws no other one.
+
+    Latents are compared up to float32's precision.
+    """
+    if isinstance(module.first_stage, Squares):
+        return module
     module.double().first_stage.double()
     encode_text = module.encode_text
 
@@ -204,9 +211,18 @@ def exact(module: Any) -> Any:
     return module
 
 
+def draw(
+    module: Any, prompts: Sequence[str], seeds: Sequence[int], on_step: OnStep | None = None,
+    changes: Mapping[str, Any] | None = None, **more: Any,
+) -> Tensor:  # fmt: skip
+    """Sample tokens or latents; `more` are fields of the request, `changes` sampling settings."""
+    settings = module.settings(changes or {})
+    return module.sample_tokens(Request(prompts, seeds, **more), settings, on_step)
+
+
 def asked(kind: str) -> list[str]:
     """Four prompts that a kind understands."""
-    return LABELS if kind.split()[-1] in ("class", "mean", "label") else CAPTIONS
+    return LABELS if kind.endswith(("class", "mean", "label")) else CAPTIONS
 
 
 def tokens(kind: str, seed: int = 0, n: int = 4) -> Tensor:

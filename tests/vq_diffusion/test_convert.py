@@ -325,11 +325,11 @@ def test_a_text_file_samples_with_what_came_with_it(
     module = load_generator("x.safetensors")
     same(network, module.network.state_dict())
     assert module.config.schedule.mask_rate == pytest.approx(0.9)
-    assert module.tokenizer.num_codes == 6 and module.grid == (4, 4)
+    assert module.first_stage.num_codes == 6 and module.grid == (4, 4)
     assert torch.equal(module.loss_count, torch.full((5,), 3.0))
-    module.tokenizer.autoencoder.quantize.config.sample_tokens = False
+    module.first_stage.autoencoder.quantize.config.sample_tokens = False
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    assert torch.equal(module.tokenizer.encode(images), IDS[codec()[0].encode(images)])
+    assert torch.equal(module.first_stage.encode(images), IDS[codec()[0].encode(images)])
     cat, dog = pictures("a cat", "a dog")
     assert cat.shape == (3, 8, 8) and not torch.equal(cat, dog)
     moved = tmp_path / "elsewhere"
