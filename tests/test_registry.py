@@ -1,33 +1,28 @@
 """Checkpoints as modules: what they name, what stands beside them, what is refused."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.files import file_hash
 from lightning_modules.common.checkpoint import save_weights
 from lightning_modules.common.request import Request
-from lightning_modules.muse.module import MuseModule, SuperResModule
-from lightning_modules.registry import GENERATORS, load_first_stage, load_generator
+from lightning_modules.improved_vqd.module import ImprovedVQDModule
+from lightning_modules.registry import load_first_stage, load_generator
 from lightning_modules.vqgan.module import VQGANModule
+from tests.tiny_generators import MUSE, K, same, tiny
 
-K = 12
 TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
              "z_channels": 4, "embed_dim": 4, "num_codes": K, "norm_groups": 4}  # fmt: skip
-MODEL = {"num_codes": K, "hidden": 8, "mlp": 8, "layers": 1, "heads": 2, "max_side": 4,
-         "text_width": 8, "dropout": 0.0}  # fmt: skip
-CONFIG = {"paper": "muse", "grid": [4, 4], "num_codes": K, "model": MODEL,
-          "text": {"name": "bytes", "width": 8, "buckets": 16},
-          "sampling": {"steps": 3, "guidance_end": 2.0,
-                       "superres": {"steps": 4, "top_k": 5}}}  # fmt: skip
+SAMPLING = {"steps": 3, "guidance_end": 2.0, "superres": {"steps": 4, "top_k": 5}}
 HIGH = {"grid": [8, 8], "num_codes": K}
-SUPERRES = {"enabled": True, "model": {**MODEL, "max_side": 8, "low_num_codes": K,
-                                       "low_layers": 1, "low_max_side": 4, "block": 2}}  # fmt: skip
+SUPERRES = {"enabled": True, "model": {**MUSE, "low_num_codes": K, "low_layers": 1,
+                                       "low_max_side": 4, "block": 2}}  # fmt: skip
 ASKED = Request(["a red circle", "two"], [1, 2])
 
 Save = Callable[..., Path]
@@ -42,15 +37,14 @@ def save(tmp_path: Path) -> Save:
     """Write a module of random weights, and with `settings` more of its settings."""
 
     def write(name: str, kind: str, seed: int = 0, **settings: Any) -> Path:
+        if kind == "vqgan":
+            module: Any = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
+        elif kind == "superres":
+            module = tiny("muse", sampling=SAMPLING, superres=SUPERRES, high=HIGH).superres
+        else:
+            module = tiny(kind, sampling=SAMPLING if kind == "muse" else {})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module: Any = {
-                "vqgan": lambda: VQGANModule(
-                    {"model": TOKENIZER, "objective": {"disc_weight": 0.0}}
-                ),
-                "muse": lambda: MuseModule(CONFIG),
-                "superres": lambda: SuperResModule({**CONFIG, "superres": SUPERRES, "high": HIGH}),
-            }[kind]()
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=0.3)
         state, config = module.export()
@@ -74,10 +68,6 @@ def note(folder: Path, **content: Any) -> None:
     file = folder / "generator.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**before, **content}))
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_run_folder_its_file_and_an_older_one_are_the_same(run: Path, save: Save) -> None:
@@ -183,19 +173,18 @@ def test_files_of_another_kind(run: Path) -> None:
         load_generator(run / "stages")
 
 
-def test_a_paper_samples_what_it_adopts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other(MuseModule):
-        ADOPTS = ("muse",)
-
-        @classmethod
-        def adopt(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-            return cls.assemble(state, {**config, "paper": "other"}, {}, "adopted")
-
-    monkeypatch.setitem(GENERATORS, "other", Other)
+def test_a_paper_samples_what_it_adopts(run: Path, save: Save) -> None:
+    save("checkpoint.safetensors", "vq_diffusion")
     note(run, sampling={"steps": 2})
-    module = load_generator(run, paper="other", sampling={"guidance_end": 1.5})
-    assert isinstance(module, Other)
-    assert (module.config.sampling.steps, module.config.sampling.guidance_end) == (2, 1.5)
-    for paper in ("paella", "improved_vqd", "none"):
-        with pytest.raises(ValueError, match=f"a checkpoint of muse, which {paper} cannot sample"):
+    plain, module = (
+        load_generator(run),
+        load_generator(run, paper="improved_vqd", sampling={"guidance": 1.5}),
+    )
+    assert isinstance(module, ImprovedVQDModule) and not isinstance(plain, ImprovedVQDModule)
+    assert same(plain.state_dict(), module.state_dict())
+    assert plain.config.sampling.steps == module.config.sampling.steps == 2
+    assert module.config.sampling.guidance == 1.5
+    for paper in ("paella", "muse", "none"):
+        wanted = f"a checkpoint of vq_diffusion, which {paper} cannot sample"
+        with pytest.raises(ValueError, match=wanted):
             load_generator(run, paper=paper)

@@ -6,19 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.common.request import Request
 from lightning_modules.muse import editing
 from lightning_modules.muse.module import MuseModule
+from tests.tiny_generators import MUSE, Greys, K, source, tiny
 
-K, MASK = 8, 8
-SMALL = {"num_codes": K, "hidden": 16, "mlp": 32, "layers": 1, "heads": 2, "max_side": 4,
-         "text_width": 16, "dropout": 0.0}  # fmt: skip
-
-
-def source(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+MASK = K
 
 
 # Windows ----
@@ -113,7 +108,7 @@ def test_rewriting_draws_among_the_likeliest():
     start = torch.zeros(4, 8, 8, dtype=torch.int64)
 
     def predict(x: Tensor, weight: float, keep: Tensor) -> Tensor:
-        logits = torch.tensor([0.0, 3.0, 2.9, 2.8, 2.7, 0.0, 0.0, 0.0])
+        logits = torch.tensor([0.0, 3.0, 2.9, 2.8, 2.7] + [0.0] * (K - 5))
         return logits.expand(int(keep.sum()), K)
 
     network = Wish(0)
@@ -129,39 +124,14 @@ def test_rewriting_draws_among_the_likeliest():
 # Through the stages ----
 
 
-class Greys(nn.Module):
-    """A tokenizer without learning: a picture of 2x2 squares of K greys."""
-
-    num_codes, factor = K, 2
-
-    def encode(self, images: Tensor) -> Tensor:
-        return ((images[:, 0, ::2, ::2] + 1) / 2 * (K - 1)).round().long()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        grey = tokens.float() / (K - 1) * 2 - 1
-        return grey[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
-
-
 @pytest.fixture(params=[False, True], ids=["base", "superres"])
 def module(request: pytest.FixtureRequest) -> MuseModule:
     """A base of random weights for 4x4 tokens, with or without super-resolution to 8x8."""
-    high = {**SMALL, "low_num_codes": K, "low_layers": 1, "low_max_side": 4, "block": 2,
-            "max_side": 8}  # fmt: skip
-    config: dict[str, Any] = {
-        "paper": "muse", "grid": [4, 4], "num_codes": K, "model": SMALL,
-        "text": {"name": "bytes", "width": 16, "buckets": 64},
-        "sampling": {"steps": 3, "superres": {"steps": 2}, "edit": {"iterations": 5}},
-    }  # fmt: skip
-    if request.param:
-        config["superres"] = {"enabled": True, "model": high}
-        config["high"] = {"grid": [8, 8], "num_codes": K}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = MuseModule(config)
-        for p in made.parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, std=0.3)
-    return made.attach(Greys()).eval()
+    high = {**MUSE, "low_num_codes": K, "low_layers": 1, "low_max_side": 4, "block": 2}
+    further = {"superres": {"enabled": True, "model": high},
+               "high": {"grid": [8, 8], "num_codes": K}}  # fmt: skip
+    sampling = {"steps": 3, "superres": {"steps": 2}, "edit": {"iterations": 5}}
+    return tiny("muse", 0.3, sampling=sampling, **(further if request.param else {}))
 
 
 def pictures(n: int, height: int, width: int) -> Tensor:
