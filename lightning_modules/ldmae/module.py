@@ -213,10 +213,10 @@ class LDMAEModule(GeneratorModule):
 
         def predict(x: Tensor, t: Tensor, with_null: bool) -> Tensor:
             conditions = [own, null] if with_null and null is not None else [own]
-            return self.network(x, t.to(x.device, torch.float32), conditions)
+            return self.network(x, t.to(x), conditions)
 
         noise = process.sample_noise(request.seeds, (self.config.model.in_channels, *self.grid))
-        noise = noise.to(self.device)
+        noise = noise.to(self.alpha_bar)  # its device and precision
         start = None if request.start is None else request.start.to(noise)
         generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
         if settings.solver == "ddim":

@@ -178,9 +178,9 @@ class MuseModule(MaskedStage):
     """Text to tokens by parallel decoding (arXiv 2301.00704), with or without super-resolution.
 
     Args:
-        config: as for every generator. With superres.enabled and `high` (grid, num_codes and, where
-            it has a first stage of its own, that one's file and sha256 of the super-resolution
-            stage) the module has this stage, too; without `high` it is the base alone.
+        config: as for every generator. With superres.enabled and `high` the module has the
+            super-resolution stage, too: its grid and num_codes and, where its first stage is not
+            the base's, `first_stage` {file, sha256}. Without `high` it is the base alone.
     """
 
     ABILITIES = frozenset({"negative", "blend_with", "start", "mask", "rewrite", "grid"})

@@ -1,22 +1,19 @@
-"""LDMAEModule: its losses, conditions, ways to sample, and what it keeps."""
+"""LDMAEModule: its losses, conditions and ways to sample."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.request import Request
 from lightning_modules.ldmae import process
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.ldmae.module import LDMAEModule
+from tests.tiny_generators import CHANNELS as C
+from tests.tiny_generators import GRID, Squares, source
 
-C, GRID = 3, (4, 4)
 SIZES = {"input_size": 4, "in_channels": C, "hidden_size": 32, "depth": 2, "num_heads": 2}
 TEXT = {**SIZES, "text_width": 16}
 CLASSES = ["zero", "one", "sea lion", "lion"]
@@ -30,36 +27,8 @@ SAMPLING = {
     "timestep_shift": 0.7,
 }  # fmt: skip
 CAPTIONS = ["one lion", "a zero", "", "one large red square"]
-PROMPTS = {"text": CAPTIONS, "label": ["a zero", "ONE!", "a sea lion's"], "none": ["", "x", "y"]}
 
 Make = Callable[..., LDMAEModule]
-
-
-class Blocks(nn.Module):
-    """An autoencoder without learning: its weight is a trap, its latents are colours of 2x2."""
-
-    factor, channels = 2, C
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trap = nn.Parameter(torch.zeros(1))
-
-    def moments(self, images: Tensor) -> Tensor:
-        means = images[:, :, ::2, ::2]
-        return torch.cat([means, torch.full_like(means, -4.0)], dim=1)
-
-    def sample_posterior(self, moments: Tensor, noise: Tensor) -> Tensor:
-        means, logvars = moments.chunk(2, dim=1)
-        return means + (0.5 * logvars).exp() * noise
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        return latents * 2 + 0.1
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.normalise(images[:, :, ::2, ::2])
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return ((latents - 0.1) / 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 @pytest.fixture
@@ -76,7 +45,7 @@ def make() -> Make:
             for p in module.network.parameters():
                 if speak and not p.any():  # a new network predicts nothing
                     nn.init.normal_(p, std=0.2)
-        return module.attach(Blocks()).eval()
+        return module.attach(Squares()).eval()
 
     return build
 
@@ -88,10 +57,6 @@ def batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
         "caption": [CAPTIONS[i % 4] for i in range(n)],
         "label": torch.arange(n) % 4,
     }
-
-
-def source(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def asked(prompts: list[str], first_seed: int = 0, **more: Any) -> Request:
@@ -108,20 +73,6 @@ def draw(
     """Sample latents with some of the checkpoint's settings replaced."""
     settings = module.settings(sampling or {})
     return module.sample_tokens(asked(prompts, **more), settings, on_step)
-
-
-def fit(module: LDMAEModule) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    loader: Any = DataLoader([batch(0), batch(1)], batch_size=None)  # type: ignore[arg-type]
-    trainer.fit(module.train(), loader, loader)
-    return trainer
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # The loss ----
@@ -187,14 +138,6 @@ def test_latents_are_drawn_afresh(make: Make) -> None:
     torch.testing.assert_close(many.mean(0), mean, rtol=0, atol=0.35)
 
 
-def test_pictures_are_encoded_where_no_cache_gave_moments(make: Make) -> None:
-    module, given = make(), batch()
-    images = torch.rand(4, 3, 8, 8, generator=source()) * 2 - 1
-    pictures = {"image": images, "caption": given["caption"]}
-    cached = {"moments": Blocks().moments(images), "caption": given["caption"]}
-    assert torch.equal(module.loss(pictures, source())[0], module.loss(cached, source())[0])
-
-
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_half_precision_learns_the_same(condition: str, make: Make) -> None:
     module = make(condition)
@@ -252,28 +195,6 @@ def test_learns_what_belongs_to_a_label(kind: str, make: Make) -> None:
     distance = (drawn[:, None] - wanted).square().mean((2, 3, 4))
     assert distance.argmin(1).tolist() == [0, 1, 2, 3]
     assert distance.diagonal().mean() < 0.3 * wanted.var()
-
-
-# What is kept ----
-
-
-def test_what_is_trained_and_kept(make: Make, tmp_path: Path) -> None:
-    for condition in CONDITIONS:
-        module = make(condition, optim={"ema": 0.5, "lr": 1e-2})
-        trainer = fit(module)
-        trainer.save_checkpoint(tmp_path / "x.ckpt")
-        content = torch.load(tmp_path / "x.ckpt", weights_only=True)
-        rooms = {"network", "text_encoder"} if condition == "text" else {"network"}
-        for state in (content["state_dict"], content["ema"]["shadow"], module.export()[0]):
-            assert {name.partition(".")[0] for name in state} == rooms
-        trained = sum(len(g["params"]) for g in content["optimizer_states"][0]["param_groups"])
-        assert trained == len(list(module.parameters()))
-        again = LDMAEModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Blocks()).eval()
-        assert same(module.state_dict(), again.state_dict())
-        load_strict(again, module.export()[0], "the average")
-        prompts = PROMPTS[condition][:2]
-        one, two = (draw(m, prompts) for m in (module.eval(), again))
-        assert not torch.equal(one, two)  # the average lies behind the last weights
 
 
 # Sampling ----
@@ -438,7 +359,7 @@ def test_settings_that_do_not_fit(
 
 
 def test_an_autoencoder_or_a_request_that_does_not_fit(make: Make) -> None:
-    class Wide(Blocks):
+    class Wide(Squares):
         channels = 5
 
     with pytest.raises(ValueError, match=r"in_channels must be the autoencoder's 5 channels"):

@@ -1,4 +1,4 @@
-"""PaellaModule: training, resuming, conditions dropped, and every way to sample."""
+"""PaellaModule: its average, its loss, conditions dropped, and every way to sample."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_modules.common.categorical import draw_rows
 from lightning_modules.common.request import Request
@@ -18,39 +17,23 @@ from lightning_modules.common.text import Condition
 from lightning_modules.paella import process
 from lightning_modules.paella.config import SamplingConfig
 from lightning_modules.paella.module import PaellaModule
+from tests.tiny_generators import (
+    BYTES,
+    CAPTIONS,
+    GRID,
+    PAELLA,
+    SAMPLING,
+    Greys,
+    K,
+    exact,
+    fit,
+    same,
+    source,
+)
 
-K, GRID = 12, (4, 4)
-V3 = {"c_in": 8, "c_out": 8, "num_labels": K, "c_r": 8, "patch_size": 1, "c_cond": 16,
-      "c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
-      "clip_embd": 0, "clip_image": False, "byt5_embd": 16, "dropout": 0.1}  # fmt: skip
 V1 = {"num_labels": K, "c_hidden": 16, "c_clip": 12, "c_r": 8, "down_levels": [1, 1],
       "up_levels": [1, 1]}  # fmt: skip
-BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
-SAMPLING = {"steps": 4, "guidance_start": 3.0, "guidance_end": 2.0}
-CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
-BATCHES = 3
-
 Make = Callable[..., PaellaModule]
-
-
-class Colours(nn.Module):
-    """A tokenizer without learning: a picture of 2x2 squares of K greys. Its weights are a trap."""
-
-    num_codes, factor = K, 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trap = nn.Parameter(torch.zeros(1))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return ((images[:, 0, ::2, ::2] + 1) / 2 * (K - 1)).round().long()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        grey = tokens.float() / (K - 1) * 2 - 1
-        return grey[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
-
-    def codebook(self) -> Tensor:
-        return torch.linspace(-1, 1, K, dtype=self.trap.dtype)[:, None]
 
 
 @pytest.fixture
@@ -58,21 +41,21 @@ def make(tiny_t5: str, tiny_clip: dict[str, str]) -> Make:
     """Make a module of one kind; keyword arguments extend its sections."""
     frozen = {"name": "byt5", "path": tiny_t5, **tiny_clip}
     kinds: dict[str, dict[str, Any]] = {
-        "v3": {"network": "v3", "model": V3, "text": BYTES},
+        "v3": {"network": "v3", "model": PAELLA, "text": BYTES},
         "full": {
             "network": "v3",
-            "model": {**V3, "clip_embd": 12, "clip_image": True, "clip_seq_len": 2},
+            "model": {**PAELLA, "clip_embd": 12, "clip_image": True, "clip_seq_len": 2},
             "text": frozen,
         },
         "v1": {
             "network": "v1", "v1": V1, "text": {**frozen, "name": "open_clip"},
-            "sampling": {**SAMPLING, "schedule": "cosine"},
+            "sampling": {**SAMPLING["paella"], "schedule": "cosine"},
         },
     }  # fmt: skip
 
     def build(kind: str = "v3", random: float | None = None, **sections: Any) -> PaellaModule:
         config: dict[str, Any] = {"paper": "paella", "seed": 5, "grid": [*GRID], "num_codes": K,
-                                  "sampling": SAMPLING, **kinds[kind]}  # fmt: skip
+                                  "sampling": SAMPLING["paella"], **kinds[kind]}  # fmt: skip
         for name, section in sections.items():
             both = isinstance(section, dict) and name in config
             config[name] = {**config[name], **section} if both else section
@@ -82,24 +65,9 @@ def make(tiny_t5: str, tiny_clip: dict[str, str]) -> Make:
             if random:  # the released initialisation begins with logits of 0
                 for p in module.parameters():
                     nn.init.normal_(p, std=random)
-        module.attach(Colours())
-        return module.eval()
+        return module.attach(Greys()).eval()
 
     return build
-
-
-def exact(module: PaellaModule) -> PaellaModule:
-    """The module in float64, so that different orders of summing draw no other token."""
-    module.double().attach(Colours().double())
-    encode_text, encode_images = module.encode_text, module.encode_images
-
-    def double(captions: list[str]) -> Condition:
-        c = encode_text(captions)
-        return Condition(c.tokens.double(), c.mask, None if c.pooled is None else c.pooled.double())
-
-    module.encode_text = double  # type: ignore[method-assign]
-    module.encode_images = lambda images: encode_images(images).double()  # type: ignore[method-assign]
-    return module
 
 
 KINDS = ["v3", "full", "v1"]
@@ -123,64 +91,6 @@ def draw(
     """Sample tokens with some of the checkpoint's settings replaced."""
     request = Request(prompts, seeds or [*range(len(prompts))], **asked)
     return module.sample_tokens(request, module.settings(sampling or {}), on_step)
-
-
-def source(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def fit(
-    module: PaellaModule,
-    epochs: int,
-    ckpt: Path | None = None,
-    callbacks: list[L.Callback] | None = None,
-    **options: Any,
-) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks, **options,
-    )  # fmt: skip
-    batches: Any = [batch(i) for i in range(BATCHES)]
-    loader: Any = DataLoader(batches, batch_size=None)
-    trainer.fit(module.train(), loader, loader, ckpt_path=ckpt)
-    return trainer
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# Save, reload, resume ----
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_reloads_with_safe_loading(
-    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    module = make(kind, random=0.3)
-    draw(module, CAPTIONS[:1])  # loads the frozen encoders
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = PaellaModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Colours()).eval()
-    assert same(module.state_dict(), again.state_dict())
-    assert again.config == module.config and again.grid == GRID and again.seed == 5
-    assert torch.equal(draw(module), draw(again))
-
-
-def test_no_checkpoint_contains_what_is_frozen(make: Make, tmp_path: Path) -> None:
-    module = make("full", optim={"ema": 0.5})
-    module.encode_text(CAPTIONS)
-    trainer = fit(module, 1)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    for state in (content["state_dict"], content["ema"]["shadow"], module.export()[0]):
-        assert {name.partition(".")[0] for name in state} == {"network"}
-        assert state.keys() == module.state_dict().keys()
-    trained = sum(len(g["params"]) for g in content["optimizer_states"][0]["param_groups"])
-    assert trained == len(list(module.parameters()))
-    assert content["hyper_parameters"]["config"]["network"] == module.config.network
 
 
 def test_the_average_has_its_own_key_and_is_what_is_exported(make: Make, tmp_path: Path) -> None:
@@ -263,15 +173,6 @@ def test_validations_can_be_compared(make: Make) -> None:
         trainer = fit(make(optim={"lr": 1e-9}), 1 + i)
         losses.append(float(trainer.callback_metrics["val/loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_pictures_are_encoded_where_no_cache_gave_tokens(make: Make) -> None:
-    module, given = make(random=0.3), batch()
-    pictures = {"image": module.first_stage.decode(given["tokens"]), "caption": given["caption"]}
-    assert torch.equal(module.loss(pictures, source())[0], module.loss(given, source())[0])
-    module.attach(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no first stage yet: call attach"):
-        module.loss(pictures, source())
 
 
 def test_overfits_one_batch_and_draws_it(make: Make) -> None:
@@ -441,7 +342,7 @@ def test_a_picture_is_its_prompt_and_seed(kind: str, mode: str, make: Make) -> N
     assert not torch.equal(draw(module, CAPTIONS, [5, 6, 7, 8], sampling=sampling), together)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", "v1"])
 def test_the_prompt_matters(kind: str, make: Make) -> None:
     module = make(kind, random=0.3)
     prompts = ["a red circle"] * 8 + ["two blue squares"] * 8
@@ -515,18 +416,6 @@ def test_a_variation_starts_from_the_picture_noised(kind: str, schedule: str, ma
     one = draw(module, CAPTIONS[1:2], [1], sampling=settings, start=start[1:])
     two = draw(module, CAPTIONS[:2], sampling=settings, start=start)
     assert (one[0] == two[1]).float().mean() > 0.99  # float32 sums differ by the batch
-
-
-def test_pictures_come_from_pictures(make: Make) -> None:
-    module = make(random=0.3)
-    start = batch(3)["tokens"]
-    mask = torch.zeros(4, *GRID)
-    mask[:, :2] = 1
-    tokens = draw(module, start=start, mask=mask)
-    pictures = module.first_stage.decode(start)
-    images = module.sample(Request(CAPTIONS, [0, 1, 2, 3], start=pictures, mask=mask))
-    assert torch.equal(images, module.first_stage.decode(tokens))
-    assert images.shape == (4, 3, 8, 8)
 
 
 def test_image_vectors_and_attention_weights(make: Make) -> None:
