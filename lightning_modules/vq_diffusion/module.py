@@ -49,8 +49,6 @@ class VQDiffusionModule(GeneratorModule):
         """Whether it is conditioned on labels."""
         return self.config.model.condition == "class"
 
-    # Training ----
-
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,8 +142,6 @@ class VQDiffusionModule(GeneratorModule):
                 f"data hold {int(labels.min())} to {int(labels.max())}"
             )
         return labels
-
-    # Sampling ----
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Speak up where prompts cannot be understood."""

@@ -36,13 +36,13 @@ def test_the_loss_is_the_papers(rate: float, times: str) -> None:
     module.loss_count.fill_(20)
     given = batch(n=6)
     loss, scalars = module.loss(given, source())
-    tokens, chance = given["tokens"], source()
-    law = torch.full((T,), 1 / T)
+    tokens, rng = given["tokens"], source()
+    p_t = torch.full((T,), 1 / T)
     if times == "importance":
-        law = process.time_law(module.loss_history, module.loss_count)
-    t = process.draw_times(law, torch.rand(6, generator=chance))
+        p_t = process.time_law(module.loss_history, module.loss_count)
+    t = process.draw_times(p_t, torch.rand(6, generator=rng))
     schedule = process.mask_schedule(T, K, rate)
-    uniforms = torch.rand(2, *tokens.shape, generator=chance)
+    uniforms = torch.rand(2, *tokens.shape, generator=rng)
     numbers = (schedule.mask[t].float(), schedule.replaced[t].float())
     x_t = process.corrupt(tokens, *numbers, K, uniforms)
     text = module.encode_text(given["caption"])
@@ -57,13 +57,13 @@ def test_the_loss_is_the_papers(rate: float, times: str) -> None:
     weight = torch.where(flat == K, 1.0, 0.5)
     bound = torch.where(t == 0, nll.sum(1), (weight * kl).sum(1))
     aux = torch.where(t == 0, nll.sum(1), (weight * ce).sum(1))
-    expected = ((bound + (2 - t / T) * 0.01 * aux) / law[t]).sum() / tokens.numel()
+    expected = ((bound + (2 - t / T) * 0.01 * aux) / p_t[t]).sum() / tokens.numel()
     torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-5)
     masked = flat == K
     right = (logits.argmax(-1) == x_0)[masked].float().mean()
     torch.testing.assert_close(scalars["accuracy"], right)
     torch.testing.assert_close(
-        scalars["bound"], (bound / law[t]).mean().float() / 16, rtol=1e-4, atol=1e-5
+        scalars["bound"], (bound / p_t[t]).mean().float() / 16, rtol=1e-4, atol=1e-5
     )
 
 
@@ -222,8 +222,8 @@ def test_writing_equals_reading_it_all_again() -> None:
         assert torch.equal(cached.flatten(1), x)
 
 
-def test_written_tokens_follow_their_law() -> None:
-    """The chain rule: with the true conditionals the tokens follow the joint law."""
+def test_written_tokens_follow_their_distribution() -> None:
+    """The chain rule: with the true conditionals the tokens follow the joint distribution."""
     joint = torch.rand(3, 3, generator=source()) + 0.05
     joint /= joint.sum()
     n, calls = 6000, iter(range(2))
