@@ -6,13 +6,13 @@ Make the shipped weights (classifier and CLIP) anew:
 """
 
 import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from eval import scene_clip
 from eval.classifier_data import IGNORE, draw_sample, fresh_scenes, to_tensor, wear
@@ -20,10 +20,10 @@ from eval.classifier_network import (
     KIND,
     Classifier,
     ClassifierConfig,
+    descend,
     encode,
     find_weights,
     read_classifier,
-    report_step,
     save_classifier,
     shrink,
     weight_name,
@@ -45,23 +45,18 @@ def train_classifier(config: ClassifierConfig, *, quiet: bool = False) -> Classi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         classifier = Classifier(config)
-    optimizer = torch.optim.AdamW(classifier.parameters(), config.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
-    began = time.monotonic()
-    for step in range(config.steps):
+
+    def loss(step: int) -> Tensor:
         pairs = [draw_sample(config, rng) for _ in range(config.batch_size)]
         images = shrink(to_tensor([image for image, _ in pairs]), config.input_size)
         labels = torch.tensor([label for _, label in pairs])  # [B, heads]
         logits, _ = classifier(wear(images, generator))
         heads = zip(logits, labels.T, strict=True)
         terms = [F.cross_entropy(row, want, ignore_index=IGNORE) for row, want in heads]
-        loss = sum(terms, torch.zeros(()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if not quiet:
-            report_step("classifier", step, config.steps, loss.item(), began)
+        return sum(terms, torch.zeros(()))
+
+    weights = list(classifier.parameters())
+    descend("classifier", loss, weights, config.lr, config.steps, quiet=quiet)
     return classifier.eval()
 
 

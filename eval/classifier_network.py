@@ -1,5 +1,6 @@
 """The network that reads every attribute of a picture of a scene, and its files."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -213,12 +214,15 @@ def find_weights(
     return path
 
 
+def save_half(path: Path, module: nn.Module, settings: dict[str, Any]) -> None:
+    """Write a network, half precision, with settings (and the command that makes it)."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    save_weights(path, state, settings)
+
+
 def save_classifier(classifier: Classifier, path: Path, command: str = "") -> None:
-    """Write a classifier, half precision, with its settings and the command that makes it."""
-    state = {
-        k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()
-    }
-    save_weights(path, state, {KIND: asdict(classifier.config), "command": command})
+    """Write a classifier with its settings and the command that makes it."""
+    save_half(path, classifier, {KIND: asdict(classifier.config), "command": command})
 
 
 def read_classifier(path: Path) -> Classifier:
@@ -235,8 +239,40 @@ def read_classifier(path: Path) -> Classifier:
     return classifier.eval()
 
 
-def report_step(what: str, step: int, steps: int, loss: float, began: float) -> None:
-    """Print loss and time left, now and then."""
-    if (step + 1) % max(1, steps // 40) == 0:
-        left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
-        print(f"{what}: step {step + 1}/{steps}, loss {loss:.4f}, {left:.0f} s left", flush=True)
+def descend(
+    what: str,
+    loss: Callable[[int], Tensor],
+    weights: Sequence[nn.Parameter],
+    lr: float,
+    steps: int,
+    *,
+    most: float = math.inf,
+    quiet: bool = False,
+) -> None:
+    """Train with AdamW and a one-cycle schedule.
+
+    Args:
+        what: names the training where loss and time left are printed now and then.
+        loss: the loss of a step.
+        weights: what is trained.
+        lr: highest learning rate.
+        steps: training steps.
+        most: largest norm of the gradient, which is scaled down to it.
+        quiet: print nothing.
+    """
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    began = time.monotonic()
+    for step in range(steps):
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        if most < math.inf:
+            nn.utils.clip_grad_norm_(weights, most)
+        optimizer.step()
+        schedule.step()
+        if not quiet and (step + 1) % max(1, steps // 40) == 0:
+            left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
+            print(
+                f"{what}: step {step + 1}/{steps}, loss {value:.4f}, {left:.0f} s left", flush=True
+            )

@@ -98,11 +98,7 @@ def score_digits(
     Args:
         made: rows of `DigitRows`, N pictures.
         asked: N times what was asked, with "label" in 0..9.
-        reference: of no influence.
-        prefix: put before the names.
-        resamples: bootstrap draws of the interval.
-        seed: seed of the bootstrap.
-        about: stored beside every score.
+        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/digit_accuracy, and /digit_accuracy/0 ... /9 for the digits that were

@@ -131,11 +131,7 @@ def score_edits(
     Args:
         made: rows of `EditRows`, N pictures.
         asked: N tasks of `edit_tasks`.
-        reference: of no influence.
-        prefix: put before the names.
-        resamples: bootstrap draws of the means.
-        seed: seed of the bootstrap.
-        about: stored beside every score.
+        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/object_accuracy, the asked thing is read in its place; /rest_accuracy, the

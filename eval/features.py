@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from eval.classifier_network import KIND, WEIGHTS, ClassifierConfig, read_classifier, weight_name
-from eval.frechet import FeatureStats, frechet_distance
-from eval.interval import Score, normal_score
+from eval.frechet import frechet_score
+from eval.interval import Score
 from eval.metric import Metric
 from eval.rows import Measure, Measured
 
@@ -71,10 +70,7 @@ def score_features(
         made: rows of `FeatureRows`.
         asked: of no influence.
         reference: rows of real pictures of other captions; without them there are no scores.
-        prefix: put before the names.
-        resamples: bootstrap draws of a mean; a fifth of it is taken here.
-        seed: seed of the bootstrap.
-        about: stored beside every score.
+        prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         `prefix`/fd_scenes, /fd_scenes_floor, and an empty verdict per picture.
@@ -110,21 +106,9 @@ def frechet_scores(
         raise ValueError(f"features of {model} and {reference.models['features']} do not compare")
     base, floor = reference.rows["features"][0::2], reference.rows["features"][1::2]
     n = min(len(made), len(floor))
-    stats = FeatureStats.of(torch.from_numpy(base))
     what: dict[str, Any] = {"resamples": max(2, resamples // 5), "seed": seed, "model": model}
     what |= {"reference": f"{len(base)} {OTHERS}", **about}
     return {
-        f"{prefix}/fd_scenes": frechet_score(made.rows["features"][:n], stats, **what),
-        f"{prefix}/fd_scenes_floor": frechet_score(floor[:n], stats, **what),
+        f"{prefix}/fd_scenes": frechet_score(made.rows["features"][:n], base, **what),
+        f"{prefix}/fd_scenes_floor": frechet_score(floor[:n], base, **what),
     }
-
-
-def frechet_score(features: np.ndarray, base: FeatureStats, **what: Any) -> Score:
-    """Return the Frechet distance of features [n, d] to fixed statistics, with its interval."""
-    rows = torch.from_numpy(features).double()
-
-    def distance(index: np.ndarray) -> float:
-        return frechet_distance(FeatureStats.of(rows[torch.from_numpy(index)]), base)
-
-    value = frechet_distance(FeatureStats.of(rows), base)
-    return normal_score(value, len(rows), distance, **what)

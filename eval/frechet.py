@@ -1,7 +1,12 @@
 """Frechet distance between feature sets, from streaming statistics in float64."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from eval.interval import Score, normal_score
 
 
 class FeatureStats:
@@ -100,3 +105,27 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     trace_root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     gap = a.mean - b.mean.to(a.mean)
     return float(gap @ gap + cov_a.trace() + cov_b.trace() - 2 * trace_root)
+
+
+def frechet_score(
+    made: np.ndarray, real: np.ndarray, *, paired: bool = False, **what: Any
+) -> Score:
+    """Return the Frechet distance of features [n, d] to real ones [m, d], with its interval.
+
+    Args:
+        made: features of what is scored.
+        real: features of the reference.
+        paired: rows of both belong together (m = n) and are drawn together for the interval; else
+            only `made` is drawn anew.
+        what: of `normal_score`.
+    """
+    a, b = (torch.from_numpy(x).double() for x in (made, real))
+    fixed = FeatureStats.of(b)
+
+    def distance(index: np.ndarray) -> float:
+        rows = torch.from_numpy(index)
+        other = FeatureStats.of(b[rows]) if paired else fixed
+        return frechet_distance(FeatureStats.of(a[rows]), other)
+
+    value = frechet_distance(FeatureStats.of(a), fixed)
+    return normal_score(value, len(a), distance, **what)

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.scenes import scene_masks
-from eval.frechet import FeatureStats, frechet_distance
-from eval.interval import Score, mean_score, normal_score
+from eval.frechet import frechet_score
+from eval.interval import Score, mean_score
 from eval.metric import Metric
 from eval.rows import Measured
 from lightning_modules.common.seeding import mix_seed
@@ -95,9 +95,10 @@ def score_smoothness(
         kind, noise, level = name.partition(NOISE)
         end = f"{noise}{level}" if noise and float(level) else ""
         if noise and kind == "features":
-            scores[f"{prefix}/rfd_scenes{end}"] = paired_frechet(
+            scores[f"{prefix}/rfd_scenes{end}"] = frechet_score(
                 rows,
                 made.rows["features"],
+                paired=True,
                 resamples=max(2, resamples // 5),
                 seed=seed,
                 noise=float(level),
@@ -115,20 +116,6 @@ def score_smoothness(
                 **about,
             )
     return scores
-
-
-def paired_frechet(made: np.ndarray, real: np.ndarray, **what: Any) -> Score:
-    """Return the Frechet distance of features [n, d] to those [n, d] of their originals.
-
-    The interval is that of pictures drawn together with their originals.
-    """
-    a, b = (torch.from_numpy(x).double() for x in (made, real))
-
-    def distance(index: np.ndarray) -> float:
-        rows = torch.from_numpy(index)
-        return frechet_distance(FeatureStats.of(a[rows]), FeatureStats.of(b[rows]))
-
-    return normal_score(distance(np.arange(len(a))), len(a), distance, **what)
 
 
 class Regions(NamedTuple):

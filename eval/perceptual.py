@@ -8,7 +8,6 @@ scenes. A score with it is called lpips_scenes, never LPIPS. Make the shipped we
 """
 
 import argparse
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from eval.classifier_data import fresh_scenes, sound_sample, to_tensor, wear
 from eval.classifier_network import (
     WEIGHTS,
     ClassifierConfig,
+    descend,
     encode,
-    report_step,
+    save_half,
     shrink,
     weight_name,
 )
-from lightning_modules.common.checkpoint import save_weights
 from lightning_modules.common.perceptual import LPIPS
 
 WIDTHS = (8, 16, 32, 32, 32)
@@ -72,23 +71,16 @@ def train_lpips(config: ClassifierConfig, steps: int = STEPS, *, quiet: bool = F
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         reader = Reader(config)
-    parameters = [p for p in reader.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps)
-    began = time.monotonic()
-    for step in range(steps):
+
+    def loss(step: int) -> Tensor:
         pairs = [sound_sample(config, rng) for _ in range(config.batch_size)]
         images = shrink(to_tensor([image for image, _ in pairs]), config.input_size)
         labels = torch.tensor([label for _, label in pairs])  # [B, heads]
         rows = zip(reader(wear(images, generator)), labels.T, strict=True)
-        loss = sum((F.cross_entropy(logits, want) for logits, want in rows), torch.zeros(()))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if not quiet:
-            report_step("perceptual", step, steps, loss.item(), began)
+        return sum((F.cross_entropy(logits, want) for logits, want in rows), torch.zeros(()))
+
+    weights = [p for p in reader.parameters() if p.requires_grad]
+    descend("perceptual", loss, weights, config.lr, steps, most=1.0, quiet=quiet)
     return reader.eval()
 
 
@@ -113,8 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     reader = train_lpips(config, a.steps)
     path = a.out / weight_name("lpips", config)
     command = f"python -m eval.perceptual --out {a.out} --steps {a.steps} --seed {a.seed}"
-    state = {k: v.half() for k, v in reader.lpips.state_dict().items()}
-    save_weights(path, state, {"lpips_scenes": asdict(config), "command": command})
+    save_half(path, reader.lpips, {"lpips_scenes": asdict(config), "command": command})
     accuracy = reading_accuracy(reader, config)
     print(f"{path}: the trunk reads {accuracy:.2%} of fresh scenes fully right")
 

@@ -263,11 +263,7 @@ def score_reconstruction(
     Args:
         made: rows of `ReconstructionRows`, N pictures.
         asked: N times what is known of the originals, with "attributes" where labels were read.
-        reference: of no influence.
-        prefix: put before the names.
-        resamples: bootstrap draws of the intervals.
-        seed: seed of the bootstrap.
-        about: stored beside every score.
+        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/psnr, /ssim, /l1, /mse, with LPIPS also /lpips or /lpips_scenes, with a

@@ -1,7 +1,6 @@
 """A small open_clip model of scenes and their captions, for clip_scenes."""
 
 import re
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,12 +25,13 @@ from data.scenes import (
 from eval.classifier_data import fresh_scenes, to_tensor, wear
 from eval.classifier_network import (
     ClassifierConfig,
+    descend,
     encode,
     find_weights,
-    report_step,
+    save_half,
     shrink,
 )
-from lightning_modules.common.checkpoint import load_strict, load_weights, save_weights
+from lightning_modules.common.checkpoint import load_strict, load_weights
 
 # every word of data.scenes.caption; a dozen tokens where bytes would need ninety
 WORDS = (
@@ -162,7 +162,7 @@ def variant(scene: Scene, rng: np.random.Generator) -> Scene:
 def training_caption(scene: Scene, rng: np.random.Generator, back: float) -> str:
     """Return a caption; with two things a share `back` of them names the second thing first.
 
-    With both orders equally frequent a small text tower never finds out which thing stands where:
+    With both orders equally frequent a small text tower never finds out which thing is where:
     it would have to learn the order of mention and the word for it at once (an exclusive or).
     """
     if scene.layout not in ("row", "column"):
@@ -195,11 +195,9 @@ def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
         model = SceneClip(config)
         sizes = [len(o) + 1 for o in config.pictures.heads]
         reader = nn.Linear(config.embed_dim, sum(sizes))
-    weights = [*model.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
-    own, began = torch.arange(config.batch_size), time.monotonic()
-    for step in range(config.steps):
+    own = torch.arange(config.batch_size)
+
+    def total_loss(step: int) -> Tensor:
         half = [sample_scene(rng, config.max_objects) for _ in range(config.batch_size // 2)]
         shown = half + [variant(scene, rng) for scene in half]
         drawn = [draw_scene(s, place(s, rng), config.resolution) for s in shown]
@@ -217,13 +215,10 @@ def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
             read = reader(8 * embedding).split(sizes, 1)
             for row, column in zip(read, truth.T, strict=True):
                 loss = loss + F.cross_entropy(row, column) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        if not quiet:
-            report_step("clip", step, config.steps, loss.item(), began)
+        return loss
+
+    weights = [*model.parameters(), *reader.parameters()]
+    descend("clip", total_loss, weights, config.lr, config.steps, most=1.0, quiet=quiet)
     return model.eval()
 
 
@@ -262,9 +257,8 @@ def load_clip(resolution: int = 32, max_objects: int = 2, folder: Path | None = 
 
 
 def save_clip(model: SceneClip, path: Path, command: str = "") -> None:
-    """Write a model, half precision, with its settings and the command that makes it."""
-    state = {k: v.half() for k, v in model.state_dict().items()}
-    save_weights(path, state, {"clip": asdict(model.config), "command": command})
+    """Write a model with its settings and the command that makes it."""
+    save_half(path, model, {"clip": asdict(model.config), "command": command})
 
 
 def read_clip(path: Path) -> SceneClip:

@@ -4,8 +4,8 @@ The rule for the things of a picture. The classifier reads things in reading ord
 ones. Asked and read things are paired by the assignment under which most colours, shapes and sizes
 agree; the reading order itself wins ties. Colour, shape and size are scored under that assignment.
 The relation is right where the layout is the asked one and that assignment is the reading order:
-two things in swapped places have a wrong relation and right colours. A picture is right
-where nothing is wrong, so the order can never be forgiven there.
+two things in swapped places have a wrong relation and right colours. A picture is right where
+nothing is wrong, so the order can never be forgiven there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -122,10 +122,7 @@ def score_scenes(
             background), as samples hold them.
         reference: rows of M >= 4 real pictures of other captions (see eval/features.py); without
             them there are no scores that need real pictures.
-        prefix: put before the names, eval or eval/heldout.
-        resamples: bootstrap draws of the means; a fifth of it for the Frechet distance.
-        seed: seed of the bootstrap.
-        about: stored beside every score.
+        prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/scene_accuracy, /scene_accuracy/{color,shape,size,relation,background},

@@ -10,12 +10,11 @@ from torch import Tensor
 from data.scenes import scenes
 from eval.classifier import load_classifier
 from eval.classifier_network import Classifier
-from eval.frechet import FeatureStats, frechet_distance
+from eval.frechet import FeatureStats, frechet_distance, frechet_score
 from eval.latents import (
     compression,
     compression_rows,
     latent_noise,
-    paired_frechet,
     ratio_score,
     regions,
     score_compression,
@@ -173,10 +172,12 @@ def test_smoothness_of_the_identity_is_that_of_the_noise() -> None:
 
 def test_paired_distances_resample_pictures_with_their_originals() -> None:
     real = torch.randn(60, 3, generator=rng()).numpy()
-    same = paired_frechet(real, real, resamples=10)
+    same = frechet_score(real, real, paired=True, resamples=10)
     assert max(abs(same[k]) for k in ("value", "low", "high")) < 1e-9
-    moved = paired_frechet(real + 2, real, resamples=10, model="m")
+    moved = frechet_score(real + 2, real, paired=True, resamples=10, model="m")
     assert moved["value"] == pytest.approx(12) and moved["low"] == pytest.approx(12)
     twice, once = (FeatureStats.of(torch.from_numpy(x).double()) for x in (2 * real, real))
     expected = frechet_distance(twice, once)
-    assert paired_frechet(2 * real, real, resamples=10)["value"] == pytest.approx(expected)
+    assert frechet_score(2 * real, real, paired=True, resamples=10)["value"] == pytest.approx(
+        expected
+    )

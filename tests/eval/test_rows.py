@@ -44,9 +44,8 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
 def test_what_is_no_rows_is_named(tmp_path: Path) -> None:
     whole = tmp_path / "whole.npz"
     save_measured(whole, made(0, 3))
-    for name, content in (
-        ("empty", b""), ("text", b"hello"), ("cut", whole.read_bytes()[:-40]),
-    ):  # fmt: skip
+    contents = {"empty": b"", "text": b"hello", "cut": whole.read_bytes()[:-40]}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} holds no rows"):
             load_measured([whole, tmp_path / name])

@@ -40,6 +40,7 @@ from eval.scenes import PARTS, SceneRows, compare, in_words, score_scenes
 
 KEYS = ("color", "shape", "size")
 RED, BLUE = Thing("red", "circle", "small"), Thing("blue", "square", "large")
+LARGE = replace(RED, size="large")
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +149,10 @@ def test_labels_go_back_and_forth(classifier: Classifier) -> None:
         (Scene((replace(RED, color="green"), BLUE), "row", "grey"), ["color"]),
         (Scene((replace(RED, color="blue"), replace(BLUE, color="red")), "row", "grey"), ["color"]),
         (Scene((RED, replace(BLUE, shape="triangle")), "row", "grey"), ["shape"]),
-        (Scene((replace(RED, size="large"), BLUE), "row", "grey"), ["size"]),
-        (Scene((replace(RED, size="large"), BLUE), "column", "black"),
-         ["size", "relation", "background"]),
+        (Scene((LARGE, BLUE), "row", "grey"), ["size"]),
+        (Scene((LARGE, BLUE), "column", "black"), ["size", "relation", "background"]),
     ],
-)  # fmt: skip
+)
 def test_verdict_names_exactly_the_planted_error(shown: Scene, wrong: list[str]) -> None:
     asked = Scene((RED, BLUE), "row", "grey")
     scores, verdicts = score([shown] * 4, [asked] * 4)
