@@ -142,7 +142,8 @@ def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarra
 def _finished(path: Path, stamp: str) -> bool:
     """Say whether a shard was encoded to its end with this stamp."""
     with suppress(OSError, SafetensorError), safe_open(path, "numpy") as stored:
-        return stored.metadata()["stamp"] == stamp and path.with_suffix(".parquet").exists()
+        told = stored.metadata() or {}
+        return told.get("stamp") == stamp and path.with_suffix(".parquet").exists()
     return False
 
 
