@@ -1,12 +1,16 @@
-"""What a score is called, what it says and which way is better."""
+"""How a score is shown."""
 
 from typing import Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """How a score is called and shown."""
+    """Label and meaning of a score on a page and in a table."""
 
     label: str
+    """What it is called."""
     what: str
+    """What it measures, in a few words."""
     percent: bool = False
+    """Shown as a percentage."""
     better: Literal["higher", "lower", ""] = ""
+    """Which way is better; empty where neither is."""

@@ -47,8 +47,14 @@ def paragraphs(texts: Iterable[str]) -> str:
 
 
 def code(text: str) -> str:
-    """Return a text as it is typed; long lines are broken."""
-    return f"<pre>{escape(text)}</pre>"
+    """Return a text as it is typed, long lines broken; empty without any."""
+    return f"<pre>{escape(text)}</pre>" if text else ""
+
+
+def boxes(kind: str, contents: Iterable[str]) -> str:
+    """Return contents side by side, as many in a row as fit; empty without any."""
+    inside = "".join(contents)
+    return f"<div class={kind}>{inside}</div>" if inside else ""
 
 
 def clamped(text: str, lines: int = 3) -> str:
@@ -59,7 +65,7 @@ def clamped(text: str, lines: int = 3) -> str:
 def html_table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
 ) -> str:
-    """Return a table of plain texts, which scrolls sideways in a box of its own.
+    """Return a table of plain texts, which scrolls sideways in its own box; empty without rows.
 
     Args:
         heads: of the columns.
@@ -77,11 +83,9 @@ def html_table(
         return f"<tr>{''.join(cell(tag, i, text) for i, text in enumerate(texts))}</tr>"
 
     body = "".join(row("td", texts) for texts in rows)
+    table = f"<table><thead>{row('th', heads)}</thead><tbody>{body}</tbody></table>"
     # a box that scrolls must be reachable by keyboard
-    return (
-        '<div class=wide tabindex="0"><table>'
-        f"<thead>{row('th', heads)}</thead><tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class=wide tabindex="0">{table}</div>' if body else ""
 
 
 def picture_tag(picture: Picture, alt: str) -> str:
@@ -133,13 +137,15 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 0.25rem; letter-spacing: -
 h2 { font-size: 1.2rem; margin: 0 0 0.25rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 -0.25rem; }
 p, figure { margin: 0; }
+body > p, section > p { margin: 0.35rem 0; }
 section { margin-top: 2.5rem; }
 small, .muted { color: var(--muted); }
 small { display: block; font-size: 0.8rem; line-height: 1.35; }
 .headline { margin-top: 1rem; max-width: 40rem; }
 .headline .value { font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .headline strong { font-size: 2.4rem; line-height: 1.2; letter-spacing: -0.02em; }
-.notes { margin: 0.75rem 0 0; padding: 0.6rem 1rem; background: var(--box); border-left: 3px solid var(--note); }
+.notes { margin: 0.75rem 0 0; padding: 0.6rem 1rem; background: var(--box);
+  border-left: 3px solid var(--note); }
 .clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: var(--lines);
   overflow: hidden; }
 /* a shadow at the edge behind which a table goes on: the covers scroll along, the shadows do not */
@@ -152,11 +158,11 @@ small { display: block; font-size: 0.8rem; line-height: 1.35; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.25rem 0.35rem 0;
   white-space: nowrap; border-bottom: 1px solid var(--rule); }
-th:last-child, td:last-child { padding-right: 0.25rem; }
+td:first-child, td small { white-space: normal; }
 th { color: var(--muted); font-weight: 500; }
 .number { text-align: right; }
-.scores small, .scores td:first-child { white-space: normal; }
-.scores th, .scores td { padding-right: 0.75rem; }
+.scores table { width: 100%; max-width: 44rem; }
+.scores td:last-child { width: 45%; }
 img { display: block; max-width: 100%; height: auto; }
 img.small { image-rendering: pixelated; width: 100%; }
 .examples { display: grid; gap: 0.75rem; margin-top: 0.75rem; font-size: 0.85rem; line-height: 1.4;
@@ -174,7 +180,7 @@ img.small { image-rendering: pixelated; width: 100%; }
 .mark.wrong { color: var(--wrong); background: var(--wrong-ground); }
 .traces, .charts { display: grid; gap: 1.5rem; margin-top: 0.75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 25.5rem), 1fr)); }
-.traces figcaption { font-weight: 600; margin-bottom: 0.25rem; }
+.traces figcaption { font-weight: 600; }
 .charts img { width: 100%; max-width: 30rem; }
 .pairs { display: grid; gap: 0.75rem; margin-top: 0.75rem;
   grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
@@ -185,7 +191,6 @@ pre { background: var(--box); border: 1px solid var(--rule); border-radius: 8px;
 summary { cursor: pointer; padding: 0.4rem 0; color: var(--accent); }
 @media (max-width: 30rem) {
   .examples { grid-template-columns: repeat(3, 1fr); gap: 0.5rem; font-size: 0.75rem; }
-  .example figcaption { padding: 0.3rem 0.4rem 0.4rem; }
 }
 @media print { details { display: none; } figure { break-inside: avoid; } }
 """
