@@ -62,25 +62,21 @@ def clamped(text: str, lines: int = 3) -> str:
     return f'<p class=clamped style="--lines:{lines}" title="{escape(text)}">{escape(text)}</p>'
 
 
-def html_table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
-) -> str:
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table of plain texts, which scrolls sideways in its own box; empty without rows.
 
     Args:
         heads: of the columns.
         rows: as many texts each; what follows a line break is put small below the rest.
-        numbers: columns that are aligned to the right.
     """
-    right = set(numbers)
 
-    def cell(tag: str, i: int, text: str) -> str:
+    def cell(tag: str, text: str) -> str:
         first, _, rest = text.partition("\n")
         small = f"<small>{escape(rest)}</small>" if rest else ""
-        return f"<{tag}{' class=number' if i in right else ''}>{escape(first)}{small}</{tag}>"
+        return f"<{tag}>{escape(first)}{small}</{tag}>"
 
     def row(tag: str, texts: Sequence[str]) -> str:
-        return f"<tr>{''.join(cell(tag, i, text) for i, text in enumerate(texts))}</tr>"
+        return f"<tr>{''.join(cell(tag, text) for text in texts)}</tr>"
 
     body = "".join(row("td", texts) for texts in rows)
     table = f"<table><thead>{row('th', heads)}</thead><tbody>{body}</tbody></table>"
@@ -160,7 +156,6 @@ th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.25rem 0.35rem
   white-space: nowrap; border-bottom: 1px solid var(--rule); }
 td:first-child, td small { white-space: normal; }
 th { color: var(--muted); font-weight: 500; }
-.number { text-align: right; }
 .scores table { width: 100%; max-width: 44rem; }
 .scores td:last-child { width: 45%; }
 img { display: block; max-width: 100%; height: auto; }

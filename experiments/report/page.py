@@ -188,7 +188,7 @@ def _stored(stored: Scores) -> str:
     for name, score in stored.items():
         more = [f"{k}: {v}" for k, v in score.items() if k not in ("value", "low", "high", "n")]
         rows.append([name, scores.notation(score), str(score.get("n", "")), ", ".join(more)])
-    table = html_table(["score", "value", "n", "made with"], rows, numbers=(2,))
+    table = html_table(["score", "value", "n", "made with"], rows)
     return details("All scores as stored", table)
 
 
@@ -314,7 +314,7 @@ def _repeat(page: RunPage) -> str:
         rows.append(["all", total, "", ""])
     files = [[name, str(path)] for name, path in page.files.items()]
     body = code(page.command)
-    body += html_table(["stage", "time", "key", "training samples left out"], rows, (1,))
+    body += html_table(["stage", "time", "key", "training samples left out"], rows)
     body += html_table(["file", "path"], files)
     return section("Run it again", body + details("Resolved settings", code(page.config_yaml)))
 

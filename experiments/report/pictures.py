@@ -108,7 +108,7 @@ def grid(
     width, height = cells[0].size
     columns, font = min(columns, len(cells)), _font(10)
     texts = [  # a letter is 6 pixels wide on average
-        wrap(caption, width // 6, max_lines=6, placeholder=" ...")
+        wrap(caption, max(4, width // 6), max_lines=6, placeholder=" ...")
         for caption in captions or [""] * len(cells)
     ]
     rows = [slice(i, i + columns) for i in range(0, len(cells), columns)]

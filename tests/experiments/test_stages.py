@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.pictures import load_png
 from torch import Tensor
 
 from data.photos import photos
@@ -24,7 +25,6 @@ from data.select import holdout_share
 from data.shards import write_shards
 from experiments import sample, stages
 from experiments.config import UserError, load, resolved
-from experiments.pictures import load_png
 from experiments.run import main
 from experiments.store import Store
 from experiments.training import RESUME, curves
