@@ -54,12 +54,12 @@ def code(text: str) -> str:
 def boxes(kind: str, contents: Iterable[str]) -> str:
     """Return contents side by side, as many in a row as fit; empty without any."""
     inside = "".join(contents)
-    return f"<div class={kind}>{inside}</div>" if inside else ""
+    return f'<div class="boxes {kind}">{inside}</div>' if inside else ""
 
 
-def clamped(text: str, lines: int = 3) -> str:
-    """Return a paragraph of at most so many lines, with the whole text where a mouse rests."""
-    return f'<p class=clamped style="--lines:{lines}" title="{escape(text)}">{escape(text)}</p>'
+def clamped(text: str) -> str:
+    """Return a paragraph of at most three lines, with the whole text where a mouse rests."""
+    return f'<p class=clamped title="{escape(text)}">{escape(text)}</p>' if text else ""
 
 
 def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -112,14 +112,12 @@ def data_url(content: bytes, kind: str) -> str:
 STYLE = """
 :root {
   --ground: #fbfbfa; --box: #ffffff; --ink: #1d2126; --muted: #5f666f; --rule: #e3e3df;
-  --accent: #2f6fae; --note: #c2691c; --shadow: #0000002e;
-  --right: #1a7340; --wrong: #b3331f; --right-ground: #e5f3ea; --wrong-ground: #fbe9e5;
+  --accent: #2f6fae; --right: #1a7340; --wrong: #b3331f; --shadow: #0000002e;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #15171a; --box: #1d2024; --ink: #e4e6e9; --muted: #a0a7b0; --rule: #31353b;
-    --accent: #74aee6; --note: #e69a55; --shadow: #ffffff38;
-    --right: #7fd09b; --wrong: #f2917e; --right-ground: #1b3325; --wrong-ground: #3d211c;
+    --accent: #74aee6; --right: #7fd09b; --wrong: #f2917e; --shadow: #ffffff38;
   }
 }
 * { box-sizing: border-box; }
@@ -140,9 +138,7 @@ small { display: block; font-size: 0.8rem; line-height: 1.35; }
 .headline { margin-top: 1rem; max-width: 40rem; }
 .headline .value { font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .headline strong { font-size: 2.4rem; line-height: 1.2; letter-spacing: -0.02em; }
-.notes { margin: 0.75rem 0 0; padding: 0.6rem 1rem; background: var(--box);
-  border-left: 3px solid var(--note); }
-.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: var(--lines);
+.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
   overflow: hidden; }
 /* a shadow at the edge behind which a table goes on: the covers scroll along, the shadows do not */
 .wide { overflow-x: auto; max-width: 100%; margin: 0.75rem 0; background:
@@ -160,8 +156,11 @@ th { color: var(--muted); font-weight: 500; }
 .scores td:last-child { width: 45%; }
 img { display: block; max-width: 100%; height: auto; }
 img.small { image-rendering: pixelated; width: 100%; }
-.examples { display: grid; gap: 0.75rem; margin-top: 0.75rem; font-size: 0.85rem; line-height: 1.4;
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.boxes { display: grid; gap: 0.75rem; margin-top: 0.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+.pairs { --least: 10rem; }
+.traces, .charts { --least: 25.5rem; gap: 1.5rem; }
+.examples { --least: 9.5rem; font-size: 0.85rem; line-height: 1.4; }
 .example { background: var(--box); border: 1px solid var(--rule); border-radius: 8px;
   overflow: hidden; display: flex; flex-direction: column; }
 .example.wrong { border-color: var(--wrong); }
@@ -170,15 +169,11 @@ img.small { image-rendering: pixelated; width: 100%; }
 .example .clamped + .clamped { color: var(--wrong); }
 .line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 0.5rem;
   margin-top: auto; padding-top: 0.3rem; }
-.mark { font-weight: 600; padding: 0 0.5rem; border-radius: 1rem; }
-.mark.right { color: var(--right); background: var(--right-ground); }
-.mark.wrong { color: var(--wrong); background: var(--wrong-ground); }
-.traces, .charts { display: grid; gap: 1.5rem; margin-top: 0.75rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 25.5rem), 1fr)); }
+.mark { font-weight: 600; }
+.mark.right { color: var(--right); }
+.mark.wrong { color: var(--wrong); }
 .traces figcaption { font-weight: 600; }
 .charts img { width: 100%; max-width: 30rem; }
-.pairs { display: grid; gap: 0.75rem; margin-top: 0.75rem;
-  grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
 pre { background: var(--box); border: 1px solid var(--rule); border-radius: 8px; margin: 0.75rem 0;
   padding: 0.75rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;

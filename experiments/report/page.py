@@ -150,7 +150,7 @@ def _about(metric: Metric) -> str:
 
 
 def _scores(page: RunPage) -> str:
-    notes = f"<div class=notes>{paragraphs(page.notes)}</div>" if page.notes else ""
+    notes = paragraphs(f"Note: {note}" for note in page.notes)
     about = "Each with its 95 % interval; n is the number of pictures."
     return section("Scores", _score_tables(page, True) + _stored(page.scores) + notes, about)
 
@@ -232,7 +232,7 @@ def _example(example: Example) -> str:
     word = {True: "right", False: "wrong", None: ""}[example.right]
     mark = f'<span class="mark {word}">{word}</span>' if word else ""
     seed = f"<span class=muted>seed {example.seed}</span>" if example.seed is not None else ""
-    detail = clamped(example.detail) if word == "wrong" and example.detail else ""
+    detail = clamped(example.detail) if word == "wrong" else ""
     return (
         f'<figure class="example {word}">{picture_tag(example.image, example.prompt)}'
         f"<figcaption>{clamped(example.prompt)}{detail}"
@@ -249,17 +249,12 @@ def _traces(traces: Sequence[Trace]) -> str:
         alt = f"Steps of: {trace.prompt}. {told}".rstrip()
         figures.append(
             f"<figure><figcaption>{clamped(trace.prompt)}</figcaption>"
-            f"{picture_tag(trace.strip, alt)}"
-            + (f"<div class=muted>{clamped(told)}</div>" if told else "")
-            + "</figure>"
+            f"{picture_tag(trace.strip, alt)}{clamped(told)}</figure>"
         )
     counted = any(trace.changed for trace in traces)
     what = "tokens change" if counted else "a picture comes about"
-    about = "The picture after every step" + (
-        ", and below it the token grid: orange where the step changed the token."
-        if counted
-        else ", or after some of many."
-    )
+    grid = ", and below it the token grid: orange where the step changed the token."
+    about = "The picture after every step" + (grid if counted else ", or after some of many.")
     return section(f"How {what} from first to last step", boxes("traces", figures), about)
 
 

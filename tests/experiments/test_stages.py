@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments.pictures import load_png
 from torch import Tensor
 
 from data.photos import photos
@@ -25,6 +24,7 @@ from data.select import holdout_share
 from data.shards import write_shards
 from experiments import sample, stages
 from experiments.config import UserError, load, resolved
+from experiments.pictures import load_png
 from experiments.run import main
 from experiments.store import Store
 from experiments.training import RESUME, curves
