@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean, median
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,27 +17,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from data.files import atomic
+from eval.interval import Score
 from experiments.report.document import data_url
 
-WIDE = 20  # ratio of the largest to the smallest value from which on an axis may be logarithmic
+WIDE = 10  # ratio of the largest to the smallest value from which on an axis may be logarithmic
+BANDS = 4  # curves whose intervals are drawn as bands; those of more would hide each other
 MOST = 300  # values of a line that are drawn
 # every colour on a light ground, and what it becomes on a dark one
 INK, RULE = "#4c535b", "#d9dad7"
-LINES = dict(
-    [
-        ("#2f6fae", "#74aee6"),
-        ("#c2691c", "#e69a55"),
-        ("#4d8a3c", "#8fc57c"),
-        ("#8a56a6", "#c79be0"),
-        ("#7a7a7b", "#a0a0a1"),
-    ]
-)
-DARK = {INK: "#b4bac2", RULE: "#3a3f46", **LINES}
+LINES = ("#2f6fae", "#c2691c", "#4d8a3c", "#8a56a6", "#7a7a7b")
+DARK = dict(zip(LINES, ("#74aee6", "#e69a55", "#8fc57c", "#c79be0", "#a0a0a1"), strict=True))
+DARK |= {INK: "#b4bac2", RULE: "#3a3f46"}
 LOOK: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), RULE),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=list(LINES)),
+    "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * cycler(color=LINES),
     "axes.titlesize": 11,
     "font.size": 10,
     "text.parse_math": False,  # a caption may hold a $
@@ -51,6 +47,11 @@ class Value(NamedTuple):
     y: float
     low: float | None = None
     high: float | None = None
+
+
+def value_of(x: Any, score: Score) -> Value:
+    """Return a score at x."""
+    return Value(x, score["value"], score.get("low"), score.get("high"))
 
 
 def lines(
@@ -76,22 +77,24 @@ def lines(
             line.set_marker("o" if len(values) <= 40 else "")
             # where there is no interval, None becomes NaN and nothing is drawn
             low, high = (np.array([v[i] for v in values], float) for i in (2, 3))
-            if numeric:
+            if numeric and len(curves) <= BANDS:
                 axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.18, lw=0)
             else:
+                axes.vlines(xs, low, high, color=line.get_color(), lw=1)
+            if not numeric:
                 line.set_linestyle("")
-                axes.vlines(xs, low, high, color=line.get_color())
         if numeric and _in_ratios(sorted({float(v.x) for v in every})):
             axes.set_xscale("log")
-        if not numeric:
+        elif numeric:
+            axes.locator_params(axis="x", nbins=6)
+        else:
             axes.set_xticks(range(len(places)), places)
             axes.margins(x=0.5 / len(places))
         if _in_ratios([v.y for v in every]):
             axes.set_yscale("log")
         axes.grid(axis="y")
 
-    legend = list(curves) if len(curves) > 1 else []
-    return _figure(draw, across, up, title, legend)
+    return _figure(draw, across, up, title, legend=len(curves) > 1)
 
 
 def heatmap(
@@ -152,12 +155,11 @@ def thinned(values: Sequence[Value]) -> Sequence[Value]:
 
 
 def _figure(
-    draw: Callable[[Axes], None], across: str, up: str, title: str, legend: Sequence[str] = ()
+    draw: Callable[[Axes], None], across: str, up: str, title: str, legend: bool = False
 ) -> Figure:
     """Make a figure for a phone's width, higher by the rows of its legend."""
-    columns = max(1, min(len(legend), 54 // (max(map(len, legend), default=0) + 7)))
     with rc_context(LOOK):
-        figure = Figure((4.4, 2.9 + 0.2 * -(-len(legend) // columns)), layout="constrained")
+        figure = Figure((4.4, 2.9), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.set(xlabel=across, ylabel=up, title=title)
@@ -167,7 +169,12 @@ def _figure(
                 axis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 axis.set_minor_locator(NullLocator())
         if legend:
-            figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+            handles, labels = axes.get_legend_handles_labels()
+            columns = max(1, min(len(labels), 54 // (max(map(len, labels)) + 7)))
+            labels = [fill(label, 44) for label in labels]
+            rows = sum(1 + label.count("\n") for label in labels) / columns
+            figure.set_figheight(2.9 + 0.2 * math.ceil(rows))
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 

@@ -47,41 +47,41 @@ def paragraphs(texts: Iterable[str]) -> str:
 
 
 def code(text: str) -> str:
-    """Return a text as it is typed; long lines are broken."""
-    return f"<pre>{escape(text)}</pre>"
+    """Return a text as it is typed, long lines broken; empty without any."""
+    return f"<pre>{escape(text)}</pre>" if text else ""
 
 
-def clamped(text: str, lines: int = 3) -> str:
-    """Return a paragraph of at most so many lines, with the whole text where a mouse rests."""
-    return f'<p class=clamped style="--lines:{lines}" title="{escape(text)}">{escape(text)}</p>'
+def boxes(kind: str, contents: Iterable[str]) -> str:
+    """Return contents side by side, as many in a row as fit; empty without any."""
+    inside = "".join(contents)
+    return f'<div class="boxes {kind}">{inside}</div>' if inside else ""
 
 
-def html_table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
-) -> str:
-    """Return a table of plain texts, which scrolls sideways in a box of its own.
+def clamped(text: str) -> str:
+    """Return a paragraph of at most three lines, with the whole text where a mouse rests."""
+    return f'<p class=clamped title="{escape(text)}">{escape(text)}</p>' if text else ""
+
+
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of plain texts, which scrolls sideways in its own box; empty without rows.
 
     Args:
         heads: of the columns.
         rows: as many texts each; what follows a line break is put small below the rest.
-        numbers: columns that are aligned to the right.
     """
-    right = set(numbers)
 
-    def cell(tag: str, i: int, text: str) -> str:
+    def cell(tag: str, text: str) -> str:
         first, _, rest = text.partition("\n")
         small = f"<small>{escape(rest)}</small>" if rest else ""
-        return f"<{tag}{' class=number' if i in right else ''}>{escape(first)}{small}</{tag}>"
+        return f"<{tag}>{escape(first)}{small}</{tag}>"
 
     def row(tag: str, texts: Sequence[str]) -> str:
-        return f"<tr>{''.join(cell(tag, i, text) for i, text in enumerate(texts))}</tr>"
+        return f"<tr>{''.join(cell(tag, text) for text in texts)}</tr>"
 
     body = "".join(row("td", texts) for texts in rows)
+    table = f"<table><thead>{row('th', heads)}</thead><tbody>{body}</tbody></table>"
     # a box that scrolls must be reachable by keyboard
-    return (
-        '<div class=wide tabindex="0"><table>'
-        f"<thead>{row('th', heads)}</thead><tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class=wide tabindex="0">{table}</div>' if body else ""
 
 
 def picture_tag(picture: Picture, alt: str) -> str:
@@ -112,14 +112,12 @@ def data_url(content: bytes, kind: str) -> str:
 STYLE = """
 :root {
   --ground: #fbfbfa; --box: #ffffff; --ink: #1d2126; --muted: #5f666f; --rule: #e3e3df;
-  --accent: #2f6fae; --note: #c2691c; --shadow: #0000002e;
-  --right: #1a7340; --wrong: #b3331f; --right-ground: #e5f3ea; --wrong-ground: #fbe9e5;
+  --accent: #2f6fae; --right: #1a7340; --wrong: #b3331f; --shadow: #0000002e;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #15171a; --box: #1d2024; --ink: #e4e6e9; --muted: #a0a7b0; --rule: #31353b;
-    --accent: #74aee6; --note: #e69a55; --shadow: #ffffff38;
-    --right: #7fd09b; --wrong: #f2917e; --right-ground: #1b3325; --wrong-ground: #3d211c;
+    --accent: #74aee6; --right: #7fd09b; --wrong: #f2917e; --shadow: #ffffff38;
   }
 }
 * { box-sizing: border-box; }
@@ -133,14 +131,14 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 0.25rem; letter-spacing: -
 h2 { font-size: 1.2rem; margin: 0 0 0.25rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 -0.25rem; }
 p, figure { margin: 0; }
+body > p, section > p { margin: 0.35rem 0; }
 section { margin-top: 2.5rem; }
 small, .muted { color: var(--muted); }
 small { display: block; font-size: 0.8rem; line-height: 1.35; }
 .headline { margin-top: 1rem; max-width: 40rem; }
 .headline .value { font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .headline strong { font-size: 2.4rem; line-height: 1.2; letter-spacing: -0.02em; }
-.notes { margin: 0.75rem 0 0; padding: 0.6rem 1rem; background: var(--box); border-left: 3px solid var(--note); }
-.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: var(--lines);
+.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
   overflow: hidden; }
 /* a shadow at the edge behind which a table goes on: the covers scroll along, the shadows do not */
 .wide { overflow-x: auto; max-width: 100%; margin: 0.75rem 0; background:
@@ -152,15 +150,17 @@ small { display: block; font-size: 0.8rem; line-height: 1.35; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.25rem 0.35rem 0;
   white-space: nowrap; border-bottom: 1px solid var(--rule); }
-th:last-child, td:last-child { padding-right: 0.25rem; }
+td:first-child, td small { white-space: normal; }
 th { color: var(--muted); font-weight: 500; }
-.number { text-align: right; }
-.scores small, .scores td:first-child { white-space: normal; }
-.scores th, .scores td { padding-right: 0.75rem; }
+.scores table { width: 100%; max-width: 44rem; }
+.scores td:last-child { width: 45%; }
 img { display: block; max-width: 100%; height: auto; }
 img.small { image-rendering: pixelated; width: 100%; }
-.examples { display: grid; gap: 0.75rem; margin-top: 0.75rem; font-size: 0.85rem; line-height: 1.4;
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.boxes { display: grid; gap: 0.75rem; margin-top: 0.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+.pairs { --least: 10rem; }
+.traces, .charts { --least: 25.5rem; gap: 1.5rem; }
+.examples { --least: 9.5rem; font-size: 0.85rem; line-height: 1.4; }
 .example { background: var(--box); border: 1px solid var(--rule); border-radius: 8px;
   overflow: hidden; display: flex; flex-direction: column; }
 .example.wrong { border-color: var(--wrong); }
@@ -169,15 +169,11 @@ img.small { image-rendering: pixelated; width: 100%; }
 .example .clamped + .clamped { color: var(--wrong); }
 .line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 0.5rem;
   margin-top: auto; padding-top: 0.3rem; }
-.mark { font-weight: 600; padding: 0 0.5rem; border-radius: 1rem; }
-.mark.right { color: var(--right); background: var(--right-ground); }
-.mark.wrong { color: var(--wrong); background: var(--wrong-ground); }
-.traces, .charts { display: grid; gap: 1.5rem; margin-top: 0.75rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 25.5rem), 1fr)); }
-.traces figcaption { font-weight: 600; margin-bottom: 0.25rem; }
+.mark { font-weight: 600; }
+.mark.right { color: var(--right); }
+.mark.wrong { color: var(--wrong); }
+.traces figcaption { font-weight: 600; }
 .charts img { width: 100%; max-width: 30rem; }
-.pairs { display: grid; gap: 0.75rem; margin-top: 0.75rem;
-  grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
 pre { background: var(--box); border: 1px solid var(--rule); border-radius: 8px; margin: 0.75rem 0;
   padding: 0.75rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -185,7 +181,6 @@ pre { background: var(--box); border: 1px solid var(--rule); border-radius: 8px;
 summary { cursor: pointer; padding: 0.4rem 0; color: var(--accent); }
 @media (max-width: 30rem) {
   .examples { grid-template-columns: repeat(3, 1fr); gap: 0.5rem; font-size: 0.75rem; }
-  .example figcaption { padding: 0.3rem 0.4rem 0.4rem; }
 }
 @media print { details { display: none; } figure { break-inside: avoid; } }
 """

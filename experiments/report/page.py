@@ -1,7 +1,7 @@
 """The page of a run: pictures and one score first, then everything that stands behind them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -13,6 +13,7 @@ from experiments.progress import clock
 from experiments.report import charts, scores
 from experiments.report.document import (
     Picture,
+    boxes,
     clamped,
     code,
     details,
@@ -66,6 +67,8 @@ class StageRow(NamedTuple):
     key: str
     seconds: float
     reused: bool
+    skipped: Mapping[str, int] = {}
+    """Training samples that it read, "seen", and those that it left out, by reason."""
 
 
 @dataclass
@@ -73,8 +76,6 @@ class RunPage:
     """Everything that the page shows; empty parts are left out."""
 
     title: str
-    paper: str
-    scale: str
     command: str
     machine: str = ""
     """Device and library versions in words."""
@@ -91,8 +92,6 @@ class RunPage:
     """Pairs (original, reconstruction)."""
     config_yaml: str = ""
     stages: list[StageRow] = field(default_factory=list)
-    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Stage -> what became of the training samples that it read: "seen", and numbers by reason."""
     files: Mapping[str, Path | str] = field(default_factory=dict)
 
 
@@ -114,7 +113,7 @@ def render(page: RunPage) -> str:
     # pictures come first: those of the first split, or all that a first stage has
     first, *others = [*_examples(page.examples), _reconstructions(page)]
     parts = [
-        _header(page),
+        f"<h1>{escape(page.title)}</h1><p class=muted>{escape(page.machine)}</p>",
         _headline(page),
         first,
         _scores(page),
@@ -125,15 +124,9 @@ def render(page: RunPage) -> str:
         _scans(page),
         _first_stage(page),
         *others[-1:],
-        _skipped(page.skipped),
         _repeat(page),
     ]
     return document(page.title, parts)
-
-
-def _header(page: RunPage) -> str:
-    line = " · ".join(f for f in (f"{page.paper}, scale {page.scale}", page.machine) if f)
-    return f"<header><h1>{escape(page.title)}</h1><p class=muted>{escape(line)}</p></header>"
 
 
 def _headline(page: RunPage) -> str:
@@ -157,7 +150,7 @@ def _about(metric: Metric) -> str:
 
 
 def _scores(page: RunPage) -> str:
-    notes = f"<div class=notes>{paragraphs(page.notes)}</div>" if page.notes else ""
+    notes = paragraphs(f"Note: {note}" for note in page.notes)
     about = "Each with its 95 % interval; n is the number of pictures."
     return section("Scores", _score_tables(page, True) + _stored(page.scores) + notes, about)
 
@@ -177,19 +170,15 @@ def _score_tables(page: RunPage, generated: bool) -> str:
             # what a score means stands where it comes first
             meaning = "" if metric in explained else f"\n{_about(metric)}"
             explained.append(metric)
-            beside = [
-                f"\n{word} {scores.notation(page.scores[name + end])}"
-                for end, word in scores.COMPANIONS.items()
-                if name + end in page.scores
-            ]
-            value = scores.notation(score) + "".join(beside)
-            count = f"{score['n']:,}" if score.get("n") is not None else ""
-            rows.setdefault(scores.split_of(name), []).append(
-                [metric.label + meaning, value, count]
-            )
+            below = [f"n = {score['n']:,}"] if score.get("n") is not None else []
+            for end, word in scores.COMPANIONS.items():
+                if name + end in page.scores:
+                    below.append(f"{word} {scores.notation(page.scores[name + end])}")
+            value = f"{scores.notation(score)}\n{', '.join(below)}"
+            rows.setdefault(scores.split_of(name), []).append([metric.label + meaning, value])
     return "".join(
-        f"<h3>{escape(scores.SPLITS.get(split, split))}</h3><div class=scores>"
-        f"{html_table(['score', 'value', 'n'], body, numbers=(2,))}</div>"
+        f"<h3>{escape(scores.SPLITS.get(split, split))}</h3>"
+        f"<div class=scores>{html_table(['score', 'value'], body)}</div>"
         for split, body in rows.items()
     )
 
@@ -199,7 +188,7 @@ def _stored(stored: Scores) -> str:
     for name, score in stored.items():
         more = [f"{k}: {v}" for k, v in score.items() if k not in ("value", "low", "high", "n")]
         rows.append([name, scores.notation(score), str(score.get("n", "")), ", ".join(more)])
-    table = html_table(["score", "value", "n", "made with"], rows, numbers=(2,)) if rows else ""
+    table = html_table(["score", "value", "n", "made with"], rows)
     return details("All scores as stored", table)
 
 
@@ -219,7 +208,7 @@ def _attributes(page: RunPage) -> str:
         [f"{label}: {part}" if several else part, *(cells.get(split, "") for split in splits)]
         for (label, part), cells in rows.items()
     ]
-    table = html_table(["attribute", *splits], body) if body else ""
+    table = html_table(["attribute", *splits], body)
     return section("By attribute", table, "Share that is right, with its 95 % interval.")
 
 
@@ -230,22 +219,20 @@ def _examples(examples: Sequence[Example]) -> list[str]:
         chosen = [e for e in examples if e.split == split]
         known = [e.right for e in chosen if e.right is not None]
         about = f"{sum(known)} of the {len(known)} shown here are right." if known else ""
-        body = _grid(chosen[:FIRST]) + details(
-            f"{len(chosen) - FIRST} more", _grid(chosen[FIRST:]) if chosen[FIRST:] else ""
-        )
+        body = _grid(chosen[:FIRST]) + details(f"{len(chosen) - FIRST} more", _grid(chosen[FIRST:]))
         sections.append(section(EXAMPLES.get(split, f"Prompts: {split}"), body, about))
     return sections
 
 
 def _grid(examples: Sequence[Example]) -> str:
-    return f"<div class=examples>{''.join(map(_example, examples))}</div>"
+    return boxes("examples", map(_example, examples))
 
 
 def _example(example: Example) -> str:
     word = {True: "right", False: "wrong", None: ""}[example.right]
     mark = f'<span class="mark {word}">{word}</span>' if word else ""
     seed = f"<span class=muted>seed {example.seed}</span>" if example.seed is not None else ""
-    detail = clamped(example.detail) if word == "wrong" and example.detail else ""
+    detail = clamped(example.detail) if word == "wrong" else ""
     return (
         f'<figure class="example {word}">{picture_tag(example.image, example.prompt)}'
         f"<figcaption>{clamped(example.prompt)}{detail}"
@@ -262,19 +249,13 @@ def _traces(traces: Sequence[Trace]) -> str:
         alt = f"Steps of: {trace.prompt}. {told}".rstrip()
         figures.append(
             f"<figure><figcaption>{clamped(trace.prompt)}</figcaption>"
-            f"{picture_tag(trace.strip, alt)}"
-            + (f"<div class=muted>{clamped(told)}</div>" if told else "")
-            + "</figure>"
+            f"{picture_tag(trace.strip, alt)}{clamped(told)}</figure>"
         )
     counted = any(trace.changed for trace in traces)
     what = "tokens change" if counted else "a picture comes about"
-    about = "The picture after every step" + (
-        ", and below it the token grid: orange where the step changed the token."
-        if counted
-        else ", or after some of many."
-    )
-    body = f"<div class=traces>{''.join(figures)}</div>" if figures else ""
-    return section(f"How {what} from first to last step", body, about)
+    grid = ", and below it the token grid: orange where the step changed the token."
+    about = "The picture after every step" + (grid if counted else ", or after some of many.")
+    return section(f"How {what} from first to last step", boxes("traces", figures), about)
 
 
 def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -286,24 +267,19 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         if finite:
             found.setdefault(quantity, {})[line or quantity] = finite
     body = [_chart(quantity, lines, "training steps") for quantity, lines in found.items()]
-    return _charts("Loss curve" if list(found) == ["loss"] else "Training curves", body)
+    title = "Loss curve" if list(found) == ["loss"] else "Training curves"
+    return section(title, boxes("charts", body))
 
 
 def _scans(page: RunPage) -> str:
     """Charts of the scores that were measured again at several values of something."""
     body = []
-    for (score, what), names in scores.scans(page.scores).items():
-        label = scores.metric_of(score, page.metrics).label
-        scored = {x: page.scores[name] for x, name in names.items()}
-        line = [charts.Value(x, s["value"], s.get("low"), s.get("high")) for x, s in scored.items()]
+    for (name, what), names in scores.scans(page.scores).items():
+        label = scores.metric_of(name, page.metrics).label
+        line = [charts.value_of(x, page.scores[name]) for x, name in names.items()]
         body.append(_chart(label, {label: line}, what))
     about = "Strength of the noise that was added to latents before they were decoded."
-    return _charts("Smoothness of the latents", body, about)
-
-
-def _charts(title: str, body: Iterable[str], about: str = "") -> str:
-    inside = "".join(f"<figure>{chart}</figure>" for chart in body)
-    return section(title, f"<div class=charts>{inside}</div>" if inside else "", about)
+    return section("Smoothness of the latents", boxes("charts", body), about)
 
 
 def _chart(quantity: str, lines: Mapping[str, Sequence[charts.Value]], across: str) -> str:
@@ -314,35 +290,31 @@ def _chart(quantity: str, lines: Mapping[str, Sequence[charts.Value]], across: s
 
 
 def _reconstructions(page: RunPage) -> str:
-    pairs = "".join(
+    pairs = [
         f"<figure class=pair>{picture_tag(real, f'original {i}')}"
         f"{picture_tag(made, f'reconstruction {i}')}</figure>"
         for i, (real, made) in enumerate(page.reconstructions, 1)
-    )
-    about = "What is kept of a picture: the original left, its reconstruction right."
-    return section("Reconstructions", f"<div class=pairs>{pairs}</div>" if pairs else "", about)
-
-
-def _skipped(stages: Mapping[str, Mapping[str, int]]) -> str:
-    """What was left out of the training samples, where anything was."""
-    rows = [
-        [stage, str(counts.get("seen", 0)), reason, str(count)]
-        for stage, counts in stages.items()
-        for reason, count in sorted(counts.items())
-        if reason != "seen"
     ]
-    heads = ["stage", "samples read", "left out because of", "number"]
-    about = "A stage that reads the data several times counts a sample every time."
-    return section("Samples left out", html_table(heads, rows, (1, 3)) if rows else "", about)
+    about = "What is kept of a picture: the original left, its reconstruction right."
+    return section("Reconstructions", boxes("pairs", pairs), about)
 
 
 def _repeat(page: RunPage) -> str:
+    total = clock(sum(s.seconds for s in page.stages if not s.reused))
+    rows = [
+        [s.name, "reused" if s.reused else clock(s.seconds), s.key, _left_out(s.skipped)]
+        for s in page.stages
+    ]
+    if rows:
+        rows.append(["all", total, "", ""])
+    files = [[name, str(path)] for name, path in page.files.items()]
     body = code(page.command)
-    if page.stages:
-        total = sum(s.seconds for s in page.stages if not s.reused)
-        rows = [[s.name, "reused" if s.reused else clock(s.seconds), s.key] for s in page.stages]
-        body += html_table(["stage", "time", "key"], [*rows, ["all", clock(total), ""]], (1,))
-    if page.files:
-        body += html_table(["file", "path"], [[name, str(p)] for name, p in page.files.items()])
-    config = code(page.config_yaml) if page.config_yaml else ""
-    return section("Run it again", body + details("Resolved settings", config))
+    body += html_table(["stage", "time", "key", "training samples left out"], rows)
+    body += html_table(["file", "path"], files)
+    return section("Run it again", body + details("Resolved settings", code(page.config_yaml)))
+
+
+def _left_out(skipped: Mapping[str, int]) -> str:
+    """Name the reasons; a stage that reads the data several times counts a sample every time."""
+    reasons = ", ".join(f"{why}: {n}" for why, n in sorted(skipped.items()) if why != "seen")
+    return f"{reasons}, of {skipped.get('seen', 0)} read" if reasons else ""

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -24,12 +24,6 @@ TOKENS = np.array([(128, 128, 128, 70), (217, 119, 40, 255)], np.uint8)  # same,
 def to_uint8(images: Tensor) -> Tensor:
     """Round images [..., H, W] in [-1, 1] to uint8: 127.5 x + 127.5, clamped to 0..255."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def reduced(images: Tensor, side: int) -> Tensor:
-    """Reduce square images [B, 3, H, W] uint8 to a side that divides theirs, by area averaging."""
-    factor = images.shape[-1] // side
-    return F.avg_pool2d(images.float(), factor).round().to(torch.uint8)
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -113,7 +107,10 @@ def grid(
         cells = [cell.resize(size, Image.Resampling.NEAREST) for cell in cells]
     width, height = cells[0].size
     columns, font = min(columns, len(cells)), _font(10)
-    texts = [_wrap(caption, width, font) for caption in captions or [""] * len(cells)]
+    texts = [  # a letter is 6 pixels wide on average
+        wrap(caption, max(4, width // 6), max_lines=6, placeholder=" ...")
+        for caption in captions or [""] * len(cells)
+    ]
     rows = [slice(i, i + columns) for i in range(0, len(cells), columns)]
     below = [LINE * max(map(len, texts[row])) + 4 if captions else 0 for row in rows]
     size = (columns * (width + GAP) + GAP, sum(height + GAP + b for b in below) + GAP)
@@ -170,17 +167,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     # DejaVu Sans, which comes with matplotlib; Pillow's own font stops at ASCII
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size)
-
-
-def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont, most: int = 6) -> list[str]:
-    """Break a caption into at most `most` lines of at most `width` pixels."""
-    lines = [""]
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
-    return lines

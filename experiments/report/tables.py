@@ -13,7 +13,7 @@ from data.files import write_text
 from eval.interval import Score
 from experiments.points import Point, Sweep, short_names, text_of
 from experiments.report import charts
-from experiments.report.document import code, document, html_table, paragraphs, section
+from experiments.report.document import boxes, code, document, html_table, paragraphs, section
 from experiments.report.published import Published
 from experiments.report.scores import main_scores, notation, scans
 
@@ -96,7 +96,7 @@ def _main_table(points: Sequence[Point], names: Sequence[str], published: Publis
     if len(points) < len(scored):
         across = [", ".join(cells) for cells in zip(*varied, strict=True)] or ["score", ""]
         return ScoreTable("Scores", across, scored)
-    heads, *lines = [list(cells) for cells in zip(*varied, *scored, strict=True)]
+    heads, *lines = [list(cells) for cells in zip(*varied, *scored, strict=True)] or [[]]
     return ScoreTable("Scores", heads, lines)
 
 
@@ -110,37 +110,24 @@ def _scanned(points: Sequence[Point]) -> dict[tuple[str, str], dict[str, dict[fl
     return found
 
 
-def best(sweep: Sweep, points: Sequence[Point]) -> list[Point]:
-    """Return the point with the best value of the sweep's metric, the first of equal ones.
+def best_line(sweep: Sweep, points: Sequence[Point]) -> list[str]:
+    """Name the point with the best metric, the first of equal ones, and how many may be as good.
 
-    Those whose intervals overlap with its interval follow: they may be as good.
+    Those may be whose 95 % intervals overlap with its interval; where all do, it is a tie. No line
+    without two points that are scored.
     """
-    metric = sweep.metric or ""
-    scored = [p for p in points if metric in p.scores]
-    if not scored:
+    scored = [(p.label, p.scores[sweep.metric]) for p in points if sweep.metric in p.scores]
+    if len(scored) < 2:
         return []
     choose = min if sweep.minimize else max
-    first = choose(scored, key=lambda p: p.scores[metric]["value"])
-    low, high = _interval(first.scores[metric])
-    ends = [(p, *_interval(p.scores[metric])) for p in scored if p is not first]
-    return [first, *(p for p, lowest, highest in ends if lowest <= high and low <= highest)]
-
-
-def best_line(sweep: Sweep, points: Sequence[Point]) -> list[str]:
-    """Name the best point, or tell that it cannot be told; no line without two that are scored."""
-    found = best(sweep, points)
-    count = sum(sweep.metric in p.scores for p in points)
-    if count < 2:
-        return []
-    first = f"{found[0].label}: {notation(found[0].scores[sweep.metric or ''])}"
-    if len(found) == count:
-        which = "lowest" if sweep.minimize else "highest"
-        return [
-            f"best {sweep.metric}: a tie, the intervals of all {count} overlap with that of "
-            f"the {which}, {first}"
-        ]
-    also = f"; also within its interval: {', '.join(p.label for p in found[1:])}"
-    return [f"best {sweep.metric}: {first}{also if found[1:] else ''}"]
+    label, score = choose(scored, key=lambda pair: pair[1]["value"])
+    (low, high), others = _interval(score), len(scored) - 1
+    ends = [_interval(other) for _, other in scored]
+    overlap = sum(lowest <= high and low <= highest for lowest, highest in ends) - 1
+    line = f"best {sweep.metric}: {label}: {notation(score)}"
+    if overlap == others:
+        return [f"{line}; but a tie: the intervals of all others overlap with it"]
+    return [f"{line}; {overlap} of the other {others} overlap with it" if overlap else line]
 
 
 def write_sweep(
@@ -182,7 +169,6 @@ def as_html(
     """Return the page of a sweep: one self-contained file."""
     tables, notes, sources = summarize(sweep, points, published)
     drawn = [charts.chart_tag(figure, Path(name).stem) for name, figure in figures.items()]
-    body = "".join(f"<figure>{tag}</figure>" for tag in drawn)
     main, *others = [
         section(t.title, html_table(t.heads, t.rows), "With the 95 % intervals.") for t in tables
     ]
@@ -192,7 +178,7 @@ def as_html(
             f"<h1>{escape(sweep.name)}</h1><p class=muted>{len(points)} points</p>",
             paragraphs(notes),
             main,
-            section("Charts", f"<div class=charts>{body}</div>" if body else ""),
+            section("Charts", boxes("charts", drawn)),
             *others,
             section("What was published", paragraphs(sources)),
             section("Run it again", code(command)),
@@ -223,22 +209,16 @@ def draw(sweep: Sweep, points: Sequence[Point]) -> dict[str, Figure]:
         for point, score in scored:
             *others, (last, x) = short_names(point.settings).items()
             label = " ".join(f"{name}={text_of(value)}" for name, value in others)
-            curves.setdefault(label, []).append(_chart_value(x, score))
+            curves.setdefault(label, []).append(charts.value_of(x, score))
         figures["picture.png"] = charts.lines(curves, across=last, up=_short(metric))
-    for (score_name, what), found in _scanned(points).items():
+    for (name, what), found in _scanned(points).items():
         curves = {
-            label: [_chart_value(x, score) for x, score in curve.items()]
+            label: [charts.value_of(x, score) for x, score in curve.items()]
             for label, curve in found.items()
         }
-        name = f"{score_name.rpartition('/')[2]}-{what}.png"
-        figures[name] = charts.lines(curves, across=what, up=_short(score_name))
+        path = f"{name.rpartition('/')[2]}-{what}.png"
+        figures[path] = charts.lines(curves, across=what, up=_short(name))
     return figures
-
-
-def _chart_value(x: Any, score: Score) -> charts.Value:
-    is_number = isinstance(x, int | float) and not isinstance(x, bool)
-    place = x if is_number else text_of(x)
-    return charts.Value(place, score["value"], score.get("low"), score.get("high"))
 
 
 def _interval(score: Score) -> tuple[float, float]:
