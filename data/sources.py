@@ -49,7 +49,10 @@ def write_embedded(
 
 
 def find_shards(
-    shards: str, val_shards: str | None, split: str, limit: int | None = None
+    shards: str | Sequence[str],
+    val_shards: str | Sequence[str] | None,
+    split: str,
+    limit: int | None = None,
 ) -> ShardList:
     """List a user's shards of a split; without `val_shards` some keys of `shards` are validation.
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from experiments import run as run_command
 from experiments.cli import Parser, command, console, prepare_torch, speaker
 from experiments.pipeline.ranks import is_leader
 from experiments.points import PROGRAM, Point, Sweep, make_points, read_sweep, stands
-from experiments import run as run_command
 from experiments.settings import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def run(argv: Sequence[str]) -> int:
         do_points(sweep, points, say, args.index)
         if is_leader():
             published = all_published().of_sweep(sweep.name)
-            words = shlex.join([*COMMAND.split(), *argv])
-            files = write_sweep(sweep, points, out, words, published)
-            show(sweep, summarize(sweep, points, published), files)
+            typed = shlex.join([*COMMAND.split(), *argv])
+            made = write_sweep(sweep, points, out, typed, published)
+            show(sweep, summarize(sweep, points, published), made)
         failed += sum(point.error is not None for point in points)
     return 1 if failed else 0
 

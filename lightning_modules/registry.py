@@ -30,9 +30,10 @@ GENERATORS: dict[str, type[GeneratorModule]] = {
     "ldmae": LDMAEModule,
 }
 CHECKPOINT = "checkpoint.safetensors"
-"""Beside a checkpoint X.safetensors may stand X.json, which says what it works with, each key optional: `first_stage`
-{file, sha256}, `sampling` settings, `parts` name -> {file, sha256} of further weights, `further`
-name -> {file, sha256} of further first stages. Files are named from its folder."""
+"""Beside a checkpoint X.safetensors may stand X.json, which says what it works with, each key
+optional: `first_stage` {file, sha256}, `sampling` settings, `parts` name -> {file, sha256} of
+further weights, `further` name -> {file, sha256} of further first stages. Files are named from
+its folder."""
 
 
 def load_first_stage(
@@ -106,8 +107,8 @@ def load_generator(
     # "tokenizer" in files from before there were other first stages
     named = beside.get("first_stage", config.get("first_stage", config.get("tokenizer")))
     if named is None:
-        beside = path.with_suffix(".json").name
-        raise ValueError(f"neither {path} nor {beside} beside it names its first stage")
+        other = path.with_suffix(".json").name
+        raise ValueError(f"neither {path} nor a {other} beside it names its first stage")
     others = {
         name: load_first_stage(_find(path, further.get(name, own), f"first stage {name}"), device)
         for name, own in module.further_first_stages().items()

@@ -72,7 +72,7 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     yaml, line = file_pairs(cls, scale_file(paper, scale)), parse_overrides(cls, overrides)
     preset = []
     if issubclass(cls, GeneratorRun):
-        preset = _first_stage_preset(cls.FIRST_STAGE, cls, yaml, line)
+        preset = _first_stage_preset(cls.FIRST_STAGE, yaml, line)
     config = fill(cls, [*preset, *yaml, *line])
     asked = dict(line).get("data.name", config.data.name)
     if asked != config.data.name:  # shards that are set win over any name
@@ -83,7 +83,6 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
 
 def _first_stage_preset(
     kind: FirstStageKind,
-    cls: type,
     yaml: Sequence[tuple[str, Any]],
     line: Sequence[tuple[str, Any]],
 ) -> list[tuple[str, Any]]:
@@ -93,14 +92,14 @@ def _first_stage_preset(
     name = chosen.get(f"{at}.preset", FirstStageSection.preset)
     name = pick(f"{at}.preset", str(name), scales(kind.paper))
     ckpt = chosen.get(f"{at}.ckpt", FirstStageSection.ckpt)
-    section = next(f.type for f in dataclasses.fields(cls) if f.name == at)
-    own = [f"{at}.{f.name}" for f in dataclasses.fields(section)]
-    trained = [k for k in own if k not in (f"{at}.preset", f"{at}.ckpt")]
-    idle = [k for k, _ in line if k.startswith(tuple(trained))]
+    given = (f"{at}.preset", f"{at}.ckpt")
+    idle = [k for k, _ in line if k.startswith(f"{at}.") and k not in given]
     if ckpt is not None and idle:
         raise ConfigError(
             f"{idle[0]} has no effect while {at}.ckpt={ckpt} is taken as it is; "
             f"add {at}.ckpt=null to train the {at}"
         )
+    # of the YAML of a run, what its first stage's section has too
+    section = (*(f.name for f in dataclasses.fields(kind.config)), "trainer")
     pairs = file_pairs(PAPERS[kind.paper], CONFIGS / kind.paper / f"{name}.yaml")
-    return [(f"{at}.{k}", v) for k, v in pairs if f"{at}.{k}".startswith(tuple(trained))]
+    return [(f"{at}.{k}", v) for k, v in pairs if k.partition(".")[0] in section]

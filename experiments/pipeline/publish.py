@@ -117,8 +117,6 @@ def _page(
     main = [stage for stage in trained if stage.recipe.FILE != "first_stage.safetensors"]
     return RunPage(
         title=f"{titles.paper} on {run.data.name}, scale {titles.scale}",
-        paper=titles.paper,
-        scale=titles.scale,
         command=titles.command,
         machine=_machine(),
         scores=scores,
@@ -129,12 +127,10 @@ def _page(
         curves=_losses(main or trained, inputs),
         reconstructions=pairs,
         config_yaml=to_yaml(run),
-        stages=[StageRow(stage.name, stage.key, done[stage]["seconds"], False) for stage in plan.stages],
-        skipped={
-            stage.name: marker["what"]["skipped"]
+        stages=[
+            StageRow(stage.name, stage.key, marker["seconds"], marker["what"].get("skipped", {}))
             for stage, marker in done.items()
-            if "skipped" in marker["what"]
-        },
+        ],
     )
 
 
@@ -187,7 +183,7 @@ def _edits(edits: Edits | None, run: RunSettings, plan: Plan, inputs: Folders) -
 
 def _traces(plan: Plan, inputs: Folders) -> list[Trace]:
     """What was kept of the samplings step by step."""
-    found = []
+    found: list[Trace] = []
     for sample in plan.samples.values():
         path = inputs[sample] / "traces.json"
         if path.is_file() and not found:

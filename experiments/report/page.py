@@ -66,7 +66,6 @@ class StageRow(NamedTuple):
     name: str
     key: str
     seconds: float
-    reused: bool
     skipped: Mapping[str, int] = {}
     """Training samples that it read, "seen", and those that it left out, by reason."""
 
@@ -88,7 +87,7 @@ class RunPage:
     traces: list[Trace] = field(default_factory=list)
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     """Name (train/loss, val/loss) -> (step, value)."""
-    reconstructions: list[tuple[Picture, Picture]] = field(default_factory=list)
+    reconstructions: Sequence[tuple[Picture, Picture]] = field(default_factory=list)
     """Pairs (original, reconstruction)."""
     config_yaml: str = ""
     stages: list[StageRow] = field(default_factory=list)
@@ -300,11 +299,8 @@ def _reconstructions(page: RunPage) -> str:
 
 
 def _repeat(page: RunPage) -> str:
-    total = clock(sum(s.seconds for s in page.stages if not s.reused))
-    rows = [
-        [s.name, "reused" if s.reused else clock(s.seconds), s.key, _left_out(s.skipped)]
-        for s in page.stages
-    ]
+    total = clock(sum(s.seconds for s in page.stages))
+    rows = [[s.name, clock(s.seconds), s.key, _left_out(s.skipped)] for s in page.stages]
     if rows:
         rows.append(["all", total, "", ""])
     files = [[name, str(path)] for name, path in page.files.items()]

@@ -179,7 +179,7 @@ class GeneratorModule(LightningModule):
             return self._attached["text"].encode_images(images)
 
     def image_condition(self, images: Tensor) -> Tensor | None:
-        """Return what a variation of images is conditioned on besides its tokens, where anything."""
+        """Return what a variation is conditioned on besides its tokens; None where nothing."""
         return None
 
     def begin(self, first_stage: str) -> bool:

@@ -8,7 +8,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from data.files import file_hash
-
 from lightning_modules.common.adversarial import DISC_LOSSES, disc_factor
 from lightning_modules.common.adversarial_training import AdversarialModule, cosine, image_psnr
 from lightning_modules.common.checkpoint import load_strict, load_weights

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from experiments.config import ConfigError, load
 
 from experiments import sweep
-from experiments.config import ConfigError, load
 from experiments.points import KNOWN, PROGRAM, make_points, read_sweep
 from experiments.run import parse
 

@@ -1,10 +1,10 @@
 """The VMAE that ships with the project: small, and what it makes of scenes is read right."""
 
 import torch
-
 from eval.judge import load_judge
 from eval.judge_data import fresh_scenes
 from eval.judge_network import JudgeConfig, encode
+
 from experiments import stages
 from lightning_modules.registry import load_first_stage
 

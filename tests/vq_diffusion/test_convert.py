@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.pictures import load_png
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments import sample
 from experiments.convert import main
-from experiments.pictures import load_png
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.registry import load_generator

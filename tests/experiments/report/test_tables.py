@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from experiments.config import RUNS, load
+
 from experiments.points import Point, Sweep, read_sweep
 from experiments.report import tables
 from experiments.report.published import (
