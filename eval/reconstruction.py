@@ -145,7 +145,7 @@ def smoothness_rows(
         if classifier is not None:
             rows[f"features{NOISE}{level:g}"] = classifier.read(made)[1]
         if level:  # without noise it is the PSNR of the reconstruction
-            rows[f"psnr{NOISE}{level:g}"] = picture_rows(images, made)["psnr"]
+            rows[f"psnr{NOISE}{level:g}"] = eight_bit_psnr(images, made)
     return rows
 
 
@@ -233,15 +233,19 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
 
 def picture_rows(real: Tensor, made: Tensor) -> dict[str, Tensor]:
     """Compare pictures [B, 3, H, W] uint8: psnr, ssim, l1 and mse, each [B] float64."""
-    real, made = real.float() / 255, made.float() / 255
-    gap = (real - made).double()
+    gap = (real.float() / 255 - made.float() / 255).double()
     return {
-        # a picture that comes back exactly has infinite PSNR; 8 bit cannot say more than 100 dB
-        "psnr": psnr(real, made).clamp(max=100),
-        "ssim": ssim(real, made),
+        "psnr": eight_bit_psnr(real, made),
+        "ssim": ssim(real.float() / 255, made.float() / 255),
         "l1": gap.abs().mean(dim=(1, 2, 3)),
         "mse": gap.square().mean(dim=(1, 2, 3)),
     }
+
+
+def eight_bit_psnr(real: Tensor, made: Tensor) -> Tensor:
+    """Return the PSNR [B] of pictures [B, 3, H, W] uint8, at most the 100 dB of 8 bit."""
+    # a picture that comes back exactly would have infinite PSNR
+    return psnr(real.float() / 255, made.float() / 255).clamp(max=100)
 
 
 def score_reconstruction(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 import torch.nn.functional as F
-from numpy.lib.npyio import NpzFile
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor, device
 
 from data.files import atomic
@@ -58,14 +58,15 @@ class Extractor(Protocol):
 
 
 def save_measured(path: Path, measured: Measured) -> None:
-    """Write rows as .npz, whole or not at all; equal rows give equal bytes."""
-    arrays = {f"rows.{k}": v for k, v in measured.rows.items()}
+    """Write rows as safetensors, whole or not at all; equal rows give equal bytes."""
+    arrays = {f"rows.{k}": np.ascontiguousarray(v) for k, v in measured.rows.items()}
     arrays |= {f"sums.{k}": v for k, v in measured.sums.items()}
     if measured.shown is not None:
-        arrays["shown"] = measured.shown
-    models = np.array(json.dumps(measured.models))
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, models=models, **arrays)  # type: ignore[arg-type]
+        arrays["shown"] = np.ascontiguousarray(measured.shown)
+    # a file sorts its arrays; the scores of rows come in the order of the rows
+    content = {"models": measured.models, "rows": [*measured.rows], "sums": [*measured.sums]}
+    with atomic(path) as temporary:
+        save_file(arrays, temporary, metadata={"measured": json.dumps(content)})
 
 
 def load_measured(paths: Sequence[Path]) -> Measured:
@@ -108,20 +109,13 @@ def joined(parts: Sequence[Measured], names: Sequence[Any] | None = None) -> Mea
 
 def _load(path: Path) -> Measured:
     try:
-        content = np.load(path, allow_pickle=False)
-        if not isinstance(content, NpzFile):
-            raise ValueError("no archive")
-        with content:
-            arrays = dict(content)
-        models = json.loads(arrays.pop("models").item())
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        with safe_open(path, "np") as file:
+            content = json.loads((file.metadata() or {})["measured"])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} holds no rows; delete it to measure again") from error
-    shown = arrays.pop("shown", None)
-    rows, sums = (
-        {k.removeprefix(kind): v for k, v in arrays.items() if k.startswith(kind)}
-        for kind in ("rows.", "sums.")
-    )
-    return Measured(rows, sums, shown, models)
+    rows, sums = ({k: arrays[f"{kind}.{k}"] for k in content[kind]} for kind in ("rows", "sums"))
+    return Measured(rows, sums, arrays.get("shown"), content["models"])
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
