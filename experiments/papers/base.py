@@ -354,10 +354,14 @@ class GeneratorRun(RunSettings):
         geometry = self.geometry()
         if geometry is not None:
             self.check_fit(geometry)
+            self.check_sampling(self.sampling, geometry)  # type: ignore[attr-defined]
 
     def check_fit(self, first: Geometry) -> None:
         """Check the paper's sections and the first stage; the module's own settings know how."""
         raise NotImplementedError
+
+    def check_sampling(self, sampling: Any, first: Geometry) -> None:
+        """Check that the paper can be sampled so; the module's own settings know how, if at all."""
 
     def geometry(self) -> Geometry | None:
         """Return the grid of the first stage; None where only its file knows."""

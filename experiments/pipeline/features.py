@@ -32,7 +32,7 @@ class Features(SplitStage):
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file of every batch."""
         count, size = len(self.images.rows(inputs)), machine.batch_size
-        return [f"rows-{size}-{i:05d}.npz" for i in range(-(-count // size))]
+        return [f"rows-{size}-{i:05d}.safetensors" for i in range(-(-count // size))]
 
     def open(
         self, folder: Path, inputs: Folders, machine: Machine, log: Log
