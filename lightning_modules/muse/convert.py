@@ -20,6 +20,7 @@ from lightning_modules.common.foreign import (
     check_types,
     count,
     fitted,
+    numbers,
     pad_id,
     read_settings,
     section,
@@ -148,8 +149,10 @@ def open_muse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key != gate:  # the linear half, which comes first in the joint layer
             if gate not in state:
                 raise ValueError(f"the checkpoint has {key} without {gate}")
+            if value.ndim == 0 or value.shape != state[gate].shape:
+                raise ValueError(f"{key} and {gate} must have one shape")
             joint = re.sub(r"\.ffn\.wi_1\.", ".ff.net.0.proj.", key)
-            own[joint] = torch.cat([value, state[gate]])
+            own[joint] = torch.cat([numbers(key, value), numbers(gate, state[gate])])
         elif ".ffn.wi_0." not in key:
             for pattern, name in OPEN_MUSE:
                 key = re.sub(pattern, name, key)
