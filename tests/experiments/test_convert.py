@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,94 @@ def test_wrong_words_are_one_line_and_leave_nothing(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def refused(convert: Callable[..., int], capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line with which a command is refused that leaves no file."""
+    assert convert(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not list(Path().glob("x*"))
+    return error
+
+
+BENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "must have 4 dimensions": lambda v: v.flatten(),
+    "of 0, got [0]": lambda v: v.new_empty(0),
+    "holds numbers that are not finite": lambda v: v / 0,
+    "must hold real numbers, got torch.int64": lambda v: v.long(),
+    "must hold real numbers, got torch.complex64": lambda v: v.to(torch.complex64),
+    "is a tensor of kind torch.sparse_coo": lambda v: v.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("message", BENT)
+def test_weights_that_are_none_are_refused_by_name(
+    official: Path, convert: Callable[..., int], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for state, key, words in (
+        (official_paella(), "embedding.1.weight", with_("--from", "bent.pt")),
+        (official_tokenizer(), "in_block.1.weight", with_("--tokenizer", "bent.pt")),
+    ):
+        torch.save({**state, key: BENT[message](state[key])}, "bent.pt")
+        said = refused(convert, capsys, *words)
+        assert message in said and key in said
+
+
+def test_hints_of_a_wrong_type_are_refused(
+    convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word in ("model.nhead=2", "model.nhead=[a]", "model.dropout=[1]", "model.self_attn=3"):
+        name = word.partition("=")[0].rpartition(".")[2]
+        assert name in refused(convert, capsys, *with_(), word)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("transformer/config.json", [], "must hold a mapping"),
+        ("transformer/config.json", {"num_attention_heads": "2"}, "num_attention_heads must be"),
+        ("transformer/config.json", {"micro_cond_embed_dim": None}, "micro_cond_embed_dim must be"),
+        ("transformer/config.json", {"sample_size": "4"}, "sample_size must be"),
+        ("vqvae/config.json", 3, "must hold a mapping"),
+        ("vqvae/config.json", {"norm_num_groups": [4]}, "norm_groups must be int"),
+        ("vqvae/config.json", {"norm_num_groups": 4, "ddconfig": [1]}, "ddconfig must be"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "[PAD]"}, "give text.pad_id"),
+    ],
+)
+def test_settings_of_a_folder_that_are_none(
+    amused: Path,
+    convert: Callable[..., int],
+    file: str,
+    content: Any,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(amused, tmp_path / "bent")
+    known = json.loads((folder / file).read_text())
+    bent = {**known, **content} if isinstance(content, dict) else content
+    (folder / file).write_text(json.dumps(bent))
+    words = ("--paper", "muse", "--from", "bent", "--out", "x", "sampling.steps=3")
+    assert message in refused(convert, capsys, *words)
+
+
+def test_the_grid_comes_with_the_file(amused: Path, convert: Callable[..., int]) -> None:
+    """aMUSEd's sample_size counts tokens, whatever the tokenizer makes of a token."""
+    words = ("--paper", "muse", "--from", str(amused))
+    assert (
+        convert(*words, "--out", "x") == 0
+        and convert(*words, "--out", "y", "data.resolution=16") == 0
+    )
+    assert load_weights("x.safetensors")[1]["grid"] == [4, 4]
+    assert load_weights("y.safetensors")[1]["grid"] == [8, 8]
+
+
+def test_a_folder_that_takes_no_files(
+    official: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("no folder")
+    assert "cannot be written" in refused(convert, capsys, *with_("--out", "file/x"))
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,36 @@ def test_wrong_words_are_one_line(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_the_resolution_follows_from_the_grid(official: tuple[VMAE, DiT]) -> None:
+    assert main([w for w in DIT_WORDS if not w.startswith("data.resolution")]) == 0
+    assert load_generator("d.safetensors").grid == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("std", "message"),
+    [([2, 2, 2], "real numbers"), ([2.0, 0.0, 2.0], "std of the latents must be positive"),
+     ([2.0, float("nan"), 2.0], "std holds numbers that are not finite")],
+)  # fmt: skip
+def test_statistics_that_are_none(
+    official: tuple[VMAE, DiT], std: list[float], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"mean": torch.zeros(3), "std": torch.tensor(std)}, "odd.pt")
+    assert main([*VMAE_WORDS, "--stats", "odd.pt"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not Path("v.safetensors").exists()
+
+
+def test_statistics_are_given_once(
+    official: tuple[VMAE, DiT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(VMAE_WORDS) == 0
+    again = ["--paper", "autoencoder", "--from", "v.safetensors", "--out", "w"]
+    assert main([*again, "--stats", "latents_stats.pt"]) == 2
+    assert "has statistics of its own" in capsys.readouterr().err
+    assert main(again) == 0
+    assert load_tokenizer("w.safetensors").channels == 3
+
+
 def test_latents_of_another_autoencoder_are_refused(
     official: tuple[VMAE, DiT], capsys: pytest.CaptureFixture[str]
 ) -> None:
