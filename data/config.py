@@ -1,7 +1,9 @@
 """The settings of the data."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from data.view import MAX_SKIPPED, Crop, Order, View
 
 
 @dataclass
@@ -28,7 +30,7 @@ class DataConfig:
     """Seed of the data set itself, not of the training."""
     cache: bool = True
     """Encode the training shards to tokens once; false encodes in every step."""
-    crop: Literal["center", "random", "adm"] = "center"
+    crop: Crop = "center"
     """Where the square is cut from a training image, validation is cut in the centre; adm: both
     are resized and cut in the centre as ADM does."""
     flip: bool = False
@@ -37,7 +39,7 @@ class DataConfig:
     """Encoded samples that a worker holds to shuffle them."""
     workers: int = 2
     """Processes that decode images; 0 decodes in the training process."""
-    max_skipped: float = 0.2
+    max_skipped: float = MAX_SKIPPED
     """Share of bad samples (corrupt image, no caption, ...) at which a run stops."""
     min_size: int | None = None
     """Drop images whose original short side has fewer pixels."""
@@ -47,8 +49,6 @@ class DataConfig:
     """Drop images whose probability of a watermark is higher or missing."""
     max_punsafe: float | None = None
     """Drop images whose probability of unsafe content is higher or missing."""
-
-    NOT_IN_KEY: ClassVar[tuple[str, ...]] = ("workers", "max_skipped")
 
     def __post_init__(self) -> None:
         if self.shards is not None:
@@ -65,3 +65,11 @@ class DataConfig:
             raise ValueError(f"max_skipped must be in [0, 1), got {self.max_skipped}")
         if self.flip and self.name != "shards":
             raise ValueError(f"flip must be false for {self.name}: mirrored, the caption is wrong")
+
+    def view(self) -> View:
+        """Return how samples become pictures, and which are left out."""
+        return View(**{field.name: getattr(self, field.name) for field in fields(View)})
+
+    def order(self) -> Order:
+        """Return what orders training samples that are read as pictures."""
+        return Order(self.workers, self.shuffle_buffer)

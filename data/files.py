@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,7 +22,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.chmod(0o644)  # some writers keep files from everybody else
+        if temporary.stat().st_nlink == 1:
+            temporary.chmod(0o644)  # some writers keep files from everybody else
         os.replace(temporary, path)
     except OSError as error:
         error.filename, error.filename2 = str(path), None  # the name that a person knows
@@ -55,3 +57,12 @@ def file_hash(path: Path | str) -> str:
 def _hashed(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link(source: Path | str, target: Path | str) -> None:
+    """Let a file also stand at `target`, as a hard link; a copy where the disk cannot link."""
+    with atomic(target) as temporary:
+        try:
+            os.link(os.path.realpath(source), temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

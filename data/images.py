@@ -4,14 +4,15 @@ import io
 import random
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-Crop = Literal["center", "random", "adm"]
+from data.view import Crop
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000  # a header can promise more than any memory holds
 
@@ -84,7 +85,7 @@ def decode_image(
         resolution: width and height of the result.
         crop: where along the long side the square is cut; adm is the centre.
         flip: mirror half of the pictures.
-        rng: the source of chance for crop "random" and for flip.
+        rng: draws crop "random" and flip.
 
     Returns:
         [resolution, resolution, 3] uint8.
@@ -99,8 +100,8 @@ def decode_image(
         image = adm_crop(image, resolution)
     else:
         side = min(image.size)
-        share = rng.random() if crop == "random" else 0.5
-        left, top = round((image.width - side) * share), round((image.height - side) * share)
+        where = rng.random() if crop == "random" else 0.5
+        left, top = round((image.width - side) * where), round((image.height - side) * where)
         box = (left, top, left + side, top + side)
         image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     if flip and rng.random() < 0.5:

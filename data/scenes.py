@@ -33,9 +33,16 @@ LAYOUTS = {
     "one above two": ((16 / 32, 8 / 32), (8 / 32, 24 / 32), (24 / 32, 24 / 32)),
     "two above two": ((8 / 32, 8 / 32), (24 / 32, 8 / 32), (8 / 32, 24 / 32), (24 / 32, 24 / 32)),
 }
+# how a caption relates two things: the first to the second, and the second to the first
+RELATIONS = {
+    "row": (("left of", "to the left of"), ("right of", "to the right of")),
+    "column": (("above", "over"), ("below", "under")),
+}
 JITTER = 1  # whole steps of 1/32 that a centre may be off in x and in y; neighbours never touch
 SWAPPED = 0.25  # share of captions that name the second thing first
-SPLITS = ("train", "val", "heldout")
+# a split's number seeds its samples: new ones are appended. The last two are fresh draws by the
+# rules of val and heldout, which scores compare pictures with whose captions nobody was asked for
+SPLITS = ("train", "val", "heldout", "reference", "heldout_reference")
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,8 @@ class Scene:
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any]) -> "Scene":
         """Read a scene back from the attributes that a sample's JSON holds."""
-        things = tuple(Thing(**{k: t[k] for k in ("color", "shape", "size")})
-                       for t in attributes["things"])  # fmt: skip
-        return cls(things, attributes["layout"], attributes["background"])
+        named = [{k: t[k] for k in ("color", "shape", "size")} for t in attributes["things"]]
+        return cls(tuple(Thing(**t) for t in named), attributes["layout"], attributes["background"])
 
 
 def is_heldout(scene: Scene) -> bool:
@@ -76,7 +82,7 @@ def sample_scene(rng: np.random.Generator, max_objects: int = 2) -> Scene:
     """Draw a scene uniformly over its attributes.
 
     Args:
-        rng: the source of chance.
+        rng: draws the scene.
         max_objects: most things in a scene, 2 to 4; the number is uniform from 2 up to it.
 
     Raises:
@@ -177,9 +183,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     Two things are named in either order: "left of" or, less often, "right of", "above" or "below".
     """
     named = [f"a {thing}" for thing in scene.things]
-    if scene.layout in ("row", "column"):
-        forth, back = {"row": (("left of", "to the left of"), ("right of", "to the right of")),
-                       "column": (("above", "over"), ("below", "under"))}[scene.layout]  # fmt: skip
+    if scene.layout in RELATIONS:
+        forth, back = RELATIONS[scene.layout]
         swap, variant = int(rng.random() < SWAPPED), rng.integers(2)
         first, second = named[swap], named[1 - swap]
         body = f"{first} {(back if swap else forth)[variant]} {second}"
@@ -204,7 +209,8 @@ def scenes(
     """Yield the samples of a split; sample i depends on (seed, split, i) alone.
 
     Args:
-        split: train or val (combinations seen in training) or heldout (combinations never seen).
+        split: train, val or reference (combinations seen in training), heldout or
+            heldout_reference (combinations never seen).
         count: number of samples.
         seed: seed of the whole data set.
         resolution: width and height in pixels.
@@ -222,7 +228,7 @@ def scenes(
     for index in range(count):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         scene = sample_scene(rng, max_objects)
-        while is_heldout(scene) != (split == "heldout"):
+        while is_heldout(scene) != split.startswith("heldout"):
             scene = sample_scene(rng, max_objects)
         centres = place(scene, rng)
         attributes = asdict(scene)

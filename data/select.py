@@ -1,43 +1,32 @@
-"""Which samples of a shard are used: for training or validation, by metadata, and decoded how."""
+"""The samples of a split in order: encoded, as captions alone, or as pictures.
 
-import hashlib
+A sample's position counts those that pass the metadata filters, whether or not its picture can be
+decoded: so captions and pictures agree, and any part of a split can be read without decoding what
+comes before. A picture that cannot be decoded leaves a gap.
+"""
+
 import random
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
-from data.config import DataConfig
 from data.images import decode_image, open_image
-from data.shards import FILTERED, Sample, SampleError, SkipCounter, apply, parse, read_samples
+from data.shards import (
+    FILTERED,
+    Sample,
+    SampleError,
+    SkipCounter,
+    apply,
+    parse,
+    read_samples,
+)
+from data.view import MAX_SKIPPED, ShardList, View
 
 AESTHETIC = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")
 
 
-def holdout_share(config: DataConfig, splits: dict[str, list[str]]) -> float:
-    """Return which share of the training shards' samples is validation.
-
-    0 where validation has its own shards; else 2 %, and more where that would be fewer than 16
-    samples (at most half).
-    """
-    if config.name != "shards" or config.val_shards is not None:
-        return 0.0
-    keys: set[str] = set()
-    for url in splits["train"]:
-        with suppress(OSError, tarfile.TarError), tarfile.open(url) as tar:
-            keys.update(member.name.split(".")[0] for member in tar)
-        if len(keys) >= 800:
-            break
-    return min(0.5, max(0.02, 16 / max(1, len(keys))))
-
-
-def is_held_out(key: str, share: float) -> bool:
-    """Say whether the sample of this key is validation: a hash of the key falls below `share`."""
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
-    return number < share * 2**64
-
-
-def score(meta: dict[str, Any], names: Sequence[str]) -> float:
+def number(meta: dict[str, Any], names: Sequence[str]) -> float:
     """Return the first number that metadata hold under one of several names, else nan."""
     for name in names:
         with suppress(KeyError, TypeError, ValueError):
@@ -45,54 +34,61 @@ def score(meta: dict[str, Any], names: Sequence[str]) -> float:
     return float("nan")
 
 
-def check_metadata(sample: Sample, config: DataConfig) -> Sample:
+def check_metadata(sample: Sample, view: View) -> Sample:
     """Let a sample pass, or raise SampleError with the metadata filter that stops it."""
     meta = sample["meta"]
-    if config.min_size is not None:
-        size = [score(meta, [f"original_{side}"]) for side in ("width", "height")]
+    if view.min_size is not None:
+        size = [number(meta, [f"original_{side}"]) for side in ("width", "height")]
         if any(value != value for value in size):  # nan: img2dataset was not the source
             size = [float(value) for value in open_image(sample["data"]).size]
-        if min(size) < config.min_size:
+        if min(size) < view.min_size:
             raise SampleError(f"{FILTERED}min_size")
     # "not >=" and "not <=", so that a score that is missing does not pass
-    least, watermark, unsafe = config.min_aesthetic, config.max_pwatermark, config.max_punsafe
-    if least is not None and not score(meta, AESTHETIC) >= least:
+    least, watermark, unsafe = view.min_aesthetic, view.max_pwatermark, view.max_punsafe
+    if least is not None and not number(meta, AESTHETIC) >= least:
         raise SampleError(f"{FILTERED}min_aesthetic")
-    if watermark is not None and not score(meta, ["pwatermark"]) <= watermark:
+    if watermark is not None and not number(meta, ["pwatermark"]) <= watermark:
         raise SampleError(f"{FILTERED}max_pwatermark")
-    if unsafe is not None and not score(meta, ["punsafe"]) <= unsafe:
+    if unsafe is not None and not number(meta, ["punsafe"]) <= unsafe:
         raise SampleError(f"{FILTERED}max_punsafe")
     return sample
 
 
-def finish(sample: Sample, config: DataConfig, rng: random.Random | None = None) -> Sample:
-    """Decode: {"pixels" uint8 [H, W, 3], "caption", "key"}, "label" and "attributes" if given.
-
-    Without a source of chance the square is cut in the centre and nothing is mirrored.
-    """
-    crop, flip = (config.crop, config.flip) if rng else ("center", False)
-    crop = "adm" if config.crop == "adm" else crop
-    pixels = decode_image(sample["data"], config.resolution, crop=crop, flip=flip, rng=rng)
-    result = {"pixels": pixels, "caption": sample["caption"], "key": sample["key"]}
-    label, attributes = sample["meta"].get("label"), sample["meta"].get("attributes")
-    if isinstance(label, int):
-        result["label"] = label
-    if isinstance(attributes, dict):
-        result["attributes"] = attributes
+def described(sample: Sample) -> Sample:
+    """Return "key" and "caption" of an encoded sample, "label" and "attributes" if given."""
+    result = {"key": sample["key"], "caption": sample["caption"]}
+    for name, kind in (("label", int), ("attributes", dict)):
+        if isinstance(sample["meta"].get(name), kind):
+            result[name] = sample["meta"][name]
     return result
 
 
+def decoded(
+    sample: Sample, view: View, rng: random.Random | None = None, flip: bool = False
+) -> Sample:
+    """Return what `described` does, with "pixels" uint8 [H, W, 3].
+
+    Args:
+        sample: encoded, as `data.shards.parse` returns it.
+        view: resolution and crop.
+        rng: draws a random crop and the mirror; without it the square is cut in the centre.
+        flip: mirror half of the pictures.
+    """
+    crop = view.crop if rng or view.crop == "adm" else "center"
+    pixels = decode_image(sample["data"], view.resolution, crop=crop, flip=flip, rng=rng)
+    return {"pixels": pixels, **described(sample)}
+
+
 def selected(
-    urls: Iterable[str], config: DataConfig, skips: SkipCounter, split: str, holdout: float
+    urls: Iterable[str], shards: ShardList, view: View, skips: SkipCounter
 ) -> Iterator[Sample]:
     """Chain the stages before the shuffle: read, choose by key, parse, filter by metadata.
 
     Args:
-        urls: shards, possibly without end.
-        config: the settings of the data.
+        urls: files, possibly without end.
+        shards: which keys belong to the split.
+        view: the metadata filters.
         skips: counts what is left out.
-        split: val takes the held-out keys, every other split the rest; with `holdout` 0 all.
-        holdout: what `holdout_share` returned.
 
     Yields:
         Encoded samples as `parse` returns them.
@@ -102,12 +98,80 @@ def selected(
     """
 
     def choose(raw: Sample) -> Sample:
-        if holdout and is_held_out(raw["__key__"], holdout) != (split == "val"):
+        if not shards.holds(raw["__key__"]):
             raise SampleError(f"{FILTERED}other split")
         return raw
 
     chosen = apply(choose, read_samples(urls, skips), skips)
-    parsed = apply(parse, chosen, skips)
-    for sample in apply(lambda s: check_metadata(s, config), parsed, skips):
+    parsed = apply(lambda raw: parse(raw, view.seed), chosen, skips)
+    for sample in apply(lambda s: check_metadata(s, view), parsed, skips):
         skips.in_a_row = 0
         yield sample
+
+
+def encoded(
+    shards: ShardList,
+    view: View,
+    skips: SkipCounter,
+    *,
+    first: int = 0,
+    limit: int | None = None,
+) -> Iterator[Sample]:
+    """Yield the encoded samples at positions [first, first + limit); each file is read once.
+
+    Raises:
+        ValueError: too many bad samples, or a split without any sample.
+    """
+    stops = [n for n in (shards.limit, None if limit is None else first + limit) if n is not None]
+    stop = min(stops, default=None)
+    found = False
+    for sample in islice(selected(shards.paths, shards, view, skips), first, stop):
+        found = True
+        yield sample
+    skips.check()
+    if not found and first == 0 and stop != 0:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skips.counts.items()))
+        raise ValueError(
+            f"{', '.join(shards.paths[:2])} ... hold no sample to use ({counts or 'none seen'}): "
+            "give more shards, set val_shards, or loosen the filters"
+        )
+
+
+def captions(
+    shards: ShardList,
+    view: View,
+    *,
+    first: int = 0,
+    limit: int | None = None,
+    max_skipped: float = MAX_SKIPPED,
+) -> Iterator[Sample]:
+    """Yield {"key", "caption"}, "label" and "attributes" if given; no pixel is decoded.
+
+    Args:
+        shards: the split.
+        view: its metadata filters choose.
+        first: position of the first sample.
+        limit: at most so many positions.
+        max_skipped: share of bad samples at which a ValueError is raised.
+    """
+    yield from map(
+        described, encoded(shards, view, SkipCounter(max_skipped), first=first, limit=limit)
+    )
+
+
+def pictures(
+    shards: ShardList,
+    view: View,
+    *,
+    first: int = 0,
+    limit: int | None = None,
+    max_skipped: float = MAX_SKIPPED,
+) -> Iterator[Sample]:
+    """Yield what `captions` does with "pixels" uint8 [H, W, 3], cut in the centre, not mirrored.
+
+    Each picture is decoded once, when it is asked for, and none before position `first`.
+    """
+    skips = SkipCounter(max_skipped)
+    samples = encoded(shards, view, skips, first=first, limit=limit)
+    yield from apply(lambda s: decoded(s, view), samples, skips)
+    skips.check()

@@ -3,8 +3,12 @@
 Writing is deterministic and atomic. Reading is a chain of generators over stages of webdataset:
 shard list -> tar members -> samples -> caption and metadata -> shuffle -> pixels. A bad sample is
 counted by reason and left out; too many bad ones end the run.
+
+A key is webdataset's: the path in the tar up to the first dot of the file name. Names that begin
+with a dot, such as the ._ files that macOS adds, are no members.
 """
 
+import codecs
 import glob
 import io
 import json
@@ -14,6 +18,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,13 +27,21 @@ from typing import Any, Literal
 from braceexpand import braceexpand
 from PIL import Image
 from torch.utils.data import get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from data.files import atomic
+from data.view import MAX_SKIPPED
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 SEEN = "seen"
 FILTERED = "filtered: "
 WINDOW = 500
 IN_A_ROW = 20_000
+BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 Sample = dict[str, Any]
 
@@ -90,14 +103,15 @@ def write_shards(
     if per_shard < 1:
         raise ValueError(f"a shard needs at least 1 sample, got per_shard={per_shard}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stream = iter(samples)
     paths: list[str] = []
     sample = next(stream, None)
     while sample is not None:
         path = folder / f"{len(paths):05d}.tar"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            atomic(path) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for _ in range(per_shard):
                 for suffix, data in _members(sample, image_format).items():
                     member = tarfile.TarInfo(f"{sample['key']}.{suffix}")
@@ -106,7 +120,6 @@ def write_shards(
                 sample = next(stream, None)
                 if sample is None:
                     break
-        os.replace(temporary, path)
         paths.append(str(path))
     return paths
 
@@ -165,7 +178,7 @@ class SkipCounter:
     type), and one per metadata filter (prefix FILTERED; what these remove is not called bad).
     """
 
-    def __init__(self, max_skipped: float = 0.2, window: int = WINDOW):
+    def __init__(self, max_skipped: float = MAX_SKIPPED, window: int = WINDOW):
         self.max_skipped = max_skipped
         self.window = window
         self.counts: Counter[str] = Counter()
@@ -227,6 +240,24 @@ class SampleError(Exception):
     """A sample to leave out; the text is the reason that it is counted under."""
 
 
+def is_member(name: str) -> bool:
+    """Say whether a file of a tar belongs to a sample: its name does not begin with a dot."""
+    return not os.path.basename(name).startswith(".")
+
+
+def image_keys(url: str) -> Iterator[str]:
+    """Yield the key of every image in a shard, from the headers alone, as far as it can be read."""
+    with suppress(OSError, tarfile.TarError), tarfile.open(url) as tar:
+        for member in tar:
+            if member.isreg() and is_member(member.name) and _is_image(member.name):
+                yield base_plus_ext(member.name)[0]
+
+
+def _is_image(name: str) -> bool:
+    """Say whether a file name, or one with dots that lost its key, ends as an image's does."""
+    return "." in name and name.lower().rpartition(".")[2] in IMAGE_KEYS
+
+
 def read_samples(urls: Iterable[str], skips: SkipCounter) -> Iterator[Sample]:
     """Read the raw samples of shards: suffix -> bytes, with __key__ and __url__.
 
@@ -248,9 +279,8 @@ def read_samples(urls: Iterable[str], skips: SkipCounter) -> Iterator[Sample]:
             with open(url, "rb") as stream:
                 # one shard at a time: the end of a truncated one never joins the next
                 source = [{"url": url, "stream": stream}]
-                for sample in group_by_keys(
-                    tar_file_expander(source, handler=handler), handler=handler
-                ):
+                members = tar_file_expander(source, handler=handler, select_files=is_member)
+                for sample in group_by_keys(members, handler=handler):
                     skips.add({SEEN: 1})
                     yield sample
         except OSError as error:
@@ -277,14 +307,19 @@ def apply(
         yield result
 
 
-def parse(raw: Sample) -> Sample:
+def parse(raw: Sample, seed: int = 0) -> Sample:
     """Find image, caption and metadata of a raw sample.
+
+    Args:
+        raw: suffix -> bytes, with __key__ and __url__.
+        seed: with the key, chooses one caption where KEY.json lists several.
 
     Returns:
         {"key", "url", "caption", "data" encoded image, "meta" dict}.
 
     Raises:
-        SampleError: no image, no caption that says anything, or a KEY.json that is no JSON object.
+        SampleError: no image, a text that cannot be decoded, no caption that says anything, or a
+            KEY.json that is no JSON object.
     """
     try:
         meta = json.loads(raw.get("json") or "{}")
@@ -294,11 +329,32 @@ def parse(raw: Sample) -> Sample:
         raise SampleError("bad json")
     data = next((raw[name] for name in IMAGE_KEYS if raw.get(name)), None)
     if data is None:
-        raise SampleError("no image")
-    caption = raw.get("txt", b"").decode(errors="replace").strip()
-    caption = caption or str(meta.get("caption") or "").strip()
-    caption = caption.encode(errors="replace").decode()  # half a surrogate pair is no text
+        dotted = any(map(_is_image, raw))
+        raise SampleError(f"no image{' (a key ends at the first dot of a name)' if dotted else ''}")
+    key = raw["__key__"]
+    caption = _decoded(raw.get("txt", b"")) or _chosen(meta.get("caption"), f"{seed}/{key}")
     if not caption:
         raise SampleError("no caption")
-    sample = {"key": raw["__key__"], "url": raw["__url__"], "caption": caption}
-    return {**sample, "data": data, "meta": meta}
+    return {"key": key, "url": raw["__url__"], "caption": caption, "data": data, "meta": meta}
+
+
+def _decoded(text: bytes) -> str:
+    """Decode UTF-8, or what a byte order mark says; a text that holds NUL is none."""
+    encoding = next((name for mark, name in BOMS.items() if text.startswith(mark)), "utf-8")
+    try:
+        decoded = text.decode(encoding).strip()
+    except UnicodeDecodeError:
+        raise SampleError("bad text") from None
+    if "\0" in decoded:
+        raise SampleError("bad text")
+    return decoded
+
+
+def _chosen(found: Any, seed: str) -> str:
+    """Return the caption that KEY.json holds, one by seed of a list; "" where it holds none."""
+    several = found if isinstance(found, list) else [found]
+    texts = [text.strip() for text in several if isinstance(text, str) and text.strip()]
+    if not texts:
+        return ""
+    # half a surrogate pair, which JSON can hold, is no text
+    return _decoded(random.Random(seed).choice(texts).encode(errors="surrogatepass"))

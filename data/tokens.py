@@ -1,22 +1,21 @@
 """Shards encoded once, to tokens or to moments of latents, and the DataModule that reads them.
 
-For every training shard 00000.tokens.safetensors holds `tokens` [N, h, w] (and `tokens_flip`, the
-tokens of the mirrored images) and 00000.tokens.parquet key, caption and label of the same rows.
-Continuous autoencoders have `moments` [N, 2C, h, w] in place of tokens: the mean and the logarithm
-of the variance of the posterior, of which a latent is drawn anew at every read. cache.json says
-what made them and is written last.
+For every training shard 00000.safetensors holds `tokens` [N, h, w] (and `tokens_flip`, the tokens
+of the mirrored images) and 00000.parquet key, caption and label of the same rows. Continuous
+autoencoders have `moments` [N, 2C, h, w] in place of tokens: the mean and the logarithm of the
+variance of the posterior, of which a latent is drawn anew at every read. Further views of the same
+pictures, such as the tokens of reduced ones, stand beside them under their own names. cache.json
+says what made them and is written last.
 """
 
 import json
-import os
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -28,199 +27,99 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.config import DataConfig
+from data.files import atomic, write_json
 from data.images import to_tensor
-from data.select import finish, holdout_share, selected
+from data.select import decoded, selected
 from data.shards import Sample, SkipCounter, apply
+from data.view import MAX_SKIPPED, ShardList, View
+from data.webdata import WebData
 
-# Lightning doubts what is meant here: lengths are exact, and lists in memory need no workers
-warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many workers")
-
-SETTINGS = (
-    "resolution",
-    "crop",
-    "flip",
-    "min_size",
-    "min_aesthetic",
-    "max_pwatermark",
-    "max_punsafe",
-)
-WIDE = {"tokens": np.int64, "moments": np.float32}  # in a batch
 SCHEMA = pyarrow.schema(
     [("key", pyarrow.string()), ("caption", pyarrow.string()), ("label", pyarrow.int64())]
 )
 
 
+class Encoder(NamedTuple):
+    """A first stage as a cache needs it.
+
+    `encode` maps images [B, 3, H, W] in [-1, 1] to tokens [B, h, w] below `num_codes`, or, where
+    that is None, to moments [B, 2C, h, w].
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    num_codes: int | None
+
+
 def content(num_codes: int | None) -> str:
-    """Return what a cache holds under this name: tokens of a codebook, or moments without one."""
+    """Return what a cache's first view is called: tokens of a codebook, or moments without one."""
     return "moments" if num_codes is None else "tokens"
 
 
-def cache_settings(config: DataConfig, sha256: str, num_codes: int | None) -> dict[str, Any]:
-    """Return what a cache must have been made with to stand for this configuration.
-
-    Args:
-        config: the settings of the data.
-        sha256: of the tokenizer's file.
-        num_codes: size of its codebook; None where it has none and gives moments.
-    """
-    made_with = {name: getattr(config, name) for name in SETTINGS}
-    return {"tokenizer": sha256, "num_codes": num_codes, **made_with}
-
-
-def write_token_cache(
-    encode: Callable[[Tensor], Tensor],
-    config: DataConfig,
-    splits: dict[str, list[str]],
-    folder: Path,
+def encode_shard(
+    path: Path,
+    url: str,
+    shards: ShardList,
+    view: View,
+    encoders: dict[str, Encoder],
     *,
-    sha256: str,
-    num_codes: int | None,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
-    progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Encode every training shard once, in order; a shard that is done is not done again.
+    max_skipped: float = MAX_SKIPPED,
+    stamp: str = "",
+) -> None:
+    """Encode one training shard, unless that is done; every picture is decoded once for all views.
 
     Augmentation freezes: with crop "random" an image keeps one crop, drawn from its key; with
-    `flip` the mirrored image is encoded too.
+    `view.flip` the mirrored image is encoded too. All batches have one shape: the last is filled
+    with its last picture and cut afterwards, so a row does not depend on the size of the shard.
 
     Args:
-        encode: images [B, 3, H, W] in [-1, 1] on `device` -> tokens [B, h, w] int64, or moments
-            [B, 2C, h, w] float.
-        config: the settings of the data.
-        splits: what `data.webdata.prepare` returned.
-        folder: where to write.
-        sha256: of the tokenizer's file.
-        num_codes: size of its codebook, above 65,536 of which tokens take 4 bytes; None where
-            `encode` gives moments, which are kept in half precision.
+        path: what to write, NNNNN.safetensors; the captions go into NNNNN.parquet beside it.
+        url: the shard.
+        shards: the training split, which says which keys belong to it.
+        view: how samples become pictures.
+        encoders: the views by name; the first is stored as "tokens" or "moments", whatever its
+            name. Tokens take 2 bytes, 4 above 65,536 codes; moments half precision.
         batch_size: images encoded at once.
-        device: where `encode` works.
-        progress: is told in words what happens.
-
-    Returns:
-        What cache.json holds: `cache_settings`, "shards", "count", and "skipped", what became of
-        the samples that were read (see `SkipCounter`).
+        device: where the encoders work.
+        max_skipped: share of bad samples at which a ValueError is raised.
+        stamp: names all that the content depends on; a file with the same one is kept.
 
     Raises:
-        ValueError: too many bad samples, a token outside the codebook, a moment that half
-            precision cannot hold, or no sample at all.
+        ValueError: too many bad samples, a token outside the codebook, or a moment that half
+            precision cannot hold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = cache_settings(config, sha256, num_codes)
-    holdout = holdout_share(config, splits)
-    skips = SkipCounter(config.max_skipped)
-    urls, count, skipped = splits["train"], 0, Counter[str]()
-    for index, url in enumerate(urls):
-        path = folder / f"{index:05d}.{content(num_codes)}.safetensors"
-        source = {"shard": os.path.abspath(url), "bytes": os.path.getsize(url), "holdout": holdout}
-        stamp = json.dumps({**settings, **source})
-        done = _rows_of(path, stamp)
-        if done is None:
-            encoded = selected([url], config, skips, "train", holdout)
-            samples = apply(lambda s: _pixels(s, config), encoded, skips)
-            done = _write_shard(
-                path, samples, encode, stamp, config.flip, num_codes, batch_size, device, skips
-            )
-            if progress:
-                progress(f"shard {index + 1} of {len(urls)}: {done[0]} images encoded")
-        count += done[0]
-        skipped.update(done[1])
-    skips.check()
-    if not count:
-        raise ValueError("the training shards hold no sample to encode")
-    summary = {**settings, "shards": len(urls), "count": count, "skipped": dict(skipped)}
-    _atomically(folder / "cache.json", lambda p: p.write_text(json.dumps(summary, indent=1)))
-    return summary
+    if _finished(path, stamp):
+        return
+    first, *others = encoders.items()
+    views = {content(first[1].num_codes): first[1], **dict(others)}
+    skips = SkipCounter(max_skipped)
 
+    def frozen(sample: Sample) -> Sample:
+        return decoded(sample, view, random.Random(f"{view.seed}/{sample['key']}"))
 
-def count_tokens(folder: Path, num_codes: int, sha256: str | None = None) -> Tensor:
-    """Count how often every code occurs in a cache of tokens, those of mirrored images included.
-
-    Args:
-        folder: what `write_token_cache` wrote.
-        num_codes: size of the tokenizer's codebook.
-        sha256: of the tokenizer's file; None takes any.
-
-    Returns:
-        [num_codes] int64.
-
-    Raises:
-        ValueError: no cache, or one of another tokenizer.
-    """
-    if not (folder / "cache.json").is_file():
-        raise ValueError(f"{folder} is no finished cache of tokens: there is no cache.json")
-    made = json.loads((folder / "cache.json").read_text())
-    if made["num_codes"] != num_codes or sha256 not in (None, made["tokenizer"]):
-        raise ValueError(f"{folder} was made with another tokenizer, of {made['num_codes']} codes")
-    counts = torch.zeros(num_codes, dtype=torch.int64)
-    for index in range(made["shards"]):
-        with safe_open(folder / f"{index:05d}.tokens.safetensors", "np") as f:
-            for name in f.keys():
-                tokens = torch.from_numpy(f.get_tensor(name).astype(np.int64))
-                counts += torch.bincount(tokens.flatten(), minlength=num_codes)
-    return counts
-
-
-def _pixels(sample: Sample, config: DataConfig) -> Sample:
-    """Decode with the crop that belongs to the key, never mirrored."""
-    rng = random.Random(f"{config.seed}/{sample['key']}")
-    return finish(sample, replace(config, flip=False), rng)
-
-
-def _write_shard(
-    path: Path,
-    samples: Iterator[Sample],
-    encode: Callable[[Tensor], Tensor],
-    stamp: str,
-    flip: bool,
-    num_codes: int | None,
-    batch_size: int,
-    device: str | torch.device,
-    skips: SkipCounter,
-) -> tuple[int, dict[str, int]]:
-    """Encode one shard; its tokens appear after its captions, and stand for the whole.
-
-    Returns:
-        Its rows, and what `skips` counted meanwhile.
-    """
-    name = content(num_codes)
-    grids: dict[str, list[np.ndarray]] = {name: [], f"{name}_flip": []}
+    samples = apply(frozen, selected([url], shards, view, skips), skips)
+    grids: dict[str, list[np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
-
-    def flush(batch: list[Sample]) -> None:
-        images = to_tensor(np.stack([s["pixels"] for s in batch])).to(device)
-        for key, view in {name: images, f"{name}_flip": images.flip(-1)}.items():
-            if key == name or flip:
+    while batch := list(islice(samples, batch_size)):
+        rows += [{column: s.get(column) for column in SCHEMA.names} for s in batch]
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        images = to_tensor(np.stack([s["pixels"] for s in filled])).to(device)  # [B, 3, H, W]
+        for ending, shown in {"": images, "_flip": images.flip(-1)}.items():
+            if ending and not view.flip:
+                continue
+            for name, encoder in views.items():
                 with torch.no_grad():
-                    encoded = encode(view).cpu().numpy()
-                grids[key].append(_packed(encoded, num_codes, path))
-        rows.extend({column: s.get(column) for column in SCHEMA.names} for s in batch)
-
-    batch: list[Sample] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == batch_size:
-            flush(batch)
-            batch = []
-    if batch:
-        flush(batch)
+                    made = encoder.encode(shown).cpu().numpy()[: len(batch)]
+                grids.setdefault(name + ending, []).append(_packed(made, encoder.num_codes, path))
+    # what comes from a channels-last tensor is not laid out as a file holds it
+    tensors = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in grids.items()}
     table = pyarrow.Table.from_pylist(rows, SCHEMA)
-    _atomically(
-        path.with_suffix(".parquet"),
-        lambda p: pyarrow.parquet.write_table(table, p, compression="zstd"),
-    )
-    tensors = {
-        # what comes from a channels-last tensor is not laid out as a file holds it
-        key: np.ascontiguousarray(np.concatenate(parts))
-        for key, parts in grids.items()
-        if parts
-    }
-    skipped = skips.take()
-    metadata = {"made_with": stamp, "rows": str(len(rows)), "skipped": json.dumps(skipped)}
-    _atomically(path, lambda p: save_file(tensors, p, metadata))
-    return len(rows), skipped
+    with atomic(path.with_suffix(".parquet")) as temporary:
+        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+    told = {"stamp": stamp, "skipped": json.dumps(skips.counts)}
+    with atomic(path) as temporary:  # last: it stands for both
+        save_file(tensors, temporary, told)
 
 
 def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarray:
@@ -240,20 +139,94 @@ def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarra
     return encoded.astype(np.uint16 if num_codes <= 2**16 else np.int32)  # [B, h, w]
 
 
-def _rows_of(path: Path, stamp: str) -> tuple[int, dict[str, int]] | None:
-    """Return rows and counts of a finished shard; None where it must be made (again)."""
+def _finished(path: Path, stamp: str) -> bool:
+    """Say whether a shard was encoded to its end with this stamp."""
     with suppress(OSError, SafetensorError), safe_open(path, "numpy") as stored:
-        metadata = stored.metadata() or {}
-        if metadata.get("made_with") == stamp and path.with_suffix(".parquet").exists():
-            return int(metadata["rows"]), json.loads(metadata["skipped"])
-    return None
+        told = stored.metadata() or {}
+        return told.get("stamp") == stamp and path.with_suffix(".parquet").exists()
+    return False
 
 
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let a file appear complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def _read(path: Path) -> tuple[dict[str, str], set[str], pyarrow.Table]:
+    """Return what an encoded shard says of itself, the names of its views, and its captions.
+
+    Raises:
+        ValueError: a file that is missing or damaged.
+    """
+    file = path
+    try:
+        with safe_open(path, "numpy") as stored:
+            told, views = stored.metadata(), set(stored.keys())
+        file = path.with_suffix(".parquet")
+        return told, views, pyarrow.parquet.read_table(file, schema=SCHEMA)
+    except (OSError, SafetensorError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{file} is missing or damaged: delete the token cache and encode again"
+        ) from error
+
+
+def finish_cache(
+    folder: Path, count: int, settings: dict[str, Any], max_skipped: float = MAX_SKIPPED
+) -> dict[str, Any]:
+    """Write cache.json over `count` encoded shards.
+
+    Args:
+        folder: with 00000.safetensors and so on.
+        count: number of shards.
+        settings: plain values that a reader wants to know: "tokenizer" (sha256 of its file) and
+            "num_codes" are what `count_tokens` compares.
+        max_skipped: share of bad samples at which a ValueError is raised.
+
+    Returns:
+        What cache.json holds: `settings`, "shards", "count", and "skipped", what became of the
+        samples that were read (see `SkipCounter`).
+
+    Raises:
+        ValueError: a file that is missing or damaged, too many bad samples, or no sample at all.
+    """
+    rows, skipped = 0, Counter[str]()
+    for path in _files(folder, count):
+        told, _, table = _read(path)
+        rows += len(table)
+        skipped.update(json.loads(told["skipped"]))
+    SkipCounter(max_skipped).check(skipped)
+    if not rows:
+        raise ValueError("the training shards hold no sample to encode")
+    summary = {**settings, "shards": count, "count": rows, "skipped": dict(skipped)}
+    write_json(folder / "cache.json", summary)
+    return summary
+
+
+def _files(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{index:05d}.safetensors" for index in range(count)]
+
+
+def count_tokens(folder: Path, num_codes: int, sha256: str | None = None) -> Tensor:
+    """Count how often every code occurs in a cache of tokens, those of mirrored images included.
+
+    Args:
+        folder: a finished cache.
+        num_codes: size of the tokenizer's codebook.
+        sha256: of the tokenizer's file; None takes any.
+
+    Returns:
+        [num_codes] int64.
+
+    Raises:
+        ValueError: no cache, or one of another tokenizer.
+    """
+    if not (folder / "cache.json").is_file():
+        raise ValueError(f"{folder} is no finished cache of tokens: there is no cache.json")
+    made = json.loads((folder / "cache.json").read_text())
+    if made["num_codes"] != num_codes or sha256 not in (None, made["tokenizer"]):
+        raise ValueError(f"{folder} was made with another tokenizer, of {made['num_codes']} codes")
+    counts = torch.zeros(num_codes, dtype=torch.int64)
+    for path in _files(folder, made["shards"]):
+        with safe_open(path, "np") as stored:
+            for name in {"tokens", "tokens_flip"}.intersection(stored.keys()):
+                tokens = torch.from_numpy(stored.get_tensor(name).astype(np.int64))
+                counts += torch.bincount(tokens.flatten(), minlength=num_codes)
+    return counts
 
 
 class StoredRows:
@@ -306,19 +279,19 @@ class TokenStream(IterableDataset):
 class TokenData(LightningDataModule):
     """Batches {"tokens" [B, h, w] int64, "caption" list, "key" list, "label" [B] if given}.
 
-    A cache of moments gives "moments" [B, 2C, h, w] float32 in place of tokens. The trainer must be
-    made with `reload_dataloaders_every_n_epochs=1`. Rows are small and mapped from their files, so
-    no worker processes are needed.
+    A cache of moments gives "moments" [B, 2C, h, w] float32 in place of tokens; further views come
+    under their own names. The trainer must be made with `reload_dataloaders_every_n_epochs=1`.
+    Rows are small and mapped from their files, so no worker processes are needed.
 
     Args:
-        folder: what `write_token_cache` wrote.
+        folder: a finished cache.
         batch_size: samples in a batch of one rank.
         seed: seed of the training; order and mirrors.
         epoch_batches: batches of a virtual epoch in one rank.
-        expect: `cache_settings` that the cache must have been made with.
+        val: gives the validation batches.
 
     Raises:
-        ValueError: no finished cache in the folder, or one that was made with other settings.
+        ValueError: no finished cache in the folder, or a damaged file.
     """
 
     def __init__(
@@ -328,39 +301,30 @@ class TokenData(LightningDataModule):
         batch_size: int,
         seed: int = 0,
         epoch_batches: int = 100,
-        expect: dict[str, Any] | None = None,
+        val: WebData | None = None,
     ):
         super().__init__()
         self.batch_size, self.seed, self.epoch_batches = batch_size, seed, epoch_batches
+        self.val = val
         folder = Path(folder)
         try:
-            made_with = json.loads((folder / "cache.json").read_text())
-        except (OSError, ValueError) as error:
+            made = json.loads((folder / "cache.json").read_text())
+            paths, count = _files(folder, made["shards"]), made["count"]
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} holds no finished token cache: no cache.json") from error
-        for name, value in (expect or {}).items():
-            if made_with.get(name) != value:
-                raise ValueError(
-                    f"the token cache {folder} was made with {name}={made_with.get(name)!r}, "
-                    f"not {value!r}: encode again in another folder, or use data.cache=false"
-                )
-        self.content = content(made_with["num_codes"])
-        paths = [folder / f"{i:05d}.{self.content}.safetensors" for i in range(made_with["shards"])]
-        self.stored = StoredRows(paths, self.content)
-        self.mirrored = StoredRows(paths, f"{self.content}_flip") if made_with["flip"] else None
-        tables = [pyarrow.parquet.read_table(path.with_suffix(".parquet")) for path in paths]
+        _, names, tables = zip(*map(_read, paths), strict=True)
         self.rows = pyarrow.concat_tables(tables)
-        if not len(self.rows) == len(self.stored) == made_with["count"]:
-            raise ValueError(f"the token cache {folder} is damaged: delete it and encode again")
+        self.views = {name: StoredRows(paths, name) for name in sorted(set().union(*names))}
+        if not {len(self.rows), *map(len, self.views.values())} == {count}:
+            raise ValueError(
+                f"the token cache {folder} is damaged, its files do not hold the {count} rows of "
+                "cache.json: delete it and encode again"
+            )
         self.labelled = self.rows["label"].null_count == 0
         self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self.stored)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens [N, h, w] (or moments [N, 2C, h, w]) as they are stored, not mirrored."""
-        return self.stored[np.arange(len(self))]
+        return len(self.rows)
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order [N] of the samples in a pass, and which of them are mirrored."""
@@ -380,14 +344,15 @@ class TokenData(LightningDataModule):
             order, coins = self._pass(int(number))
             here = passes == number
             where[here], mirror[here] = order[offsets[here]], coins[offsets[here]]
-        values = self.stored[where]  # [B, h, w], or [B, 2C, h, w]
-        if self.mirrored is not None and mirror.any():
-            values[mirror] = self.mirrored[where[mirror]]
-        rows = self.rows.take(where).to_pydict()
-        batch: dict[str, Any] = {self.content: torch.from_numpy(values.astype(WIDE[self.content]))}
-        batch |= {"caption": rows["caption"], "key": rows["key"]}
+        batch: dict[str, Any] = self.rows.select(["key", "caption"]).take(where).to_pydict()
+        for name in (name for name in self.views if not name.endswith("_flip")):
+            values = self.views[name][where]  # tokens [B, h, w], or moments [B, 2C, h, w]
+            if f"{name}_flip" in self.views and mirror.any():
+                values[mirror] = self.views[f"{name}_flip"][where[mirror]]
+            wide = np.float32 if values.dtype == np.float16 else np.int64
+            batch[name] = torch.from_numpy(values.astype(wide))
         if self.labelled:
-            batch["label"] = torch.tensor(rows["label"])
+            batch["label"] = torch.tensor(self.rows["label"].take(where).to_pylist())
         return batch
 
     def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
@@ -404,3 +369,10 @@ class TokenData(LightningDataModule):
         if trainer is None:
             return self.stream()
         return self.stream(trainer.current_epoch, trainer.global_rank, trainer.world_size)
+
+    def val_dataloader(self) -> Any:
+        """Return the loader of the validation batches, [] without any."""
+        if self.val is None:
+            return []
+        self.val.trainer = self.trainer
+        return self.val.val_dataloader()

@@ -5,14 +5,10 @@ Training is virtual epochs of `epoch_batches` batches over an endless stream tha
 uninterrupted one sees. Validation is a list, exact and in order.
 """
 
-import json
-import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,82 +17,15 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from data.config import DataConfig
-from data.digits import digits
-from data.images import collate, to_tensor
-from data.scenes import scenes
-from data.select import finish, holdout_share, selected
-from data.shards import Sample, ShardStream, SkipCounter, apply, expand_shards, write_shards
+from data.images import collate
+from data.select import decoded, encoded, selected
+from data.shards import Sample, ShardStream, SkipCounter, apply
+from data.view import MAX_SKIPPED, Order, ShardList, View
 
-# Lightning doubts what is meant here: lengths are exact, and lists in memory need no workers
+# Lightning doubts what is meant: lengths are exact, lists in memory need no workers, [] is none
 warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
 warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many workers")
-
-PER_SHARD = 250  # small, so that a few workers and ranks never lack a shard
-
-
-def prepare(
-    config: DataConfig, folder: Path, progress: Callable[[str], None] | None = None
-) -> dict[str, list[str]]:
-    """Write the shards of scenes or digits, or find those of the user.
-
-    Args:
-        config: what to prepare.
-        folder: receives train/, val/ and heldout/; a split that stands there is kept.
-        progress: is told in words what happens.
-
-    Returns:
-        Split -> paths of its shards. User shards without `val_shards` are listed under both train
-        and val; `holdout_share` says which samples are whose.
-
-    Raises:
-        ValueError: a shard pattern that matches nothing.
-    """
-    if config.name == "shards":
-        train = expand_shards(config.shards or "")
-        return {"train": train, "val": expand_shards(config.val_shards or train)}
-    sizes = {"train": config.train_size, "val": config.val_size}
-    if config.name == "scenes":
-        sizes["heldout"] = config.heldout_size
-    made_by = {
-        name: getattr(config, name) for name in ("name", "resolution", "seed", "max_objects")
-    }
-    splits: dict[str, list[str]] = {}
-    for split, size in sizes.items():
-        place, wanted = folder / split, {**made_by, "size": size}
-        if _stands(place, wanted):
-            splits[split] = sorted(str(path) for path in place.glob("*.tar"))
-            continue
-        if progress:
-            progress(f"writing {config.name}/{split}")
-        place.mkdir(parents=True, exist_ok=True)
-        for stale in [place / "done.json", *place.glob("*.tar")]:
-            stale.unlink(missing_ok=True)
-        splits[split] = write_shards(_embedded(config, split, size), place, PER_SHARD)
-        temporary = place / f".done.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps({"made_by": wanted, "shards": len(splits[split])}))
-        os.replace(temporary, place / "done.json")
-    return splits
-
-
-def _stands(place: Path, wanted: dict[str, Any]) -> bool:
-    """Say whether a split was written to its end with these settings."""
-    with suppress(OSError, ValueError):
-        done = json.loads((place / "done.json").read_text())
-        return bool(done == {"made_by": wanted, "shards": len(list(place.glob("*.tar")))})
-    return False
-
-
-def _embedded(config: DataConfig, split: str, size: int) -> Iterator[Sample]:
-    if config.name == "digits":
-        return islice(digits(split, resolution=config.resolution, seed=config.seed), size)
-    return scenes(
-        split,
-        size,
-        seed=config.seed,
-        resolution=config.resolution,
-        max_objects=config.max_objects,
-    )
+warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 
 
 class TrainStream(IterableDataset):
@@ -107,20 +36,11 @@ class TrainStream(IterableDataset):
     since the one before.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        shards: ShardStream,
-        *,
-        holdout: float,
-        batch_size: int,
-        epoch_batches: int,
-    ):
-        self.config = config
-        self.shards = shards
-        self.holdout = holdout
-        self.batch_size = batch_size
-        self.epoch_batches = epoch_batches
+    def __init__(self, data: "WebData", epoch: int, rank: int, world: int):
+        self.urls = ShardStream(data.train.paths, data.seed, epoch, rank, world)
+        self.shards, self.view, self.buffer = data.train, data.view, data.order.shuffle_buffer
+        self.batch_size, self.epoch_batches = data.batch_size, data.epoch_batches
+        self.max_skipped = data.max_skipped
 
     def __len__(self) -> int:
         return self.batch_size * self.epoch_batches
@@ -129,32 +49,27 @@ class TrainStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         size = len(range(worker, self.epoch_batches, workers)) * self.batch_size
-        shards = self.shards
-        name = f"{shards.seed}/{shards.epoch}/{shards.rank}/{worker}"
+        name = f"{self.urls.seed}/{self.urls.epoch}/{self.urls.rank}/{worker}"
         rng = random.Random(name)
-        skips = SkipCounter(self.config.max_skipped)
-        encoded = selected(shards, self.config, skips, "train", self.holdout)
-        buffer = self.config.shuffle_buffer
-        mixed = shuffle(buffer, initial=buffer, seed=name)(encoded)
-        decoded = apply(lambda s: finish(s, self.config, rng), mixed, skips)
-        for sample in islice(decoded, size):
+        skips = SkipCounter(self.max_skipped)
+        samples = selected(self.urls, self.shards, self.view, skips)
+        mixed = shuffle(self.buffer, initial=self.buffer, seed=name)(samples)
+        flip = self.view.flip
+        shown = apply(lambda s: decoded(s, self.view, rng, flip), mixed, skips)
+        for sample in islice(shown, size):
             yield {**sample, "skipped": skips.take()}
 
 
 class ExactBatches(IterableDataset):
-    """A rank's part of a list, in order, without repeats, in equally many batches on all ranks.
+    """A list of samples in `count` batches of nearly equal size, in order.
 
-    A sampler of torch would repeat samples until the ranks have equally many; unequal numbers of
-    batches would let ranks wait for each other. Here the last batches differ in size instead.
+    Lightning would give a dataset with indices a sampler that repeats samples until all ranks have
+    equally many.
     """
 
-    def __init__(self, samples: list[Sample], batch_size: int, rank: int, world: int):
-        if len(samples) < world:
-            raise ValueError(f"{len(samples)} validation samples cannot be shared by {world} ranks")
-        count = -(-len(samples) // (world * batch_size))
-        count = min(count, len(samples) // world)
-        mine = np.arange(rank, len(samples), world)
-        self.batches = [[samples[i] for i in part] for part in np.array_split(mine, count)]
+    def __init__(self, samples: list[Sample], count: int):
+        places = np.array_split(np.arange(len(samples)), count)
+        self.batches = [[samples[i] for i in part] for part in places]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -170,31 +85,42 @@ class WebData(LightningDataModule):
     seeded when its loader is made.
 
     Args:
-        config: the settings of the data.
-        splits: what `prepare` returned.
+        train: the training split.
+        val: the validation split.
+        view: how samples become pictures; those of validation are cut in the centre, not mirrored.
+        order: what orders the training samples.
         batch_size: samples in a batch of one rank.
         seed: seed of the training; orders, crops and mirrors.
         epoch_batches: batches of a virtual epoch in one rank.
+        val_batches: validation batches of one rank, at most.
+        max_skipped: share of bad samples at which a ValueError is raised.
+
+    Raises:
+        ValueError: a training split with a limit, which an endless stream cannot keep.
     """
 
     def __init__(
         self,
-        config: DataConfig,
-        splits: dict[str, list[str]],
+        train: ShardList,
+        val: ShardList | None,
+        view: View,
+        order: Order,
         *,
         batch_size: int,
         seed: int = 0,
         epoch_batches: int = 100,
+        val_batches: int = 0,
+        max_skipped: float = MAX_SKIPPED,
     ):
         super().__init__()
-        self.config = config
-        self.splits = splits
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch_batches = epoch_batches
-        self.holdout = holdout_share(config, splits)
-        self.skips = SkipCounter(config.max_skipped)
-        self._loaded: dict[tuple[str, int | None], list[Sample]] = {}
+        if train.limit is not None:
+            raise ValueError(f"a training split has no limit, got limit={train.limit}")
+        self.train, self.val, self.view, self.order = train, val, view, order
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch_batches, self.val_batches = epoch_batches, val_batches
+        self.max_skipped = max_skipped
+        self.skips = SkipCounter(max_skipped)
+        self._loaded: dict[tuple[int, int], ExactBatches] = {}
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -203,20 +129,12 @@ class WebData(LightningDataModule):
 
     def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
         """Return the loader of a virtual epoch: a function of (seed, epoch, rank) and workers."""
-        shards = ShardStream(self.splits["train"], self.seed, epoch, rank, world)
-        dataset = TrainStream(
-            self.config,
-            shards,
-            holdout=self.holdout,
-            batch_size=self.batch_size,
-            epoch_batches=self.epoch_batches,
-        )
         return DataLoader(
-            dataset,
+            TrainStream(self, epoch, rank, world),
             batch_size=self.batch_size,
             drop_last=True,
             collate_fn=collate,
-            num_workers=self.config.workers,
+            num_workers=self.order.workers,
             generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
         )
 
@@ -227,53 +145,49 @@ class WebData(LightningDataModule):
             return self.stream()
         return self.stream(trainer.current_epoch, trainer.global_rank, trainer.world_size)
 
-    def val_dataloader(self) -> DataLoader:
-        """Return the loader of this rank's part of the validation samples."""
+    def val_dataloader(self) -> Any:
+        """Return the loader of this rank's part of the validation samples, [] without any."""
         trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        batches = ExactBatches(self._load("val"), self.batch_size, rank, world)
-        return DataLoader(batches, batch_size=None, num_workers=0)
+        if self.val is None or not self.val_batches:
+            return []
+        return self.val_stream(*(trainer.global_rank, trainer.world_size) if trainer else (0, 1))
+
+    def val_stream(self, rank: int = 0, world: int = 1) -> DataLoader:
+        """Return the loader of a rank's part of the validation samples, in order, none twice.
+
+        All ranks have equally many batches, so that none waits for another; where the samples do
+        not fill them, the last differ in size. A rank decodes its own samples once, and keeps them
+        as bytes.
+
+        Raises:
+            ValueError: no validation split, fewer samples than ranks, or too many bad ones.
+        """
+        if self.val is None:
+            raise ValueError("no validation split was given")
+        if (rank, world) not in self._loaded:
+            self._loaded[rank, world] = self._load(self.val, rank, world)
+        return DataLoader(self._loaded[rank, world], batch_size=None, num_workers=0)
+
+    def _load(self, val: ShardList, rank: int, world: int) -> "ExactBatches":
+        skips = SkipCounter(self.max_skipped)
+        samples: list[Sample] = []
+        total = 0
+        limit = world * self.batch_size * self.val_batches
+        for sample in encoded(val, self.view, skips, limit=limit):
+            if total % world == rank:
+                samples += apply(lambda s: decoded(s, self.view), [sample], skips)
+            total += 1
+        skips.check()
+        count = min(-(-total // (world * self.batch_size)), total // world)
+        if not 0 < count <= len(samples):
+            raise ValueError(
+                f"{total} validation samples, of which rank {rank} can use {len(samples)}, cannot "
+                f"be shared by {world} ranks: give more, or use fewer devices"
+            )
+        return ExactBatches(samples, count)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take the counts of the workers out of a training batch and add them up."""
         if isinstance(batch, dict) and "skipped" in batch:
             self.skips.add(batch.pop("skipped"))
         return batch
-
-    def samples(self, split: str, limit: int | None = None) -> list[Sample]:
-        """Return the samples of a split, exact and in order.
-
-        Args:
-            split: train, val or heldout.
-            limit: at most so many; validation and held-out sets are limited by their own size.
-
-        Returns:
-            [{"image" [3, H, W] in [-1, 1], "caption", "key"}], with "label" (int) and
-            "attributes" (dict) where KEY.json has them.
-
-        Raises:
-            ValueError: an unknown or an empty split, or too many bad samples.
-        """
-        return [
-            {"image": to_tensor(s["pixels"]), **{k: v for k, v in s.items() if k != "pixels"}}
-            for s in self._load(split, limit)
-        ]
-
-    def _load(self, split: str, limit: int | None = None) -> list[Sample]:
-        """Decode a split (`limit` samples of it) once, and keep it as bytes of pixels."""
-        if split not in self.splits:
-            raise ValueError(f"{self.config.name} has {', '.join(self.splits)}, not {split!r}")
-        most = {"val": self.config.val_size, "heldout": self.config.heldout_size}.get(split)
-        limit = most if limit is None else limit if most is None else min(limit, most)
-        if (split, limit) not in self._loaded:
-            skips = SkipCounter(self.config.max_skipped)
-            encoded = selected(self.splits[split], self.config, skips, split, self.holdout)
-            samples = list(islice(apply(lambda s: finish(s, self.config), encoded, skips), limit))
-            skips.check()
-            if not samples:
-                raise ValueError(
-                    f"the {split} split of {self.config.name} has no sample; "
-                    "give more shards, or val_shards"
-                )
-            self._loaded[split, limit] = samples
-        return self._loaded[split, limit]

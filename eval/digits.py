@@ -1,7 +1,9 @@
-"""Digit accuracy: does a reader of real handwritten digits read what was asked?"""
+"""Digit accuracy: does a classifier of real handwritten digits read what was asked?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +15,45 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from eval.interval import Score, mean_score
+from eval.metric import Metric
+from eval.rows import Measure, Measured
 
-SEED = 0  # of the split: the reader is a fixed measure, not a setting
+SEED = 0  # of the split: the classifier is a fixed measure, not a setting
+MODEL = "SVM (RBF, C=10) on 1,437 of the 8x8 digits of scikit-learn"
+SHOWN = {
+    "digit_accuracy": Metric(
+        "Digit accuracy",
+        "samples that a classifier reads as asked",
+        percent=True,
+        better="higher",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DigitRows:
+    """Which digit a classifier reads. Rows: read [N] int16."""
+
+    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`; runs on the CPU whatever the device."""
+
+        def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+            return Measured({"read": read_digits(images).astype(np.int16)}, models={"read": MODEL})
+
+        return measure
 
 
 @cache
-def digit_reader() -> tuple[SVC, float]:
+def digit_classifier() -> tuple[SVC, float]:
     """Train a support vector machine (RBF kernel) on real 8x8 digits; takes under a second.
 
     Returns:
-        The reader, trained on four fifths of scikit-learn's 1,797 digits, and the share of the
-        other fifth that it reads right.
+        The classifier, trained on four fifths of scikit-learn's 1,797 digits, and the fraction of
+        the other fifth that it reads right.
     """
     train_x, test_x, train_y, test_y = held_out_digits()
-    reader = SVC(kernel="rbf", C=10).fit(train_x, train_y)
-    return reader, float(reader.score(test_x, test_y))
+    classifier = SVC(kernel="rbf", C=10).fit(train_x, train_y)
+    return classifier, float(classifier.score(test_x, test_y))
 
 
 def held_out_digits() -> list[np.ndarray]:
@@ -54,25 +80,25 @@ def read_digits(images: Tensor) -> np.ndarray:
         )
     grey = images.float().mean(dim=1, keepdim=True)  # [N, 1, H, W]
     pixels = F.interpolate(grey, (8, 8), mode="area").flatten(1) * (16 / 255)  # [N, 64]
-    return digit_reader()[0].predict(pixels.cpu().numpy())
+    return digit_classifier()[0].predict(pixels.cpu().numpy())
 
 
 def score_digits(
-    images: Tensor,
-    asked: Sequence[int] | Tensor,
+    made: Measured,
+    asked: Sequence[Mapping[str, Any]],
+    reference: Measured | None,
     *,
-    prefix: str = "eval",
-    resamples: int = 1000,
-    seed: int = 0,
+    prefix: str,
+    resamples: int,
+    seed: int,
+    about: Mapping[str, Any],
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """Score generated digits against the asked ones.
 
     Args:
-        images: [N, 3, H, W] uint8.
-        asked: N labels in 0..9.
-        prefix: put before the names.
-        resamples: bootstrap draws of the interval.
-        seed: seed of the bootstrap.
+        made: rows of `DigitRows`, N pictures.
+        asked: N times what was asked, with "label" in 0..9.
+        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/digit_accuracy, and /digit_accuracy/0 ... /9 for the digits that were
@@ -80,29 +106,31 @@ def score_digits(
         verdicts: {"right": bool, "wrong": [] or ["digit"], "read": int, "text": str} per picture.
 
     Raises:
-        ValueError: no pictures, or labels of another number.
+        ValueError: labels of another number than pictures.
     """
-    labels = np.asarray(asked, dtype=np.int64)
-    if len(labels) != len(images):
-        raise ValueError(f"{len(images)} pictures and {len(labels)} labels do not pair up")
-    read = read_digits(images)
+    if len(made) != len(asked):
+        raise ValueError(f"{len(made)} pictures and {len(asked)} labels do not pair up")
+    read = made.rows["read"]
+    labels = np.array([a["label"] for a in asked])
+    right = read == labels
     what: dict[str, Any] = {
-        "model": "SVM (RBF, C=10) on 1,437 of the 8x8 digits of scikit-learn",
-        "reader_accuracy": digit_reader()[1],
         "resamples": resamples,
         "seed": seed,
+        "model": made.models["read"],
+        "reader_accuracy": digit_classifier()[1],
+        **about,
     }
     name = f"{prefix}/digit_accuracy"
-    scores = {name: mean_score(read == labels, **what)}
+    scores = {name: mean_score(right, **what)}
     for digit in np.unique(labels):
-        scores[f"{name}/{digit}"] = mean_score((read == labels)[labels == digit], **what)
+        scores[f"{name}/{digit}"] = mean_score(right[labels == digit], **what)
     verdicts = [
         {
-            "right": bool(r == a),
-            "wrong": [] if r == a else ["digit"],
-            "read": int(r),
-            "text": f"a handwritten {r}",
+            "right": bool(ok),
+            "wrong": [] if ok else ["digit"],
+            "read": int(digit),
+            "text": f"a handwritten {digit}",
         }
-        for r, a in zip(read, labels, strict=True)
+        for digit, ok in zip(read, right, strict=True)
     ]
     return scores, verdicts

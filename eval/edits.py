@@ -1,12 +1,13 @@
 """Editing scored on scenes: half of a picture is generated anew for a caption with another thing.
 
 A scene with two things has each of them in a half of its own. The half of one thing is masked, the
-caption names another thing in its place, and the judge says whether that thing is there now and
-whether everything else is as it was.
+caption names another thing in its place, and the classifier says whether that thing is there now
+and whether everything else is as it was.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,60 @@ import torch
 from torch import Tensor
 
 from data.scenes import COLORS, SHAPES, SIZES, Scene, Thing, caption
+from eval.classifier_network import ClassifierConfig, decode, encode
 from eval.interval import Score, mean_score
-from eval.judge_network import Judge
+from eval.metric import Metric
+from eval.rows import Measure, Measured, reduced
+from eval.scenes import SceneRows
+
+SHOWN = {
+    "object_accuracy": Metric(
+        "Asked thing", "edits in which it is there, in its place", percent=True, better="higher"
+    ),
+    "rest_accuracy": Metric(
+        "The rest",
+        "edits after which all else is read as before",
+        percent=True,
+        better="higher",
+    ),
+    "rest_l1": Metric(
+        "L1 of the rest", "to the unedited picture outside the mask; 0 is the same", better="lower"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """What is read in edited pictures, and what changed outside the mask.
+
+    What was asked of a picture is its task of `edit_tasks` and "original" [3, H, W] uint8: what an
+    edit that changes nothing would give, that is, the picture as the first stage has it. Rows:
+    labels [N, 2 + 3 S] int16; l1 [N] float32, mean absolute difference to the original outside the
+    mask, in [0, 1].
+    """
+
+    scenes: SceneRows
+    """Whose classifier reads, at its resolution."""
+
+    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        classifier = self.scenes.load_classifier(device, folder)
+
+        def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+            originals = torch.stack([a["original"] for a in asked])
+            images, originals = (reduced(x, self.scenes.resolution) for x in (images, originals))
+            labels = classifier.read(images)[0]
+            kept = ~torch.stack([half_mask(a, *images.shape[-2:]) for a in asked])  # [B, H, W]
+            apart = (images.float() - originals.float()).abs().mean(1) / 255  # [B, H, W]
+            l1 = (apart * kept).sum((1, 2)) / kept.sum((1, 2))
+            rows = {"labels": labels.to(torch.int16).numpy(), "l1": l1.numpy()}
+            return Measured(rows, models={"labels": classifier.name})
+
+        return measure
 
 
 def edit_tasks(
-    samples: Sequence[dict[str, Any]], count: int, seed: int = 0
+    samples: Sequence[Mapping[str, Any]], count: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Choose what is changed in pictures of two things; task i depends on (seed, i) alone.
 
@@ -48,18 +97,14 @@ def edit_tasks(
         )
         things = tuple(new if i == place else t for i, t in enumerate(scene.things))
         asked = replace(scene, things=things)
-        tasks.append({
-            "sample": index, "thing": place, "prompt": caption(asked, rng),
-            "attributes": {
-                "things": [vars(t) for t in things], "layout": asked.layout,
-                "background": asked.background,
-            },
-        })  # fmt: skip
+        attributes = asdict(asked) | {"things": [asdict(t) for t in things]}
+        prompt = caption(asked, rng)
+        tasks.append({"sample": index, "thing": place, "prompt": prompt, "attributes": attributes})
     return tasks
 
 
-def half_mask(task: dict[str, Any], height: int, width: int) -> Tensor:
-    """Mark the half of a picture in which the changed thing stands: [height, width] bool."""
+def half_mask(task: Mapping[str, Any], height: int, width: int) -> Tensor:
+    """Mark the half of a picture in which the changed thing is: [height, width] bool."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     second = task["thing"] == 1
     if task["attributes"]["layout"] == "row":
@@ -72,61 +117,47 @@ def half_mask(task: dict[str, Any], height: int, width: int) -> Tensor:
 
 
 def score_edits(
-    images: Tensor,
-    originals: Tensor,
-    tasks: Sequence[dict[str, Any]],
+    made: Measured,
+    asked: Sequence[Mapping[str, Any]],
+    reference: Measured | None,
     *,
-    judge: Judge,
-    prefix: str = "edit",
-    resamples: int = 1000,
-    seed: int = 0,
+    prefix: str,
+    resamples: int,
+    seed: int,
+    about: Mapping[str, Any],
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """Score edited pictures.
 
     Args:
-        images: [N, 3, H, W] uint8 edited pictures.
-        originals: [N, 3, H, W] uint8: what an edit that changes nothing would give, that is, the
-            reconstructions of the pictures.
-        tasks: N tasks of `edit_tasks`.
-        judge: reads the pictures.
-        prefix: put before the names.
-        resamples: bootstrap draws of the means.
-        seed: seed of the bootstrap.
+        made: rows of `EditRows`, N pictures.
+        asked: N tasks of `edit_tasks`.
+        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/object_accuracy, the asked thing is read in its place; /rest_accuracy, the
-            other thing, layout and background are read as they were; /rest_l1, mean absolute
-            difference to `originals` outside the mask, in [0, 1].
-        verdicts: one {"right": both are right, "wrong": names, "text": what was read} per picture.
+            other thing, layout and background are read as they were; /rest_l1.
+        verdicts: one {"right": both are right, "wrong": names, "read": attributes} per picture.
 
     Raises:
-        ValueError: lists of different lengths.
+        ValueError: another number of tasks than of pictures.
     """
-    if not len(images) == len(originals) == len(tasks):
-        raise ValueError(
-            f"{len(images)} edited pictures, {len(originals)} originals and {len(tasks)} tasks do "
-            "not belong together"
-        )
-    labels = judge.read(images)[0]
-    truth = torch.tensor([judge.encode(t["attributes"]) for t in tasks])
-    same = labels == truth  # [N, 2 + 3 S]
-    places = torch.tensor([t["thing"] for t in tasks])
-    in_slot = (torch.arange(labels.shape[1]) - 2) // 3  # slot of each label; below 0: the scene's
-    own = in_slot == places[:, None]
-    thing = (same | ~own).all(1)
-    rest = (same | own).all(1)
-    height, width = images.shape[-2:]
-    kept = ~torch.stack([half_mask(t, height, width) for t in tasks])  # [N, H, W]
-    apart = (images.float() - originals.float()).abs().mean(1) / 255  # [N, H, W]
-    l1 = (apart * kept).sum((1, 2)) / kept.sum((1, 2))
-    what: dict[str, Any] = {"resamples": resamples, "seed": seed, "model": judge.name}
+    if len(made) != len(asked):
+        raise ValueError(f"{len(made)} edited pictures and {len(asked)} tasks do not pair up")
+    labels = made.rows["labels"]  # [N, 2 + 3 S]
+    config = ClassifierConfig(max_objects=(labels.shape[1] - 2) // 3)
+    same = labels == np.array([encode(a["attributes"], config) for a in asked])
+    in_slot = (np.arange(labels.shape[1]) - 2) // 3  # slot of each label; below 0: the scene's
+    own = in_slot == np.array([a["thing"] for a in asked])[:, None]
+    thing, rest = (same | ~own).all(1), (same | own).all(1)
+    what: dict[str, Any] = {"resamples": resamples, "seed": seed, **about}
+    model = made.models["labels"]
     scores = {
-        f"{prefix}/object_accuracy": mean_score(thing, **what),
-        f"{prefix}/rest_accuracy": mean_score(rest, **what),
-        f"{prefix}/rest_l1": mean_score(l1, resamples=resamples, seed=seed),
+        f"{prefix}/object_accuracy": mean_score(thing, model=model, **what),
+        f"{prefix}/rest_accuracy": mean_score(rest, model=model, **what),
+        f"{prefix}/rest_l1": mean_score(made.rows["l1"], **what),
     }
     verdicts = []
-    for row, asked, others in zip(labels.tolist(), thing.tolist(), rest.tolist(), strict=True):
-        wrong = [name for name, right in (("object", asked), ("rest", others)) if not right]
-        verdicts.append({"right": not wrong, "wrong": wrong, "read": judge.decode(row)})
+    for row, changed, kept in zip(labels.tolist(), thing, rest, strict=True):
+        wrong = [name for name, right in (("object", changed), ("rest", kept)) if not right]
+        verdicts.append({"right": not wrong, "wrong": wrong, "read": decode(row, config)})
     return scores, verdicts

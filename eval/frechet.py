@@ -1,8 +1,12 @@
 """Frechet distance between feature sets, from streaming statistics in float64."""
 
+from typing import Any
+
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from eval.interval import Score, normal_score
 
 
 class FeatureStats:
@@ -76,26 +80,6 @@ class FeatureStats:
         self.n = total
         return self
 
-    def all_reduce(self) -> "FeatureStats":
-        """Merge the statistics of all ranks; without a process group nothing happens.
-
-        Rows that a sampler repeats to pad the last batch must be dropped before `update`.
-
-        Returns:
-            Itself, equal on every rank.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return self
-        packed = torch.cat([self.mean.new_tensor([self.n]), self.mean, self.m2.flatten()])
-        parts = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, packed)
-        dim = len(self.mean)
-        merged = FeatureStats(dim, self.mean.device)
-        for part in parts:  # in rank order, so that every rank rounds alike
-            merged._add(int(part[0]), part[1 : 1 + dim], part[1 + dim :].view(dim, dim))
-        self.n, self.mean, self.m2 = merged.n, merged.mean, merged.m2
-        return self
-
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     """Return the squared Frechet distance of two Gaussians fitted to features.
@@ -121,3 +105,27 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     trace_root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     gap = a.mean - b.mean.to(a.mean)
     return float(gap @ gap + cov_a.trace() + cov_b.trace() - 2 * trace_root)
+
+
+def frechet_score(
+    made: np.ndarray, real: np.ndarray, *, paired: bool = False, **what: Any
+) -> Score:
+    """Return the Frechet distance of features [n, d] to real ones [m, d], with its interval.
+
+    Args:
+        made: features of what is scored.
+        real: features of the reference.
+        paired: rows of both belong together (m = n) and are drawn together for the interval; else
+            only `made` is drawn anew.
+        what: of `normal_score`.
+    """
+    a, b = (torch.from_numpy(x).double() for x in (made, real))
+    fixed = FeatureStats.of(b)
+
+    def distance(index: np.ndarray) -> float:
+        rows = torch.from_numpy(index)
+        other = FeatureStats.of(b[rows]) if paired else fixed
+        return frechet_distance(FeatureStats.of(a[rows]), other)
+
+    value = frechet_distance(FeatureStats.of(a), fixed)
+    return normal_score(value, len(a), distance, **what)

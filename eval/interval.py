@@ -8,18 +8,15 @@ import numpy as np
 Score = dict[str, Any]
 
 
-def mean_score(
-    values: Any, *, resamples: int = 1000, level: float = 0.95, seed: int = 0, **what: Any
-) -> Score:
+def mean_score(values: Any, *, resamples: int = 1000, seed: int = 0, **what: Any) -> Score:
     """Return the mean of independent values with its percentile bootstrap interval.
 
-    The interval spans the (1 - level)/2 and (1 + level)/2 quantiles of the means of `resamples`
-    draws with replacement (Efron 1979). Values that are all equal give an interval of width 0.
+    The interval spans the 2.5 % and 97.5 % quantiles of the means of `resamples` draws with
+    replacement (Efron 1979). Values that are all equal give an interval of width 0.
 
     Args:
         values: n numbers, one per independent unit (a picture, not a thing in it).
         resamples: number of draws.
-        level: share of the resampled means inside the interval.
         seed: seed of the draws.
         what: what the score is, stored beside it (model, reference, ...).
 
@@ -36,7 +33,7 @@ def mean_score(
     rng = np.random.default_rng(seed)
     # one resample at a time: 1000 x 30,000 indices at once would need 240 MB
     means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, **what}
 
 

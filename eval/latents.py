@@ -2,7 +2,7 @@
 
 Latent smoothness: Frechet distance of reconstructions to their originals against the strength of
 noise in the latents (LDMAE, arXiv 2507.09984, Fig. 6; robustness test of its released code), here
-in the features of the scenes' judge.
+in the features of the scenes' classifier.
 
 Perceptual compression (Fig. 7 there): sigma^2, the spread of latents within a region, and rho, how
 far regions lie apart. The paper's formulas are published nowhere that could be reached; the
@@ -18,7 +18,7 @@ out. At the level of objects the regions of a picture are its things and the bac
 level of parts every thing is a picture of its own, whose regions are its upper and lower half.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,112 +27,95 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.scenes import scene_masks
-from eval.frechet import FeatureStats, frechet_distance
-from eval.interval import Score, mean_score, normal_score
-from eval.judge_network import Judge
-from eval.reconstruction import psnr, to_eight_bit
+from eval.frechet import frechet_score
+from eval.interval import Score, mean_score
+from eval.metric import Metric
+from eval.rows import Measured
 from lightning_modules.common.seeding import mix_seed
 
+SHOWN = {
+    "rfd_scenes": Metric(
+        "rFD scenes",
+        "Frechet distance of reconstructions to their originals in the classifier's features",
+        better="lower",
+    ),
+    "sigma2_object": Metric(
+        "sigma², objects", "spread of latents within a thing: how compact they are", better="lower"
+    ),
+    "rho_object": Metric("rho, objects", "how far things lie apart in latents", better="higher"),
+    "sigma2_part": Metric("sigma², parts", "the same within half a thing", better="lower"),
+    "rho_part": Metric("rho, parts", "the same between the halves of a thing", better="higher"),
+}
+NOISE = "/noise="  # parts the name of rows and scores from the strength of the noise
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)
 NO_SPREAD = 1e-12  # of channels of unit variance: below it, rounding is all that is left
 
 
-def perturb(latents: Tensor, noise: Tensor, std: Tensor, level: float) -> Tensor:
-    """Return z + e n std_c, the latents of the smoothness test.
+def latent_noise(latents: Tensor, first: int, seed: int) -> Tensor:
+    """Draw standard normal noise like `latents`; that of picture i depends on (seed, i) alone.
 
     Args:
-        latents: [B, C, h, w], means of posteriors.
-        noise: [B, C, h, w] standard normal.
-        std: C numbers in any shape: the channels' standard deviation over sampled latents.
-        level: e, at least 0.
+        latents: [B, C, h, w].
+        first: index of the first picture.
+        seed: seed of the noise.
     """
-    return latents + level * noise * std.reshape(1, -1, 1, 1)
+    rows = [
+        torch.randn(
+            latents.shape[1:], generator=torch.Generator().manual_seed(mix_seed(seed, first + i))
+        )
+        for i in range(len(latents))
+    ]
+    return torch.stack(rows).to(latents)
 
 
 def score_smoothness(
-    decode: Callable[[Tensor], Tensor],
-    latents: Tensor,
-    std: Tensor,
-    images: Tensor,
-    *,
-    judge: Judge | None = None,
-    levels: Sequence[float] = LEVELS,
-    batch_size: int = 64,
-    prefix: str = "eval",
-    resamples: int = 1000,
-    seed: int = 0,
+    made: Measured, *, prefix: str, resamples: int, seed: int, **about: Any
 ) -> dict[str, Score]:
     """Score reconstructions of latents to which noise was added.
 
-    Every picture has one noise, the same at all levels, drawn from the seed and its place.
-
     Args:
-        decode: latents [B, C, h, w] to images [B, 3, H, W] in [-1, 1].
-        latents: [N, C, h, w] means of the posteriors, where `decode` works.
-        std: C numbers: the channels' standard deviation over sampled training latents.
-        images: [N, 3, H, W] the originals in [-1, 1].
-        judge: whose features span the space of the Frechet distance; None leaves that out.
-        levels: strengths of the noise.
-        batch_size: latents decoded at once; without influence on the result.
+        made: features [N, d] of the originals (or none) and, for every level E, features/noise=E
+            [N, d] and psnr/noise=E [N] of the reconstructions, N >= 2.
         prefix: put before the names.
         resamples: bootstrap draws of the PSNR's interval; a fifth of it for the Frechet distance.
-        seed: seed of the noise and of the bootstrap.
+        seed: seed of the bootstrap.
+        about: stored beside every score.
 
     Returns:
-        `prefix`/rfd_scenes/noise=E (with a judge) and `prefix`/psnr/noise=E for every level E;
-        level 0 is called rfd_scenes and psnr alone, and so has no PSNR here.
+        `prefix`/rfd_scenes/noise=E (with features) and `prefix`/psnr/noise=E for every level E;
+        level 0 is called rfd_scenes alone and has no PSNR here.
 
     Raises:
-        ValueError: latents and images that do not pair up, or fewer than 2.
+        ValueError: fewer than 2 pictures.
     """
-    count = len(images)
-    if len(latents) != count or count < 2:
-        raise ValueError(f"{len(latents)} latents and {count} pictures: at least 2 of both, alike")
-    noise = torch.stack(
-        [
-            torch.randn(
-                latents.shape[1:], generator=torch.Generator().manual_seed(mix_seed(seed, i))
-            )
-            for i in range(count)
-        ]
-    ).to(latents)
-    real = to_eight_bit(images.cpu())
-    original = None if judge is None else _features(judge, real)
-    chance = {"resamples": resamples, "seed": seed}
+    if len(made) < 2:
+        raise ValueError(f"the smoothness of latents needs at least 2 pictures, got {len(made)}")
     scores: dict[str, Score] = {}
-    for level in levels:
-        moved = perturb(latents, noise, std.to(latents), level)
-        made = to_eight_bit(torch.cat([decode(part).cpu() for part in moved.split(batch_size)]))
-        end = f"/noise={level:g}" if level else ""
-        if judge is not None and original is not None:
-            scores[f"{prefix}/rfd_scenes{end}"] = paired_frechet(
-                _features(judge, made), original, resamples=max(2, resamples // 5), seed=seed,
-                model=judge.name, reference="the originals", noise=level,
-            )  # fmt: skip
-        if level:
+    for name, rows in made.rows.items():
+        kind, noise, level = name.partition(NOISE)
+        end = f"{noise}{level}" if noise and float(level) else ""
+        if noise and kind == "features":
+            scores[f"{prefix}/rfd_scenes{end}"] = frechet_score(
+                rows,
+                made.rows["features"],
+                paired=True,
+                resamples=max(2, resamples // 5),
+                seed=seed,
+                noise=float(level),
+                model=made.models["features"],
+                reference="the originals",
+                **about,
+            )
+        elif end:
             scores[f"{prefix}/psnr{end}"] = mean_score(
-                psnr(real, made).clamp(max=100), **chance, noise=level,
+                rows,
+                resamples=resamples,
+                seed=seed,
+                noise=float(level),
                 model="mean of per-picture PSNR, dB, 8 bit, at most 100",
-            )  # fmt: skip
+                **about,
+            )
     return scores
-
-
-def paired_frechet(made: Tensor, real: Tensor, **what: Any) -> Score:
-    """Return the Frechet distance of features [n, d] to those [n, d] of their originals.
-
-    The interval is that of pictures drawn together with their originals.
-    """
-    a, b = made.double(), real.double()
-
-    def distance(index: np.ndarray) -> float:
-        rows = torch.from_numpy(index)
-        return frechet_distance(FeatureStats.of(a[rows]), FeatureStats.of(b[rows]))
-
-    return normal_score(distance(np.arange(len(a))), len(a), distance, **what)
-
-
-def _features(judge: Judge, images: Tensor) -> Tensor:
-    return judge.read((images * 255).round().to(torch.uint8))[1]
 
 
 class Regions(NamedTuple):
@@ -192,32 +175,25 @@ def compression(found: Regions, least: int = 8) -> dict[str, tuple[Tensor, Tenso
     }
 
 
-def score_compression(
+def compression_rows(
     latents: Tensor,
     attributes: Sequence[Mapping[str, Any]],
     resolution: int,
-    *,
     least: int | None = None,
-    prefix: str = "eval",
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Score]:
-    """Score the perceptual compression of latents of scenes, whose masks are exact.
+) -> Measured:
+    """Measure the perceptual compression of latents of scenes, whose masks are exact.
 
     Args:
         latents: [N, C, h, h], channels divided by their standard deviation over the data.
         attributes: N attributes of scenes, as samples hold them.
         resolution: width and height of the pictures in pixels.
         least: fewest tokens of a region that counts; by default 8 on a grid of 32 x 32 tokens, in
-            proportion on others, at least 3 (the spread of two tokens may vanish by chance, and
+            proportion on others, at least 3 (the spread of two tokens may happen to vanish, and
             rho is a mean of ratios).
-        prefix: put before the names.
-        resamples: bootstrap draws of pictures behind the intervals.
-        seed: seed of the bootstrap.
 
     Returns:
-        `prefix`/sigma2_object, /rho_object, /sigma2_part, /rho_part; a level at which no picture
-        has regions (or pairs of them) is left out.
+        Rows sigma2_object, rho_object, sigma2_part and rho_part, each [N, 2] float64: the sum of a
+        picture's terms and their number.
 
     Raises:
         ValueError: another number of attributes than of latents.
@@ -227,34 +203,46 @@ def score_compression(
     side = latents.shape[-1]
     least = max(3, round(8 * side * side / 1024)) if least is None else least
     masks = [scene_masks(dict(a), resolution, side) for a in attributes]
-    # [N, h, w], and for each thing of each picture [h, w] with the number of the picture
-    things = torch.from_numpy(np.stack([m[0] for m in masks]))
+    things = torch.from_numpy(np.stack([m[0] for m in masks]))  # [N, h, h]
+    # for each thing of each picture: its halves [h, h], and the number of the picture
     halves = [
         (i, torch.from_numpy(np.where(m[0] == number, m[1], 0) - 1))
         for i, m in enumerate(masks)
         for number in range(1, len(attributes[i]["things"]) + 1)
     ]
-    picture = torch.tensor([i for i, _ in halves])
-    found = {
-        "object": (torch.arange(len(things)), regions(latents, things)),
-        "part": (picture, regions(latents[picture.to(latents.device)],
-                                  torch.stack([h for _, h in halves]))),
-    }  # fmt: skip
-    about = {
-        "object": f"things and background, of at least {least} of {side}x{side} tokens",
-        "part": f"upper and lower half of a thing, of at least {least} of {side}x{side} tokens",
-    }
-    scores: dict[str, Score] = {}
-    for level, (owner, region) in found.items():
-        for name, (sums, numbers) in compression(region, least).items():
+    owner = torch.tensor([i for i, _ in halves])
+    parts = regions(latents[owner.to(latents.device)], torch.stack([h for _, h in halves]))
+    where = f"of at least {least} of {side}x{side} tokens"
+    rows, models = {}, {}
+    for level, owners, found, what in (
+        ("object", torch.arange(len(things)), regions(latents, things), "things and background"),
+        ("part", owner, parts, "upper and lower half of a thing"),
+    ):
+        for name, terms in compression(found, least).items():
             total = torch.zeros(2, len(latents), dtype=torch.float64)
-            total.index_add_(1, owner, torch.stack([sums, numbers]).cpu())
-            if total[1].sum() > 0:
-                scores[f"{prefix}/{name}_{level}"] = ratio_score(
-                    *total.numpy(), resamples=resamples, seed=seed,
-                    model="own definition (eval/latents.py), " + about[level],
-                )  # fmt: skip
-    return scores
+            total.index_add_(1, owners, torch.stack(terms).cpu())
+            rows[f"{name}_{level}"] = total.T.numpy()
+            models[f"{name}_{level}"] = f"own definition (eval/latents.py), {what}, {where}"
+    return Measured(rows, models=models)
+
+
+def score_compression(made: Measured, *, prefix: str, **what: Any) -> dict[str, Score]:
+    """Score the perceptual compression of latents.
+
+    Args:
+        made: rows of `compression_rows`.
+        prefix: put before the names.
+        what: resamples and seed of `ratio_score`, and what is stored beside every score.
+
+    Returns:
+        `prefix`/sigma2_object, /rho_object, /sigma2_part, /rho_part; a level at which no picture
+        has regions (or pairs of them) is left out.
+    """
+    return {
+        f"{prefix}/{name}": ratio_score(*rows.T, model=made.models[name], **what)
+        for name, rows in made.rows.items()
+        if name.startswith(("sigma2_", "rho_")) and rows[:, 1].sum() > 0
+    }
 
 
 def ratio_score(
@@ -279,7 +267,6 @@ def ratio_score(
     draws = (rng.integers(0, n, n) for _ in range(resamples))
     means = [sums[index].sum() / numbers[index].sum() for index in draws]
     low, high = np.quantile(means, [0.025, 0.975])
-    return {
-        "value": float(sums.sum() / numbers.sum()), "low": float(low), "high": float(high),
-        "n": n, "terms": int(numbers.sum()), "resamples": resamples, "seed": seed, **what,
-    }  # fmt: skip
+    value, terms = float(sums.sum() / numbers.sum()), int(numbers.sum())
+    drawn = {"terms": terms, "resamples": resamples, "seed": seed}
+    return {"value": value, "low": float(low), "high": float(high), "n": n, **drawn, **what}

@@ -1,14 +1,13 @@
 """A small network in LPIPS's form for scenes: the perceptual loss of the smallest scale.
 
 The trunk has VGG16's layers at a fraction of its widths and learns to read the attributes of
-scenes; every stage counts alike, and so does every channel, since nobody has judged distances of
+scenes; every stage counts alike, and so does every channel, since nobody has rated distances of
 scenes. A score with it is called lpips_scenes, never LPIPS. Make the shipped weights anew:
 
     python -m eval.perceptual --out eval/weights
 """
 
 import argparse
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,19 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.judge_data import fresh_scenes, sound_sample, to_tensor, wear
-from eval.judge_network import JudgeConfig, encode, report_step, shrink, weight_name
-from lightning_modules.common.checkpoint import save_weights
+from eval.classifier_data import fresh_scenes, sound_sample, to_tensor, wear
+from eval.classifier_network import (
+    WEIGHTS,
+    ClassifierConfig,
+    descend,
+    encode,
+    save_half,
+    shrink,
+    weight_name,
+)
 from lightning_modules.common.perceptual import LPIPS
 
 WIDTHS = (8, 16, 32, 32, 32)
 STEPS = 1500
+SHIPPED = WEIGHTS / "lpips-32px-2objects.safetensors"
 
 
 class Reader(nn.Module):
     """The trunk of `LPIPS` with a linear head per attribute, which is dropped after training."""
 
-    def __init__(self, config: JudgeConfig, widths: tuple[int, ...] = WIDTHS) -> None:
+    def __init__(self, config: ClassifierConfig, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         self.lpips = LPIPS(widths).requires_grad_(True)
         self.sizes = [len(options) + 1 for options in config.heads]
@@ -51,7 +58,7 @@ class Reader(nn.Module):
         return list(self.head(last.flatten(1)).split(self.sizes, 1))
 
 
-def train_lpips(config: JudgeConfig, steps: int = STEPS, *, quiet: bool = False) -> Reader:
+def train_lpips(config: ClassifierConfig, steps: int = STEPS, *, quiet: bool = False) -> Reader:
     """Train the reader on fresh, worn scenes.
 
     Args:
@@ -64,28 +71,21 @@ def train_lpips(config: JudgeConfig, steps: int = STEPS, *, quiet: bool = False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         reader = Reader(config)
-    parameters = [p for p in reader.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps)
-    start = time.monotonic()
-    for step in range(steps):
+
+    def loss(step: int) -> Tensor:
         pairs = [sound_sample(config, rng) for _ in range(config.batch_size)]
         images = shrink(to_tensor([image for image, _ in pairs]), config.input_size)
         labels = torch.tensor([label for _, label in pairs])  # [B, heads]
         rows = zip(reader(wear(images, generator)), labels.T, strict=True)
-        loss = sum((F.cross_entropy(logits, want) for logits, want in rows), torch.zeros(()))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if not quiet:
-            report_step("perceptual", step, steps, loss.item(), start)
+        return sum((F.cross_entropy(logits, want) for logits, want in rows), torch.zeros(()))
+
+    weights = [p for p in reader.parameters() if p.requires_grad]
+    descend("perceptual", loss, weights, config.lr, steps, most=1.0, quiet=quiet)
     return reader.eval()
 
 
 @torch.no_grad()
-def reading_accuracy(reader: Reader, config: JudgeConfig, count: int = 1000) -> float:
+def reading_accuracy(reader: Reader, config: ClassifierConfig, count: int = 1000) -> float:
     """Return the share of fresh scenes that the reader reads fully right."""
     images, attributes, _ = fresh_scenes(count, config)
     logits = reader(shrink(images, config.input_size))
@@ -101,14 +101,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(arguments)
-    config = JudgeConfig(batch_size=64, lr=2e-3, seed=a.seed)
+    config = ClassifierConfig(batch_size=64, lr=2e-3, seed=a.seed)
     reader = train_lpips(config, a.steps)
     path = a.out / weight_name("lpips", config)
     command = f"python -m eval.perceptual --out {a.out} --steps {a.steps} --seed {a.seed}"
-    state = {k: v.half() for k, v in reader.lpips.state_dict().items()}
-    save_weights(path, state, {"lpips_scenes": asdict(config), "command": command})
-    share = reading_accuracy(reader, config)
-    print(f"{path}: the trunk reads {share:.2%} of fresh scenes fully right")
+    save_half(path, reader.lpips, {"lpips_scenes": asdict(config), "command": command})
+    accuracy = reading_accuracy(reader, config)
+    print(f"{path}: the trunk reads {accuracy:.2%} of fresh scenes fully right")
 
 
 if __name__ == "__main__":

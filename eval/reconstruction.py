@@ -1,14 +1,42 @@
-"""How well a tokenizer or a continuous autoencoder gives pictures back, and its codebook's use."""
+"""How well a first stage gives pictures back, and how it uses its codebook or its latents."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.classifier_network import Classifier
 from eval.interval import Score, mean_score
-from lightning_modules.common.interfaces import Codec
+from eval.latents import (
+    NOISE,
+    compression_rows,
+    latent_noise,
+    score_compression,
+    score_smoothness,
+)
+from eval.metric import Metric
+from eval.rows import Measure, Measured
+from eval.scenes import SceneRows, score_labels
+from lightning_modules.common.perceptual import LPIPS, VGG_WIDTHS, load_lpips
 
+SHOWN = {
+    "psnr": Metric("PSNR", "dB", better="higher"),
+    "ssim": Metric("SSIM", "structural similarity, at most 1", better="higher"),
+    "l1": Metric("L1", "mean absolute error of pictures in [0, 1]", better="lower"),
+    "mse": Metric("MSE", "mean squared error of pictures in [0, 1]", better="lower"),
+    "lpips": Metric("LPIPS", "perceptual distance in VGG16", better="lower"),
+    "lpips_scenes": Metric(
+        "LPIPS scenes", "distance in LPIPS's form, in a small network of scenes", better="lower"
+    ),
+    "codebook_usage": Metric(
+        "Codebook usage", "codes that occur at all", percent=True, better="higher"
+    ),
+    "codebook_perplexity": Metric("Codebook perplexity", "codes in effective use", better="higher"),
+}
 MEANS = {
     "psnr": "PSNR, dB, 8 bit, at most 100",
     "ssim": "SSIM, 7x7 uniform window",
@@ -17,6 +45,114 @@ MEANS = {
     "lpips": "LPIPS (VGG16), pictures in [-1, 1]",
     "lpips_scenes": "distance in LPIPS's form, in a small network that learnt to read scenes",
 }
+
+
+@dataclass(frozen=True)
+class ReconstructionRows:
+    """How pictures come back from a first stage, and how its latents are made.
+
+    Both sides are rounded to 8 bit and scaled to [0, 1] first, as when a picture is saved; LPIPS
+    sees them as they are. Rows: psnr, ssim, l1, mse [N] float64; lpips or lpips_scenes [N]
+    float32; with `scenes` labels [N, 2 + 3 S] int16 of the reconstructions; with `levels` what
+    `score_smoothness` reads; with `compress` what `score_compression` reads. Sums: codes [K]
+    int64, the histogram of a codebook's codes.
+    """
+
+    lpips: Path | None = None
+    """Weights of LPIPS, or of the small network of eval/perceptual.py; none leaves it out."""
+    scenes: SceneRows | None = None
+    """Whose classifier reads the reconstructions, where they are of scenes."""
+    show: int = 0
+    """Pairs of original and reconstruction that are kept, of the first pictures."""
+    levels: tuple[float, ...] = ()
+    """Strengths of the noise added to continuous latents; none for a codebook."""
+    compress: bool = False
+    """Measure the compression of continuous latents; what was asked must hold attributes."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`; the first stage works on `device`.
+
+        Raises:
+            ValueError: no first stage.
+        """
+        if first_stage is None:
+            raise ValueError("reconstructions need the first stage that makes them")
+        lpips = None if self.lpips is None else load_lpips(self.lpips).to(device)
+        classifier = None if self.scenes is None else self.scenes.load_classifier(device, folder)
+        num_codes: int | None = getattr(first_stage, "num_codes", None)
+
+        @torch.no_grad()
+        def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+            images = images.to(device)
+            pixels = images.float() / 127.5 - 1
+            encoded = first_stage.encode(pixels)  # tokens [B, h, w], or latents [B, C, h, w]
+            decoded = first_stage.decode(encoded)
+            made = to_eight_bit(decoded)
+            rows, models = picture_rows(images, made), {}
+            if lpips is not None:
+                rows[lpips_name(lpips)] = lpips(pixels, decoded)
+            if classifier is not None:
+                rows["labels"] = classifier.read(made)[0].to(torch.int16)
+                models["labels"] = classifier.name
+            if self.levels:
+                noise = latent_noise(encoded, first, self.seed)
+                rows |= smoothness_rows(
+                    first_stage.decode, encoded, noise, images, self.levels, classifier
+                )
+            if self.levels and classifier is not None:
+                models["features"] = classifier.name
+            found = {k: v.cpu().numpy() for k, v in rows.items()}
+            if self.compress:
+                shown = [a["attributes"] for a in asked]
+                terms = compression_rows(encoded, shown, images.shape[-1])
+                found, models = found | terms.rows, models | terms.models
+            sums = {}
+            if num_codes is not None:
+                codes = torch.bincount(encoded.flatten().cpu(), minlength=num_codes)
+                sums["codes"] = codes.numpy()
+            pairs = torch.stack([images, made], dim=1)[: max(0, self.show - first)]
+            return Measured(found, sums, pairs.cpu().numpy() if len(pairs) else None, models)
+
+        return measure
+
+
+def smoothness_rows(
+    decode: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    noise: Tensor,
+    images: Tensor,
+    levels: Sequence[float],
+    classifier: Classifier | None = None,
+) -> dict[str, Tensor]:
+    """Measure reconstructions of latents to which noise was added, the same at all levels.
+
+    Args:
+        decode: latents [B, C, h, w] to images [B, 3, H, W] in [-1, 1].
+        latents: [B, C, h, w] means of the posteriors, channels of unit standard deviation.
+        noise: [B, C, h, w] standard normal.
+        images: [B, 3, H, W] uint8 originals.
+        levels: strengths of the noise.
+        classifier: whose features span the space of the Frechet distance; None leaves that out.
+
+    Returns:
+        What `score_smoothness` reads.
+    """
+    rows = {} if classifier is None else {"features": classifier.read(images)[1]}
+    for level in levels:
+        made = to_eight_bit(decode(latents + level * noise))
+        if classifier is not None:
+            rows[f"features{NOISE}{level:g}"] = classifier.read(made)[1]
+        if level:  # without noise it is the PSNR of the reconstruction
+            rows[f"psnr{NOISE}{level:g}"] = eight_bit_psnr(images, made)
+    return rows
+
+
+def lpips_name(lpips: LPIPS) -> str:
+    """Return the name that a distance has earned: only VGG16's widths are LPIPS."""
+    width = lpips.state_dict()["lin0.model.1.weight"].shape[1]
+    return "lpips" if width == VGG_WIDTHS[0] else "lpips_scenes"
 
 
 def psnr(real: Tensor, made: Tensor, data_range: float = 1.0) -> Tensor:
@@ -90,93 +226,78 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
     Args:
         counts: [K] how often each code occurred.
     """
-    share = counts.double() / counts.sum()
-    entropy = -torch.xlogy(share, share).sum()
+    p = counts.double() / counts.sum()
+    entropy = -torch.xlogy(p, p).sum()
     return float((counts > 0).double().mean()), float(entropy.exp())
 
 
-@torch.no_grad()
-def score_reconstructions(
-    codec: Codec,
-    batches: Iterable[Tensor],
-    *,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    lpips_name: str = "lpips",
-    device: torch.device | str = "cpu",
-    resamples: int = 1000,
-    seed: int = 0,
-    prefix: str = "eval",
-) -> dict[str, Score]:
-    """Encode and decode pictures and score what comes back.
+def picture_rows(real: Tensor, made: Tensor) -> dict[str, Tensor]:
+    """Compare pictures [B, 3, H, W] uint8: psnr, ssim, l1 and mse, each [B] float64."""
+    gap = (real.float() / 255 - made.float() / 255).double()
+    return {
+        "psnr": eight_bit_psnr(real, made),
+        "ssim": ssim(real.float() / 255, made.float() / 255),
+        "l1": gap.abs().mean(dim=(1, 2, 3)),
+        "mse": gap.square().mean(dim=(1, 2, 3)),
+    }
 
-    Both sides are rounded to 8 bit and scaled to [0, 1] first, as when a picture is saved; LPIPS
-    sees them as they are. All scores but the codebook's are means of per-picture values.
+
+def eight_bit_psnr(real: Tensor, made: Tensor) -> Tensor:
+    """Return the PSNR [B] of pictures [B, 3, H, W] uint8, at most the 100 dB of 8 bit."""
+    # a picture that comes back exactly would have infinite PSNR
+    return psnr(real.float() / 255, made.float() / 255).clamp(max=100)
+
+
+def score_reconstruction(
+    made: Measured,
+    asked: Sequence[Mapping[str, Any]],
+    reference: Measured | None,
+    *,
+    prefix: str,
+    resamples: int,
+    seed: int,
+    about: Mapping[str, Any],
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """Score what comes back from a first stage.
+
+    All scores but the codebook's are means of per-picture values. Captions say nothing of a first
+    stage, and its pictures are the reference itself, so there are neither a CLIP score nor a
+    distance that would not stand beside that of samples.
 
     Args:
-        codec: encodes [B, 3, H, W] in [-1, 1] and decodes what comes out; with tokens of a
-            codebook it has `num_codes`.
-        batches: pictures [B, 3, H, W] float in [-1, 1], batch by batch.
-        lpips: pictures [B, 3, H, W] and reconstructions in [-1, 1] to the distance [B]; None
-            leaves LPIPS out.
-        lpips_name: lpips, or lpips_scenes with the weights of eval/perceptual.py.
-        device: where the codec and LPIPS live.
-        resamples: bootstrap draws of the intervals.
-        seed: seed of the bootstrap.
-        prefix: put before the names.
+        made: rows of `ReconstructionRows`, N pictures.
+        asked: N times what is known of the originals, with "attributes" where labels were read.
+        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
-        Scores `prefix`/psnr, /ssim, /l1, /mse, with `lpips` also `lpips_name`, and with a codebook
-        /codebook_usage, /codebook_perplexity.
-
-    Raises:
-        ValueError: no pictures.
+        scores: `prefix`/psnr, /ssim, /l1, /mse, with LPIPS also /lpips or /lpips_scenes, with a
+            codebook /codebook_usage and /codebook_perplexity; of scenes /scene_accuracy and its
+            parts; of continuous latents those of eval/latents.py.
+        verdicts: those of `score_labels`, or an empty one per picture.
     """
-    num_codes: int | None = getattr(codec, "num_codes", None)
-    counts = torch.zeros(num_codes or 0, dtype=torch.int64)
-    values: dict[str, list[Tensor]] = {}
-    for images in batches:
-        images = images.to(device)
-        encoded = codec.encode(images)  # tokens [B, h, w], or latents [B, C, h, w]
-        decoded = codec.decode(encoded)
-        real, made = to_eight_bit(images), to_eight_bit(decoded)
-        gap = (real - made).double()
-        found = {
-            # a picture that comes back exactly has infinite PSNR; 8 bit cannot say more than 100 dB
-            "psnr": psnr(real, made).clamp(max=100),
-            "ssim": ssim(real, made),
-            "l1": gap.abs().mean(dim=(1, 2, 3)),
-            "mse": gap.square().mean(dim=(1, 2, 3)),
-        }
-        if lpips is not None:
-            found[lpips_name] = lpips(images, decoded)
-        for name, row in found.items():
-            values.setdefault(name, []).append(row.flatten().cpu())
-        if num_codes is not None:
-            counts += torch.bincount(encoded.flatten().cpu(), minlength=num_codes)
-    if not values:
-        raise ValueError("a tokenizer is scored on at least one picture, got none")
+    what: dict[str, Any] = {"resamples": resamples, "seed": seed, **about}
     scores = {
-        f"{prefix}/{name}": mean_score(
-            torch.cat(rows),
-            resamples=resamples,
-            seed=seed,
-            model=f"mean of per-picture {MEANS[name]}",
-        )
-        for name, rows in values.items()
+        f"{prefix}/{name}": mean_score(made.rows[name], model=f"mean of per-picture {mean}", **what)
+        for name, mean in MEANS.items()
+        if name in made.rows
     }
-    if num_codes is not None:
+    if "codes" in made.sums:
+        counts = torch.from_numpy(made.sums["codes"])
         usage, perplexity = codebook_use(counts)
-        pictures = scores[f"{prefix}/psnr"]["n"]
-        codes = {"n": pictures, "low": None, "high": None, "codes": num_codes}
-        scores[f"{prefix}/codebook_usage"] = {
-            "value": usage, **codes, "model": "share of codes that occur in the set"
-        }  # fmt: skip
-        scores[f"{prefix}/codebook_perplexity"] = {
-            "value": perplexity, **codes, "model": "exp of the entropy of the code histogram"
-        }  # fmt: skip
-    return scores
+        codes = {"low": None, "high": None, "n": len(made), "codes": len(counts), **about}
+        model = "fraction of codes that occur in the set"
+        scores[f"{prefix}/codebook_usage"] = {"value": usage, "model": model, **codes}
+        model = "exp of the entropy of the code histogram"
+        scores[f"{prefix}/codebook_perplexity"] = {"value": perplexity, "model": model, **codes}
+    verdicts: list[dict[str, Any]] = [{} for _ in range(len(made))]
+    if "labels" in made.rows:
+        accuracies, verdicts = score_labels(made, asked, prefix=prefix, **what)
+        scores |= accuracies
+    if any(NOISE in name for name in made.rows):
+        scores |= score_smoothness(made, prefix=prefix, **what)
+    return {**scores, **score_compression(made, prefix=prefix, **what)}, verdicts
 
 
 def to_eight_bit(images: Tensor) -> Tensor:
-    """Round [-1, 1] to the 256 levels of a saved picture, as numbers in [0, 1]."""
-    return ((images + 1) * 127.5).round().clamp(0, 255) / 255
+    """Round [-1, 1] to the 256 levels of a saved picture, uint8."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

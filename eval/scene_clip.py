@@ -1,7 +1,6 @@
-"""A small open_clip model of scenes and their captions, for clip/scenes."""
+"""A small open_clip model of scenes and their captions, for clip_scenes."""
 
 import re
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor, nn
 
+from data.files import file_hash
 from data.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -23,15 +22,22 @@ from data.scenes import (
     place,
     sample_scene,
 )
-from eval.judge_data import fresh_scenes, to_tensor, wear
-from eval.judge_network import WEIGHTS, JudgeConfig, encode, report_step, shrink, weight_name
-from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights, save_weights
+from eval.classifier_data import fresh_scenes, to_tensor, wear
+from eval.classifier_network import (
+    ClassifierConfig,
+    descend,
+    encode,
+    find_weights,
+    save_half,
+    shrink,
+)
+from lightning_modules.common.checkpoint import load_strict, load_weights
 
 # every word of data.scenes.caption; a dozen tokens where bytes would need ninety
 WORDS = (
-    *COLORS, *SHAPES, *SIZES, *BACKGROUNDS, "a", "above", "and", "background", "below", "left",
-    "of", "on", "over", "picture", "right", "the", "them", "to", "under",
-)  # fmt: skip
+    *(*COLORS, *SHAPES, *SIZES, *BACKGROUNDS),
+    *"a above and background below left of on over picture right the them to under".split(),
+)
 PAD, UNKNOWN, FIRST = 0, 1, 2
 END = FIRST + len(WORDS)  # open_clip pools the text at its largest id: the end token
 
@@ -62,9 +68,9 @@ class ClipConfig:
     """Seed of the scenes and the weights."""
 
     @property
-    def pictures(self) -> JudgeConfig:
-        """The judge's settings for the same kind of pictures."""
-        return JudgeConfig(self.resolution, self.max_objects)
+    def pictures(self) -> ClassifierConfig:
+        """The classifier's settings for the same kind of pictures."""
+        return ClassifierConfig(self.resolution, self.max_objects)
 
     @property
     def context(self) -> int:
@@ -82,19 +88,15 @@ class SceneClip(nn.Module):
     def __init__(self, config: ClipConfig, name: str = "untrained clip") -> None:
         super().__init__()
         self.config, self.name = config, name
-        size = config.pictures.input_size
-        shape = {"width": config.width, "mlp_ratio": 4.0}
+        size, context = config.pictures.input_size, config.context
+        tower = {"width": config.width, "mlp_ratio": 4.0}
+        vision = {"layers": config.image_layers, "head_width": 16}
+        vision |= {"image_size": size, "patch_size": size // 8}
+        text = {"layers": config.text_layers, "heads": config.width // 16}
+        text |= {"context_length": context, "vocab_size": END + 1, "no_causal_mask": True}
         self.clip = open_clip.model.CLIP(
-            config.embed_dim,
-            vision_cfg={
-                **shape, "layers": config.image_layers, "head_width": 16, "image_size": size,
-                "patch_size": size // 8,
-            },
-            text_cfg={
-                **shape, "layers": config.text_layers, "heads": config.width // 16,
-                "context_length": config.context, "vocab_size": END + 1, "no_causal_mask": True,
-            },
-        )  # fmt: skip
+            config.embed_dim, vision_cfg=tower | vision, text_cfg=tower | text
+        )
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Map pictures [B, 3, S, S] in [0, 1] to unit vectors [B, E]."""
@@ -123,8 +125,8 @@ class SceneClip(nn.Module):
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} pictures and {len(texts)} captions do not pair up")
         device, cosines = self.clip.logit_scale.device, []
-        for start in range(0, len(texts), batch_size):
-            part = slice(start, start + batch_size)
+        for first in range(0, len(texts), batch_size):
+            part = slice(first, first + batch_size)
             pixels = shrink(images[part].to(device), self.config.pictures.input_size)
             pair = self.encode_images(pixels) * self.encode_texts(texts[part])
             cosines.append(pair.sum(dim=1).float().cpu())
@@ -160,7 +162,7 @@ def variant(scene: Scene, rng: np.random.Generator) -> Scene:
 def training_caption(scene: Scene, rng: np.random.Generator, back: float) -> str:
     """Return a caption; with two things a share `back` of them names the second thing first.
 
-    With both orders equally frequent a small text tower never finds out which thing stands where:
+    With both orders equally frequent a small text tower never finds out which thing is where:
     it would have to learn the order of mention and the word for it at once (an exclusive or).
     """
     if scene.layout not in ("row", "column"):
@@ -193,11 +195,9 @@ def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
         model = SceneClip(config)
         sizes = [len(o) + 1 for o in config.pictures.heads]
         reader = nn.Linear(config.embed_dim, sum(sizes))
-    weights = [*model.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
-    own, start = torch.arange(config.batch_size), time.monotonic()
-    for step in range(config.steps):
+    own = torch.arange(config.batch_size)
+
+    def total_loss(step: int) -> Tensor:
         half = [sample_scene(rng, config.max_objects) for _ in range(config.batch_size // 2)]
         shown = half + [variant(scene, rng) for scene in half]
         drawn = [draw_scene(s, place(s, rng), config.resolution) for s in shown]
@@ -210,18 +210,15 @@ def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
         texts = model.encode_texts([training_caption(s, rng, 0.5 if late else 0.2) for s in shown])
         logits = model.clip.logit_scale.exp().clamp(max=50) * images @ texts.T  # [B, B]
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        for side in (images, texts):
+        for embedding in (images, texts):
             # unit vectors are scaled up so that a linear reader can be sure of itself
-            read = reader(8 * side).split(sizes, 1)
+            read = reader(8 * embedding).split(sizes, 1)
             for row, column in zip(read, truth.T, strict=True):
                 loss = loss + F.cross_entropy(row, column) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        if not quiet:
-            report_step("clip", step, config.steps, loss.item(), start)
+        return loss
+
+    weights = [*model.parameters(), *reader.parameters()]
+    descend("clip", total_loss, weights, config.lr, config.steps, most=1.0, quiet=quiet)
     return model.eval()
 
 
@@ -232,8 +229,8 @@ def retrieval_accuracy(model: SceneClip, count: int = 1000, among: int = 100) ->
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     pixels = shrink(images[order], model.config.pictures.input_size)
     hits = []
-    for start in range(0, len(order) - among + 1, among):
-        part = slice(start, start + among)
+    for first in range(0, len(order) - among + 1, among):
+        part = slice(first, first + among)
         texts = model.encode_texts([captions[i] for i in order[part]])
         best = (model.encode_images(pixels[part]) @ texts.T).argmax(dim=1)  # [among]
         hits.append(best == torch.arange(among))
@@ -246,30 +243,22 @@ def load_clip(resolution: int = 32, max_objects: int = 2, folder: Path | None = 
     Args:
         resolution: width and height of the pictures.
         max_objects: most things in a scene, 2 to 4.
-        folder: where a model that is not shipped is kept; it is trained (minutes) on first use,
-            by one process at a time. None keeps it in memory only.
+        folder: where one that does not ship is trained and kept, see `find_weights`.
 
     Returns:
         The model in eval mode on the CPU.
     """
     config = ClipConfig(resolution=resolution, max_objects=max_objects)
-    shipped = WEIGHTS / weight_name("clip", config.pictures)
-    if shipped.is_file():
-        return read_clip(shipped)
-    if folder is None:
-        return train_clip(config)
-    path = Path(folder) / shipped.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.is_file():
-            save_clip(train_clip(config), path)
-    return read_clip(path)
+
+    def train(path: Path) -> None:
+        save_clip(train_clip(config), path)
+
+    return read_clip(find_weights("clip", config.pictures, folder, train))
 
 
 def save_clip(model: SceneClip, path: Path, command: str = "") -> None:
-    """Write a model, half precision, with its settings and the command that makes it."""
-    state = {k: v.half() for k, v in model.state_dict().items()}
-    save_weights(path, state, {"clip": asdict(model.config), "command": command})
+    """Write a model with its settings and the command that makes it."""
+    save_half(path, model, {"clip": asdict(model.config), "command": command})
 
 
 def read_clip(path: Path) -> SceneClip:

@@ -1,15 +1,17 @@
 """Scores of generated scenes: is everything that was asked in the picture?
 
-The rule for the things of a picture. The judge reads things in reading order; so are the asked
+The rule for the things of a picture. The classifier reads things in reading order; so are the asked
 ones. Asked and read things are paired by the assignment under which most colours, shapes and sizes
 agree; the reading order itself wins ties. Colour, shape and size are scored under that assignment.
 The relation is right where the layout is the asked one and that assignment is the reading order:
-two things that stand in swapped places have a wrong relation and right colours. A picture is right
-where nothing is wrong, so the order can never be forgiven there.
+two things in swapped places have a wrong relation and right colours. A picture is right where
+nothing is wrong, so the order can never be forgiven there.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,106 +19,170 @@ import torch
 from torch import Tensor
 
 from data.scenes import COLORS
-from eval.frechet import FeatureStats, frechet_distance
-from eval.interval import Score, mean_score, normal_score
-from eval.judge_network import Judge
-from eval.scene_clip import SceneClip
+from eval.classifier import load_classifier
+from eval.classifier_network import (
+    KIND,
+    Classifier,
+    ClassifierConfig,
+    decode,
+    encode,
+    read_classifier,
+    shipped_weights,
+)
+from eval.features import OTHERS, frechet_scores
+from eval.interval import Score, mean_score
+from eval.metric import Metric
+from eval.rows import Measure, Measured, reduced
+from eval.scene_clip import SceneClip, load_clip, read_clip
 
 PARTS = ("color", "shape", "size", "relation", "background")
+SHOWN = {
+    "scene_accuracy": Metric(
+        "Scene accuracy",
+        "prompts whose every attribute, relation and background is right",
+        percent=True,
+        better="higher",
+    ),
+    "clip_scenes": Metric("CLIP scenes", "cosine of picture and prompt", better="higher"),
+    "clip_scenes_real": Metric("CLIP scenes, real", "the same for real pictures"),
+}
+
+
+@dataclass(frozen=True)
+class SceneRows:
+    """What a classifier and a CLIP of scenes see in pictures.
+
+    Rows: labels [N, 2 + 3 S] int16 of `Classifier.read`, features [N, 64] float32, cosine [N]
+    float32 of each picture with what was asked of it, its prompt or its caption.
+    """
+
+    resolution: int = 32
+    """Width of the pictures that both learnt from; larger ones are reduced to it first."""
+    max_objects: int = 2
+    """Most things in a scene."""
+    classifier: Path | None = None
+    """Weights of the classifier; where none are given it is trained once."""
+    clip: Path | None = None
+    """Weights of the CLIP; where none are given it is trained once."""
+
+    @classmethod
+    def of(cls, resolution: int, max_objects: int) -> "SceneRows":
+        """Return the extractor of this kind of picture, with the weights that ship for it."""
+        config = ClassifierConfig(resolution, max_objects)
+        files = (shipped_weights(kind, config) for kind in (KIND, "clip"))
+        return cls(resolution, max_objects, *files)
+
+    def load_classifier(self, device: torch.device | str, folder: Path) -> Classifier:
+        """Return the classifier; `folder` keeps one that was trained."""
+        if self.classifier is not None:
+            return read_classifier(self.classifier).to(device)
+        return load_classifier(self.resolution, self.max_objects, folder).to(device)
+
+    def load_clip(self, device: torch.device | str, folder: Path) -> SceneClip:
+        """Return the CLIP; `folder` keeps one that was trained."""
+        if self.clip is not None:
+            return read_clip(self.clip).to(device)
+        return load_clip(self.resolution, self.max_objects, folder).to(device)
+
+    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        classifier = self.load_classifier(device, folder)
+        clip = self.load_clip(device, folder)
+        models = {"labels": classifier.name, "features": classifier.name, "cosine": clip.name}
+
+        def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+            images = reduced(images, self.resolution)
+            labels, features = classifier.read(images)
+            texts = [a["prompt"] if "prompt" in a else a["caption"] for a in asked]
+            rows = {
+                "labels": labels.to(torch.int16).numpy(),
+                "features": features.numpy(),
+                "cosine": clip.cosine(images, texts).numpy(),
+            }
+            return Measured(rows, models=models)
+
+        return measure
 
 
 def score_scenes(
-    images: Tensor,
+    made: Measured,
     asked: Sequence[Mapping[str, Any]],
-    captions: Sequence[str],
+    reference: Measured | None,
     *,
-    judge: Judge,
-    clip: SceneClip,
-    real_images: Tensor,
-    real_captions: Sequence[str],
-    prefix: str = "eval",
-    reference: str = "scenes val",
-    resamples: int = 1000,
-    seed: int = 0,
+    prefix: str,
+    resamples: int,
+    seed: int,
+    about: Mapping[str, Any],
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """Score generated scenes against what was asked and against real ones.
 
-    Every second real picture belongs to the reference of the Frechet distance; the others give its
-    floor. Both sides are cut to the same n, the smaller of the generated pictures and
-    half of the real ones, since the distance falls with n.
-
     Args:
-        images: [N, 3, H, W] uint8 generated pictures, N >= 2.
-        asked: N attributes (things in reading order, layout, background), as samples hold them.
-        captions: N prompts.
-        judge: reads the pictures; its features are the space of the Frechet distance.
-        clip: scores picture against prompt by the raw cosine.
-        real_images: [M, 3, H, W] uint8 pictures of the split that was asked, M >= 4.
-        real_captions: M captions.
-        prefix: put before the names, eval or eval/heldout.
-        reference: what the real pictures are, stored beside the scores.
-        resamples: bootstrap draws of the means; a fifth of it for the Frechet distance.
-        seed: seed of the bootstrap.
+        made: rows of `SceneRows`, N pictures.
+        asked: N times what was asked, with "attributes" (things in reading order, layout,
+            background), as samples hold them.
+        reference: rows of M >= 4 real pictures of other captions (see eval/features.py); without
+            them there are no scores that need real pictures.
+        prefix, resamples, seed, about: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/scene_accuracy, /scene_accuracy/{color,shape,size,relation,background},
-            /fd_scenes, /fd_scenes_floor, /clip_scenes, /clip_scenes_real; each {"value", "low",
-            "high", "n", "model", ...}. The intervals are over pictures.
+            /clip_scenes, and with a reference /fd_scenes, /fd_scenes_floor, /clip_scenes_real;
+            each {"value", "low", "high", "n", "model", ...}. The intervals are over pictures.
         verdicts: one {"right": bool, "wrong": names of the wrong parts, "read": attributes as the
-            judge read them, None where it recognised nothing, "text": these in words} per picture.
+            classifier read them, None where it recognised nothing, "text": these in words} per
+            picture.
 
     Raises:
         ValueError: lists of different lengths, or too few pictures.
     """
-    if not len(images) == len(asked) == len(captions):
+    means: dict[str, Any] = {"resamples": resamples, "seed": seed, **about}
+    scores, verdicts = score_labels(made, asked, prefix=prefix, **means)
+    clip = {"model": made.models["cosine"], "scale": "raw cosine, no prefix", **means}
+    if reference is not None:
+        scores |= frechet_scores(made, reference, prefix, **means)
+    scores[f"{prefix}/clip_scenes"] = mean_score(made.rows["cosine"], **clip)
+    if reference is not None:
+        cosines = reference.rows["cosine"]
+        scores[f"{prefix}/clip_scenes_real"] = mean_score(cosines, reference=OTHERS, **clip)
+    return scores, verdicts
+
+
+def score_labels(
+    made: Measured, asked: Sequence[Mapping[str, Any]], *, prefix: str, **what: Any
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """Return the accuracies and the verdicts of `score_scenes`; `what` goes to `mean_score`.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    if len(made) != len(asked):
         raise ValueError(
-            f"{len(images)} pictures, {len(asked)} sets of attributes and {len(captions)} "
-            "captions do not belong together"
+            f"{len(made)} pictures and {len(asked)} sets of attributes do not belong together"
         )
-    if len(images) < 2 or len(real_images) < 4:
-        raise ValueError(
-            f"scoring scenes needs at least 2 generated and 4 real pictures, "
-            f"got {len(images)} and {len(real_images)}"
-        )
-    labels, features = judge.read(images)
-    truth = torch.tensor([judge.encode(dict(a)) for a in asked])
+    labels = torch.from_numpy(made.rows["labels"].astype(np.int64))  # [N, 2 + 3 S]
+    config = ClassifierConfig(max_objects=(labels.shape[1] - 2) // 3)
+    truth = torch.tensor([encode(a["attributes"], config) for a in asked])
     parts = compare(labels, truth)
-    chance = {"resamples": resamples, "seed": seed}
     right = torch.stack([parts[name] == 1 for name in PARTS]).all(dim=0)  # [N]
+    what["model"] = made.models["labels"]
     name = f"{prefix}/scene_accuracy"
-    scores = {name: mean_score(right, **chance, model=judge.name)}
+    scores = {name: mean_score(right, **what)}
     for part in PARTS:
-        scores[f"{name}/{part}"] = mean_score(parts[part], **chance, model=judge.name)
-
-    real_features = judge.read(real_images)[1]
-    base_features, floor_features = real_features[0::2], real_features[1::2]
-    n = min(len(images), len(floor_features))
-    base = FeatureStats.of(base_features)
-    space = {"model": judge.name, "resamples": max(2, resamples // 5), "seed": seed,
-             "reference": f"{len(base_features)} pictures of {reference}"}  # fmt: skip
-    scores[f"{prefix}/fd_scenes"] = frechet_score(features[:n], base, **space)
-    scores[f"{prefix}/fd_scenes_floor"] = frechet_score(floor_features[:n], base, **space)
-
-    cosines = clip.cosine(images, list(captions))
-    real_cosines = clip.cosine(real_images, list(real_captions))
-    means: dict[str, Any] = {**chance, "model": clip.name, "scale": "raw cosine, no prefix"}
-    scores[f"{prefix}/clip_scenes"] = mean_score(cosines, **means)
-    scores[f"{prefix}/clip_scenes_real"] = mean_score(real_cosines, **means, reference=reference)
-
+        scores[f"{name}/{part}"] = mean_score(parts[part], **what)
     verdicts = []
     for index, row in enumerate(labels.tolist()):
-        read = judge.decode(row)
+        read = decode(row, config)
         wrong = [part for part in PARTS if parts[part][index] < 1]
         verdicts.append({"right": not wrong, "wrong": wrong, "read": read, "text": in_words(read)})
     return scores, verdicts
 
 
 def compare(labels: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Compare what the judge read with what was asked, by the rule of this module.
+    """Compare what the classifier read with what was asked, by the rule of this module.
 
     Args:
-        labels: [N, 2 + 3 S] int64 as `Judge.read` returns them.
-        truth: [N, 2 + 3 S] int64 as `Judge.encode` returns them.
+        labels: [N, 2 + 3 S] int64 as `Classifier.read` returns them.
+        truth: [N, 2 + 3 S] int64 as `encode` returns them.
 
     Returns:
         {part of PARTS: [N] float64 in [0, 1]}; color, shape and size are shares of the asked
@@ -130,30 +196,19 @@ def compare(labels: Tensor, truth: Tensor) -> dict[str, Tensor]:
     in_order = torch.zeros(len(read), dtype=torch.bool)
     for order in permutations(range(slots)):  # the identity comes first and so wins ties
         same = (read[:, list(order)] == want) & exists[:, :, None]  # [N, S, 3]
-        points = same.sum(dim=(1, 2))
-        better = points > best
-        best = torch.where(better, points, best)
+        agreeing = same.sum(dim=(1, 2))
+        better = agreeing > best
+        best = torch.where(better, agreeing, best)
         agreed[better] = same.sum(dim=1).double()[better]
         in_order[better] = order == tuple(range(slots))
-    share = agreed / exists.sum(dim=1, keepdim=True)
+    found = agreed / exists.sum(dim=1, keepdim=True)
     relation = (labels[:, 0] == truth[:, 0]) & in_order
     background = labels[:, 1] == truth[:, 1]
-    return dict(zip(PARTS, [*share.T, relation.double(), background.double()], strict=True))
-
-
-def frechet_score(features: Tensor, base: FeatureStats, **what: Any) -> Score:
-    """Return the Frechet distance of features [n, d] to fixed statistics, with its interval."""
-    rows = features.double()
-
-    def distance(index: np.ndarray) -> float:
-        return frechet_distance(FeatureStats.of(rows[torch.from_numpy(index)]), base)
-
-    value = frechet_distance(FeatureStats.of(rows), base)
-    return normal_score(value, len(rows), distance, **what)
+    return dict(zip(PARTS, [*found.T, relation.double(), background.double()], strict=True))
 
 
 def in_words(read: Mapping[str, Any]) -> str:
-    """Say what the judge read, with a question mark where it recognised nothing."""
+    """Say what the classifier read, with a question mark where it recognised nothing."""
     things = [" ".join(t[k] or "?" for k in ("size", "color", "shape")) for t in read["things"]]
     ties = {"row": " left of ", "column": " above "}
     body = ties.get(read["layout"], "; ").join(things) or "nothing"

@@ -1,14 +1,14 @@
-"""The door to offline averages: one checkpoint from a series of them, as Muse's EMA is made."""
+"""Offline averages: one checkpoint from a series of them, as Muse's EMA is made."""
 
-import argparse
-import shutil
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from experiments.run import Parser
+from data.files import link, write_json
+from experiments.cli import Parser, command
 from experiments.settings import ConfigError
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.common.ema import offline_average
@@ -21,16 +21,6 @@ have (another stage, the tokenizer) is that of --ckpt.
 
 example:
   {COMMAND} --ckpt runs/x --out averaged/x.safetensors runs/cache/train-KEY/weights-*.safetensors"""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (0, or 2 refused)."""
-    try:
-        run(argv)
-    except (ConfigError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def run(argv: Sequence[str]) -> None:
@@ -65,16 +55,23 @@ def run(argv: Sequence[str]) -> None:
 
     average = offline_average(states(), args.decay)
     save_weights(args.out, {**state, **average}, config)
-    for named in (config.get("tokenizer"), config.get("high", {}).get("tokenizer")):
-        if named is not None and not (args.out.parent / named["file"]).exists():
-            shutil.copyfile(source.parent / named["file"], args.out.parent / named["file"])
+    about = source.with_suffix(".json")
+    if about.is_file():
+        known = json.loads(about.read_text())
+        files = [known["first_stage"], *known.get("parts", {}).values()]
+        files += known.get("further", {}).values()
+        write_json(args.out.with_suffix(".json"), known)
+    else:
+        files = [n for n in (config.get("tokenizer"), config.get("high", {}).get("tokenizer")) if n]
+    for named in files:
+        if not args.out.with_name(named["file"]).exists():
+            link(source.with_name(named["file"]), args.out.with_name(named["file"]))
     print(f"{args.out}: the average of {len(args.files)} checkpoints, decay {args.decay}")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of this door."""
-    parser = Parser(prog=COMMAND, description=HELP, add_help=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def make_parser() -> Parser:
+    """Make the parser of all options."""
+    parser = Parser(COMMAND, HELP)
     add = parser.add_argument
     add("files", nargs="*", type=Path, help="weights in the order of training")
     add("--ckpt", type=Path, help="run folder or checkpoint of the same model")
@@ -85,9 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.7,
         help="share of the average so far (default: %(default)s)",
     )
-    add("--help", "-h", action="store_true", help="show this")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(run, sys.argv[1:]))

@@ -1,6 +1,5 @@
 """Official checkpoints to ours: `python -m experiments.convert --paper NAME --from FILE`."""
 
-import argparse
 import dataclasses
 import sys
 import textwrap
@@ -14,41 +13,16 @@ from torch import Tensor
 
 from data.files import file_hash
 from data.tokens import count_tokens
-from experiments.config import CODECS, RUNS, load, resolved
-from experiments.edits import first_line
-from experiments.run import Parser, speaker
-from experiments.settings import ConfigError, fill, parse_overrides, pick
+from experiments.cli import Parser, command, first_line, speaker
+from experiments.papers.registry import PAPERS, load
+from experiments.settings import ConfigError, fill, parse_overrides, pick, resolved
 from lightning_modules.common.checkpoint import load_strict, save_weights
 from lightning_modules.common.foreign import Foreign, State, read_settings
-from lightning_modules.improved_vqd import convert as improved_vqd
-from lightning_modules.ldmae import convert as ldmae
-from lightning_modules.muse import convert as muse
-from lightning_modules.paella import convert as paella
-from lightning_modules.registry import GENERATORS, TOKENIZERS
-from lightning_modules.vq_diffusion import convert as vq_diffusion
-from lightning_modules.vqgan import convert as vqgan
+from lightning_modules.registry import FIRST_STAGES, GENERATORS
 
 COMMAND = "python -m experiments.convert"
 
 
-class Reader(NamedTuple):
-    """What a paper knows of the files of others."""
-
-    read: Callable[..., Any]
-    """Generators: (source, hints) -> Foreign; first stages: (source, hints, aside) -> export."""
-    reads: str
-    """Lines of help: what can be read."""
-
-
-READERS = {
-    "paella": Reader(paella.read, paella.READS),
-    "muse": Reader(muse.read, muse.READS),
-    "vq_diffusion": Reader(vq_diffusion.read, vq_diffusion.READS),
-    "improved_vqd": Reader(improved_vqd.read, improved_vqd.READS),
-    "ldmae": Reader(ldmae.read, ldmae.READS),
-    "autoencoder": Reader(ldmae.read_autoencoder, ldmae.READS_AUTOENCODER),
-    "vqgan": Reader(vqgan.read, vqgan.READS),
-}
 ASIDE = {"codes": "tokenizer", "stats": "autoencoder"}  # option -> first stage that it goes with
 
 EPILOG = f"""what can be read:
@@ -77,7 +51,7 @@ class FirstStage(NamedTuple):
     @property
     def name(self) -> str:
         """Tokenizer or autoencoder."""
-        return next(n for n, codec in CODECS.items() if codec.paper == self.config["paper"])
+        return PAPERS[self.config["paper"]].FIRST_STAGE.section
 
     @property
     def kind(self) -> str:
@@ -89,16 +63,6 @@ class FirstStage(NamedTuple):
         return f"{network}, {count:,} parameters, {size}, f{self.module.factor}"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (0, or 2 refused)."""
-    try:
-        run(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def run(argv: Sequence[str]) -> None:
     """Do what the command line asks for.
 
@@ -106,24 +70,20 @@ def run(argv: Sequence[str]) -> None:
         ConfigError: a wrong word on the command line or an unfit file; nothing was written.
     """
     parser = make_parser()
-    args, words = parser.parse_known_args(argv)
+    args, words = parser.split(argv)
     if args.help:
         print(parser.format_help())
         return
-    options = [o for action in parser._actions for o in action.option_strings]
-    for word in words:
-        if word.startswith("-") and "=" not in word:
-            pick("option", word, options)
     for name in ("paper", "from", "out"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name} is missing")
-    paper = pick("--paper", args.paper, [*READERS])
-    hints = dict(parse_overrides(RUNS[paper], words))
+    paper = pick("--paper", args.paper, [*PAPERS])
+    hints = dict(parse_overrides(PAPERS[paper], words))
     source, out = Path(getattr(args, "from")), args.out
     if out.suffix != ".safetensors":
         out = out.with_name(f"{out.name}.safetensors")
     for option, codec in ASIDE.items():
-        if getattr(args, option) is not None and RUNS[paper].CODEC != codec:
+        if getattr(args, option) is not None and PAPERS[paper].FIRST_STAGE.section != codec:
             article = "an" if codec[0] in "aeiou" else "a"
             raise ConfigError(f"--{option} goes with {article} {codec}, which {paper} has none of")
     aside = args.stats or args.codes
@@ -143,17 +103,12 @@ def make_parser() -> Parser:
         f"  {name:8s} {textwrap.indent(reader.reads, indent).lstrip()}"
         if len(name) <= 8
         else f"  {name}\n{textwrap.indent(reader.reads, indent)}"
-        for name, reader in READERS.items()
+        for name, reader in ((name, cls.reader()) for name, cls in PAPERS.items())
     )
-    parser = Parser(
-        prog=COMMAND,
-        description="Turn an official checkpoint into one that experiments.sample takes.",
-        epilog=EPILOG.format(reads=reads),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    alone = {codec.paper: f" ({name} alone)" for name, codec in CODECS.items()}
+    about = "Turn an official checkpoint into one that experiments.sample takes."
+    parser = Parser(COMMAND, about, EPILOG.format(reads=reads))
+    kinds = {cls.FIRST_STAGE.paper: cls.FIRST_STAGE.section for cls in PAPERS.values()}
+    alone = {paper: f" ({kind} alone)" for paper, kind in kinds.items()}
     options = {
         "from": "the official file, or a diffusers folder",
         "tokenizer": "its tokenizer: official, or of this suite",
@@ -163,11 +118,10 @@ def make_parser() -> Parser:
         "official one's latents are not normalised",
         "out": "X.safetensors; the tokenizer goes beside it",
     }
-    papers = ", ".join(f"{name}{alone.get(name, '')}" for name in READERS)
+    papers = ", ".join(f"{name}{alone.get(name, '')}" for name in PAPERS)
     parser.add_argument("--paper", metavar="NAME", help=papers)
     for name, text in options.items():
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
-    parser.add_argument("--help", "-h", action="store_true", help="this text")
     return parser
 
 
@@ -187,14 +141,14 @@ def read_first_stage(
         ConfigError: no such file, one of unknown layout, or one that says otherwise than `hints`.
     """
     more = reading(aside, lambda: counted(aside, source)) if aside and aside.is_dir() else aside
-    state, config = reading(source, lambda: READERS[paper].read(source, hints, more))
+    state, config = reading(source, lambda: PAPERS[paper].reader().read(source, hints, more))
     for key, value in hints.items():
         found: Any = config
         for name in key.split("."):
             found = found.get(name) if isinstance(found, Mapping) else None
         if key.partition(".")[0] in config and found != value:
             raise ConfigError(f"{key} is {found} in the file, not {value}")
-    module = reading(source, lambda: TOKENIZERS[paper].from_export(state, config))
+    module = reading(source, lambda: FIRST_STAGES[paper].from_export(state, config))
     return FirstStage(source, module, state, config)
 
 
@@ -246,16 +200,17 @@ def convert_generator(
     text = out.with_name(f"{out.stem}.text.safetensors")
     for file in (out, beside, text):
         free(file)
-    found: Foreign = reading(source, lambda: READERS[paper].read(source, hints))
+    found: Foreign = reading(source, lambda: PAPERS[paper].reader().read(source, hints))
     tokenizer = tokenizer or found.tokenizer
     if tokenizer is None:
         raise ConfigError("--tokenizer is missing; a generator works with its tokenizer alone")
     for key, value in found.settings:
         if key in hints and hints[key] != value:
             raise ConfigError(f"{key} is {value} in {source}, not {hints[key]}")
-    codec = RUNS[paper].CODEC
+    kind = PAPERS[paper].FIRST_STAGE
+    codec = kind.section
     own = {k.removeprefix(f"{codec}."): v for k, v in hints.items() if k.startswith(f"{codec}.")}
-    stage = read_first_stage(CODECS[codec].paper, tokenizer, own, aside)
+    stage = read_first_stage(kind.paper, tokenizer, own, aside)
     pairs = [(f"{codec}.ckpt", str(tokenizer)), *found.settings, *found.defaults]
     if found.text:
         pairs.append(("text.path", text.name))
@@ -321,9 +276,6 @@ def check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec
         module.attach(codec)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
-    multiple = getattr(getattr(module.network, "config", None), "grid_multiple", 1)
-    if plain["grid"][0] % multiple:
-        raise ConfigError(f"data.resolution must be a multiple of {codec.factor * multiple}")
 
 
 def free(out: Path) -> None:
@@ -367,4 +319,4 @@ def reading(source: Path, read: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(run, sys.argv[1:]))

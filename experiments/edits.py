@@ -1,7 +1,6 @@
 """A given picture and what is to be made of it: in- and outpainting, variations, edits."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import open_image, to_rgb
-from experiments.pictures import to_pixels
+from experiments.cli import first_line
+from experiments.report.pictures import to_pixels
 from experiments.settings import ConfigError
 from lightning_modules.common.generator import GeneratorModule
 
@@ -51,31 +51,17 @@ def read_picture(path: Path) -> Image.Image:
         ) from error
 
 
-def grid_unit(module: GeneratorModule) -> int:
-    """Pixels that a side must be a multiple of: those of a token times the network's multiple."""
-    units = [module.factor * _multiple(module)]
-    superres = getattr(module, "superres", None)
-    if superres is not None:
-        units.append(module.mask_factor * _multiple(superres))
-    return math.lcm(*units)
-
-
-def _multiple(module: Any) -> int:
-    network = getattr(getattr(module, "network", None), "config", None)
-    return getattr(network, "grid_multiple", 1)
-
-
 def trained_size(module: GeneratorModule) -> tuple[int, int]:
     """Width and height in pixels of the pictures that the generator was trained on."""
     height, width = module.grid
-    return width * module.factor, height * module.factor
+    return width * module.pixels_per_token, height * module.pixels_per_token
 
 
 def parse_size(module: GeneratorModule, text: str | None) -> tuple[int, int] | None:
     """Read --size as (width, height).
 
     Raises:
-        ConfigError: not two numbers, or no multiples of `grid_unit`.
+        ConfigError: not two numbers, or no multiples of the unit.
     """
     if text is None:
         return None
@@ -83,7 +69,7 @@ def parse_size(module: GeneratorModule, text: str | None) -> tuple[int, int] | N
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise ConfigError(f"--size must look like 64x32 (width x height), got {text!r}") from None
-    unit = grid_unit(module)
+    unit = module.size_unit
     if width < 1 or height < 1 or width % unit or height % unit:
         near = [max(1, round(side / unit)) * unit for side in (width, height)]
         raise ConfigError(
@@ -98,7 +84,7 @@ def parse_expand(module: GeneratorModule, text: str) -> Margins:
     """Read --expand as the pixels to add on the left, at the top, on the right, at the bottom.
 
     Raises:
-        ConfigError: not four numbers, none above 0, or no multiples of `grid_unit`.
+        ConfigError: not four numbers, none above 0, or no multiples of the unit.
     """
     try:
         left, top, right, bottom = (int(part) for part in text.split(","))
@@ -106,7 +92,7 @@ def parse_expand(module: GeneratorModule, text: str) -> Margins:
         raise ConfigError(
             f"--expand must look like 0,0,32,0 (left,top,right,bottom), got {text!r}"
         ) from None
-    margins, unit = (left, top, right, bottom), grid_unit(module)
+    margins, unit = (left, top, right, bottom), module.size_unit
     if min(margins) < 0 or max(margins) == 0:
         raise ConfigError(f"--expand: no side may shrink and one must grow, got {text}")
     if any(m % unit for m in margins):
@@ -134,7 +120,7 @@ def make_edit(
     Raises:
         ConfigError: a mask of another size or without white, or a picture that is too small.
     """
-    unit = grid_unit(module)
+    unit = module.size_unit
     if mask is not None and mask.size != picture.size:
         raise ConfigError(
             f"--mask is {mask.width}x{mask.height} and --image {picture.width}x{picture.height}; "
@@ -172,14 +158,14 @@ def make_edit(
         edit.pixels = F.pad(edit.pixels, margin, value=128)
         edit.expanded = True
     if edit.mask is not None:
-        edit.tokens = F.max_pool2d(edit.mask[None].float(), module.mask_factor)[0].bool()
+        edit.tokens = F.max_pool2d(edit.mask[None].float(), module.pixels_per_cell)[0].bool()
     return edit
 
 
 def describe_edit(module: GeneratorModule, picture: Image.Image, edit: Edit) -> str:
     """Say in one line what became of the given picture."""
     height, width = edit.pixels.shape[-2:]
-    factor = module.mask_factor
+    factor = module.pixels_per_cell
     line = f"image {picture.width}x{picture.height}"
     if (width, height) != picture.size:
         how = "expanded" if edit.expanded else "cut or resized"
@@ -209,21 +195,3 @@ def vary(settings: Any, strength: float | None, words: Sequence[str]) -> Any:
         raise ConfigError(f"a variation needs sampling.steps of at least 2, got {settings.steps}")
     first = round((1 - (0.7 if strength is None else strength)) * settings.steps)
     return dataclasses.replace(settings, first_step=min(max(first, 1), settings.steps - 1))
-
-
-def image_condition(module: GeneratorModule, images: Tensor) -> dict[str, Tensor]:
-    """Image vectors of the text encoder's CLIP, for networks that were trained to see them."""
-    model = module.config.model
-    if not (getattr(model, "clip_image", False) and getattr(model, "clip_embd", 0)):
-        return {}
-    if getattr(module.config, "network", None) == "v1":
-        return {}  # it has one vector for text or image, and only a fine-tuned v1 reads an image's
-    try:
-        return {"image_condition": module.encode_images(images)}
-    except ValueError:  # this text encoder has no image branch: the tokens must do
-        return {}
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

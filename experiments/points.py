@@ -1,6 +1,8 @@
 """The points of a sweep: a file in W&B's format, and the checked run of every combination."""
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.config import ConfigError, RunSettings, UserError, load, stage_key, to_yaml
+from experiments.papers.base import RunSettings
+from experiments.papers.registry import load
+from experiments.pipeline.plan import Plan, plan
+from experiments.pipeline.store import Store
 from experiments.run import parse
-from experiments.store import Store
+from experiments.settings import ConfigError, UserError, to_yaml
 
 PROGRAM = "experiments.run"
 KNOWN = {
@@ -48,6 +53,7 @@ class Point:
     scale: str
     config: RunSettings
     out: Path
+    plan: Plan
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: str | None = None
 
@@ -118,7 +124,8 @@ def make_points(sweep: Sweep, words: Sequence[str], out: Path | None) -> tuple[P
     fixed = {word.partition("=")[0].removeprefix("--") for word in words}
     values = {name: given for name, given in sweep.values.items() if name not in fixed}
     if out is None:
-        end = f"-{stage_key(sorted(words))[:8]}" if words else ""
+        name = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:8]
+        end = f"-{name}" if words else ""
         out = Path("runs") / f"sweep-{sweep.name}{end}"
     loggers = [] if any(w.startswith(("logger=", "--logger=")) for w in words) else ["logger=csv"]
     points = []
@@ -133,23 +140,22 @@ def make_points(sweep: Sweep, words: Sequence[str], out: Path | None) -> tuple[P
         varied = {k: v for k, v in chosen.items() if len(values[k]) > 1}
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(f"{k}={text_of(v)}"
                       for k, v in short_names(varied).items())) or "point"  # fmt: skip
-        points.append(Point(varied, argv, args.paper, Path(args.scale).stem, config, out / name))
+        scale = Path(args.scale).stem
+        planned = plan(args.paper, config)
+        points.append(Point(varied, argv, args.paper, scale, config, out / name, planned))
     return out, points
 
 
 def stands(point: Point) -> bool:
     """Say whether a point's results are there: made with these settings, and those of the store."""
-    from experiments import stages
-
     try:
         if (point.out / "config.yaml").read_text() != to_yaml(point.config):
             return False
-        store, report = Store(point.config.cache), stages.plan(point.paper, point.config)[-1]
-        kept = (store.folder(report) / "metrics.json").read_bytes()
-        return store.done(report) is not None and (
-            (point.out / "metrics.json").read_bytes() == kept
-        )
-    except (OSError, UserError):
+        store, score = Store(point.config.cache), point.plan.score
+        kept = json.loads((store.folders[score] / "metrics.json").read_text())
+        mine = json.loads((point.out / "metrics.json").read_text())
+        return store.done(score) is not None and mine == kept
+    except (OSError, ValueError, UserError):
         return False
 
 

@@ -3,12 +3,10 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Counter:
@@ -17,19 +15,19 @@ class Counter:
     Args:
         what: what is counted.
         total: how many there are.
-        say: gets the plain lines.
+        log: gets the plain lines.
         style: auto (rich on a terminal, else plain), rich, plain or none.
         done: how many were done before this run.
         every: seconds between two plain lines.
     """
 
     def __init__(
-        self, what: str, total: int, say: Say, style: str = "auto", done: int = 0, every: float = 15
+        self, what: str, total: int, log: Log, style: str = "auto", done: int = 0, every: float = 15
     ) -> None:
         rich = style == "rich" or (style == "auto" and sys.stdout.isatty())
-        self.what, self.total, self.say, self.style = what, total, say, style
+        self.what, self.total, self.log, self.style = what, total, log, style
         self.done, self.first, self.every = done, done, every
-        self.start = self.last = time.monotonic()
+        self.began = self.last = time.monotonic()
         self.bar: Progress | None = None
         if rich:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -38,17 +36,17 @@ class Counter:
             self.bar.start()
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total are done."""
+        """Note that `done` of the total are done."""
         self.done = done
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=f"{self.what}  {note}")
         elif self.style != "none" and (now - self.last >= self.every):
             self.last = now
-            rate = (done - self.first) / (now - self.start)
+            rate = (done - self.first) / (now - self.began)
             left = (self.total - done) / rate if rate else 0
             tail = f", {note}" if note else ""
-            self.say(f"      {self.what} {done}/{self.total}, {clock(left)} left{tail}")
+            self.log(f"      {self.what} {done}/{self.total}, {clock(left)} left{tail}")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -61,42 +59,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class TrainingProgress(Callback):
-    """Counts the batches of a training over all virtual epochs.
-
-    Args:
-        what: name of the stage.
-        total: batches of the whole training.
-        say: gets the plain lines.
-        style: see `Counter`.
-    """
-
-    def __init__(self, what: str, total: int, say: Say, style: str) -> None:
-        self.what, self.total, self.say, self.style = what, total, say, style
-        self.counter: Counter | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count where the training begins or resumes."""
-        if trainer.is_global_zero:
-            done = trainer.fit_loop.total_batch_idx + 1
-            self.counter = Counter(self.what, self.total, self.say, self.style, done)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
-    ) -> None:
-        """Count a batch."""
-        if self.counter is not None:
-            done = trainer.fit_loop.total_batch_idx + 1
-            loss = trainer.logged_metrics.get("train/loss")
-            self.counter.update(done, "" if loss is None else f"loss {float(loss):.3f}")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
-        if self.counter is not None:
-            self.counter.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
-        """Take the bar away."""
-        self.on_train_end(trainer, pl_module)

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -15,28 +14,31 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from experiments.config import RUNS
+from experiments.cli import Parser, command, first_line, prepare_torch, speaker
 from experiments.edits import (
     Edit,
     describe_edit,
-    first_line,
-    image_condition,
     make_edit,
     parse_expand,
     parse_size,
     read_picture,
     vary,
 )
-from experiments.pictures import grid, save_png, to_uint8
+from experiments.papers.registry import PAPERS
 from experiments.progress import Counter
-from experiments.run import Parser, settle, speaker
-from experiments.settings import ConfigError, describe, override, pick, resolved
+from experiments.report.pictures import grid, save_png, to_uint8
+from experiments.settings import ConfigError, describe, override, resolved
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.request import Request
 from lightning_modules.registry import load_generator
 
 COMMAND = "python -m experiments.sample"
 CHECKPOINT = "checkpoint.safetensors"
 MAX_IN_GRID = 100
+OPTIONS = {
+    "negative": "--negative", "start": "--image", "mask": "--mask", "grid": "--size",
+    "rewrite": "--edit", "blend_with": "--interpolate",
+}  # fmt: skip
 # what may differ from the training because it says where files lie on this machine
 PLACES = ("text.path", "text.clip_pretrained")
 
@@ -55,7 +57,8 @@ examples:
   {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
 
 Every picture carries prompt, seed, checkpoint and settings in its PNG text. Picture i of a call
-has seed N + i and depends on nothing else, so the same words give the same picture again."""
+has seed N + i. The same words give the same bytes again on the same processor; across batch sizes
+and processors pictures agree up to ties of rounding."""
 
 
 class Task(NamedTuple):
@@ -66,19 +69,6 @@ class Task(NamedTuple):
     blend: float | None = None
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (0, 2 refused, 130 interrupted)."""
-    try:
-        run(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the pictures that were finished are kept", file=sys.stderr)
-        return 130
-    return 0
-
-
 def run(argv: Sequence[str]) -> None:
     """Do what the command line asks for.
 
@@ -86,7 +76,7 @@ def run(argv: Sequence[str]) -> None:
         ConfigError: a wrong word on the command line or an unfit file; no picture was made.
     """
     parser = make_parser()
-    args, words = parse(parser, argv)
+    args, words = parser.split(argv)
     if args.help:
         print(parser.format_help())
         if args.ckpt is not None:
@@ -102,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
     mask = None if args.mask is None else read_picture(args.mask)
     device = find_device(args.device)
     say = speaker()
-    settle()
+    prepare_torch()
 
     module = load(args.ckpt, args.tokenizer, device, args.paper)
     settings = read_settings(module, words)
@@ -122,10 +112,17 @@ def run(argv: Sequence[str]) -> None:
     out = out_folder(args, tasks)
     made: list[Tensor] = []
     counter = Counter("pictures", len(tasks), say)
+    shape = 1 if args.interpolate else min(args.batch_size, len(tasks))
     try:
-        for first in range(0, len(tasks), args.batch_size):
-            part = tasks[first : first + args.batch_size]
-            images = draw(module, part, prompts, settings, args.negative, edit, size, args.edit)
+        for first in range(0, len(tasks), shape):
+            part = tasks[first : first + shape]
+            # filled up, so that all batches have one shape, and bits do not hang on their number
+            filled = [*part, *part[-1:] * (shape - len(part))]
+            request = make_request(module, filled, prompts, args.negative, edit, size, args.edit)
+            try:
+                images = to_uint8(module.sample(request, settings).cpu())[: len(part)]
+            except ValueError as error:
+                raise ConfigError(first_line(error)) from error
             if edit is not None and edit.mask is not None and args.keep_known:
                 images = torch.where(edit.mask, images, edit.pixels)
             for i, (task, image) in enumerate(zip(part, images, strict=True), first):
@@ -143,12 +140,9 @@ def run(argv: Sequence[str]) -> None:
 def make_parser() -> Parser:
     """Make the parser of all options; its help explains them."""
     parser = Parser(
-        prog=COMMAND,
-        description="Draw pictures with a checkpoint: from text, or from a picture and text.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
+        COMMAND,
+        "Draw pictures with a checkpoint: from text, or from a picture and text.",
+        EPILOG,
     )
     add = parser.add_argument
     add("--ckpt", type=Path, metavar="PATH", help="run folder, or checkpoint file of a generator")
@@ -206,20 +200,9 @@ def make_parser() -> Parser:
         type=int,
         default=16,
         metavar="N",
-        help="pictures at once; changes no picture",
+        help="pictures at once; changes pictures by rounding at most",
     )
-    add("--help", "-h", action="store_true", help="this text")
     return parser
-
-
-def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into options and `key=value` words, in any order."""
-    args, words = parser.parse_known_args(argv)
-    options = [o for action in parser._actions for o in action.option_strings]
-    for word in words:
-        if word.startswith("-") and "=" not in word:
-            pick("option", word, options)
-    return args, words
 
 
 def check(args: argparse.Namespace) -> None:
@@ -335,7 +318,7 @@ def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
     """
     text, sampling = module.config.text, module.config.sampling
     paper = module.hparams["config"].get("paper")
-    presets = RUNS[paper].PRESETS.get("sampling", {}) if paper in RUNS else {}
+    presets = PAPERS[paper].PRESETS.get("sampling", {}) if paper in PAPERS else {}
     holder = dataclasses.make_dataclass(
         "Settings",
         [
@@ -355,62 +338,41 @@ def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
     return changed.sampling
 
 
-def draw(
+def make_request(
     module: GeneratorModule,
     tasks: Sequence[Task],
     prompts: Sequence[str],
-    settings: Any,
     negative: str | None,
     edit: Edit | None,
     size: tuple[int, int] | None,
     rewrite: bool = False,
-) -> Tensor:
-    """Draw the pictures of some tasks: uint8 [B, 3, H, W] on the CPU.
+) -> Request:
+    """Return the request for the pictures of some tasks.
 
     Raises:
-        ConfigError: an option that this checkpoint's paper does not know, or a setting that it
-            refuses.
+        ConfigError: an option that this checkpoint's paper does not know.
     """
-    known = inspect.signature(module.sample_tokens).parameters
-    blends = tasks[0].blend is not None
-    count = 1 if blends else len(tasks)
-    extra: dict[str, Any] = {}
+    count = len(tasks)
+    request = Request([t.prompt for t in tasks], [t.seed for t in tasks])
     if negative is not None:
-        extra["negative"] = [negative] * count
+        request = replace(request, negative=[negative] * count)
+    if tasks[0].blend is not None:
+        request = replace(request, blend_with=[prompts[1]] * count, blend=tasks[0].blend)
     if edit is not None:
-        start = (edit.pixels.float() / 127.5 - 1).to(module.device)
-        extra["start"] = start.expand(count, -1, -1, -1)
+        pixels = (edit.pixels.float() / 127.5 - 1).to(module.device)
+        start = pixels.expand(count, -1, -1, -1)
         if edit.tokens is not None:
-            extra["mask"] = edit.tokens.expand(count, -1, -1)
+            request = replace(request, start=start, mask=edit.tokens.expand(count, -1, -1))
         elif rewrite:
-            extra["rewrite_all"] = True
+            request = replace(request, start=start, rewrite=True)
         else:
-            extra |= image_condition(module, extra["start"])
+            request = replace(request, start=start, image_condition=module.image_condition(start))
     elif size is not None:
-        factor = module.factor
-        extra["grid"] = (size[1] // factor, size[0] // factor)
-    if blends:
-        extra["blend_with"] = [prompts[1]]
-    names = {"negative": "--negative", "start": "--image", "mask": "--mask", "grid": "--size",
-             "rewrite_all": "--edit"}  # fmt: skip
-    for name in extra:
-        if name not in known:
-            what = names.get(name, "--interpolate")
-            raise ConfigError(f"this checkpoint's paper knows no {what}")
-    extra |= resolved(settings)
-    try:
-        if not blends:
-            images = module.sample(
-                [t.prompt for t in tasks], seeds=[t.seed for t in tasks], **extra
-            )
-        else:  # the share is one number per call
-            shares = [
-                module.sample([t.prompt], seeds=[t.seed], blend=t.blend, **extra) for t in tasks
-            ]
-            images = torch.cat(shares)
-    except ValueError as error:
-        raise ConfigError(first_line(error)) from error
-    return to_uint8(images.cpu())
+        unit = module.pixels_per_token
+        request = replace(request, grid=(size[1] // unit, size[0] // unit))
+    for name in request.asked() - module.ABILITIES:
+        raise ConfigError(f"this checkpoint's paper knows no {OPTIONS.get(name, name)}")
+    return request
 
 
 def out_folder(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
@@ -466,4 +428,5 @@ def png_text(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    kept = "interrupted; the pictures that were finished are kept"
+    sys.exit(command(run, sys.argv[1:], kept))

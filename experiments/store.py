@@ -1,188 +1,155 @@
-"""Results of stages: one folder per stage and key, locked while in work, marked when done."""
+"""What the store of stage results holds: `python -m experiments.store ls|rm|gc [--cache DIR]`."""
 
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich import box
+from rich.table import Table
 
-Say = Callable[[str], None]
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+from experiments.cli import Parser, command, console
+from experiments.settings import ConfigError, pick
 
+COMMAND = "python -m experiments.store"
+EPILOG = """commands:
+  ls           every result with its size, when it was made, and the runs that use it
+  rm NAME ...  delete results, by folder name or by stage name (all of that stage)
+  gc           delete what no run needs: no run folder that is still there names it
 
-def is_leader() -> bool:
-    """Say whether this process is rank 0 of its launch (also true without any launcher)."""
-    return not any(int(os.environ.get(name) or 0) for name in RANKS)
+A run that needs a deleted result makes it again. Nothing is deleted that is being worked on."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of a run: its name and the key of the settings that can change its result."""
+class Entry:
+    """One stage folder."""
 
-    name: str
-    key: str
+    folder: Path
+    size: int
+    """Bytes, of which links to the same file count in each folder."""
+    when: str
+    """When it was done; empty where it was interrupted."""
+    runs: tuple[str, ...]
+    """Run folders that were made of it and are still there."""
 
     @property
-    def folder(self) -> str:
-        """Name of the folder that holds the result."""
-        return f"{self.name}-{self.key}"
+    def stage(self) -> str:
+        """Name of the stage."""
+        return self.folder.name.rpartition("-")[0]
 
 
-class Store:
-    """Stage folders `root/<name>-<key>/`; a result stands once `done.json` is in its folder."""
+def run(argv: Sequence[str]) -> int:
+    """Do what the command line asks for.
 
-    def __init__(self, root: Path | str, order: Sequence[str] = (), leader: bool | None = None):
-        """Open a store; nothing is written before the first stage runs.
+    Raises:
+        ConfigError: a wrong word; nothing was deleted.
+    """
+    parser = Parser(COMMAND, (__doc__ or "").splitlines()[0], EPILOG)
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="the store's folder")
+    parser.add_argument("--yes", action="store_true", help="delete without asking")
+    args, words = parser.split(argv)
+    if args.help or not words:
+        print(parser.format_help())
+        return 0
+    what, *names = words
+    pick("command", what, ["ls", "rm", "gc"])
+    if bool(names) != (what == "rm"):
+        raise ConfigError("rm takes names of results; ls and gc take none")
+    found = entries(args.cache)
+    if what == "ls":
+        show(found)
+        return 0
+    chosen = [e for e in found if not e.runs] if what == "gc" else named(found, names)
+    return delete(chosen, args.yes)
 
-        Args:
-            root: the folder of all stage folders.
-            order: names of the stages of this run, for lines such as "[2/6] cache".
-            leader: whether this process decides; default: rank 0 does.
-        """
-        self.root = Path(root)
-        self.order = list(order)
-        self.leader = is_leader() if leader is None else leader
 
-    def folder(self, stage: Stage) -> Path:
-        """Path of the stage's result, which may not exist yet."""
-        return self.root / stage.folder
+def entries(root: Path) -> list[Entry]:
+    """List the results of a store.
 
-    def done(self, stage: Stage) -> dict[str, Any] | None:
-        """Read the marker of a finished stage; None where the result does not stand."""
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"--cache {root}: there is no such folder")
+    users: dict[str, list[str]] = {}
+    for path in sorted((root / "runs").glob("*.json")):
+        known = json.loads(path.read_text())
+        if Path(known["out"]).is_dir():
+            for folder in known["stages"]:
+                users.setdefault(folder, []).append(known["out"])
+    found = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        marker: dict[str, Any] = {}
+        if (folder / "done.json").is_file():
+            marker = json.loads((folder / "done.json").read_text())
+        elif not list(folder.glob("*.safetensors")) and not (folder / "resume.ckpt").exists():
+            if not (root / f".{folder.name}.lock").exists():
+                continue  # no stage: classifiers, or the list of runs
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        runs = tuple(users.get(folder.name, []))
+        found.append(Entry(folder, size, marker.get("when", ""), runs))
+    return found
+
+
+def named(found: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
+    """Return the results of some names.
+
+    Raises:
+        ConfigError: a name that nothing has; names the nearest.
+    """
+    known = [*(e.folder.name for e in found), *dict.fromkeys(e.stage for e in found)]
+    for name in names:
+        pick("rm", name, known)
+    return [e for e in found if e.folder.name in names or e.stage in names]
+
+
+def show(found: Sequence[Entry]) -> None:
+    """Print a table."""
+    table = Table("result", "size", "done", "runs", box=box.SIMPLE_HEAD, show_edge=False)
+    for entry in found:
+        done = entry.when or "interrupted"
+        table.add_row(entry.folder.name, size_text(entry.size), done, ", ".join(entry.runs) or "-")
+    console().print(table)
+    free = sum(e.size for e in found if not e.runs)
+    total = sum(e.size for e in found)
+    print(f"{len(found)} results, {size_text(total)}; no run needs {size_text(free)} of them")
+
+
+def delete(chosen: Sequence[Entry], sure: bool) -> int:
+    """Delete results after asking."""
+    if not chosen:
+        print("nothing to delete")
+        return 0
+    for entry in chosen:
+        used = f", used by {', '.join(entry.runs)}" if entry.runs else ""
+        print(f"  {entry.folder}  {size_text(entry.size)}{used}")
+    total = size_text(sum(e.size for e in chosen))
+    if not sure and input(f"delete {len(chosen)} results, {total}? [y/N] ").strip().lower() != "y":
+        print("nothing was deleted")
+        return 1
+    for entry in chosen:
+        lock = FileLock(entry.folder.parent / f".{entry.folder.name}.lock")
         try:
-            return json.loads((self.folder(stage) / "done.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-
-    def run(
-        self,
-        name: str,
-        key: str,
-        settings: dict[str, Any],
-        work: Callable[[Path], dict[str, Any]],
-        say: Say,
-        everyone: bool = False,
-    ) -> Path:
-        """Return the folder of a finished stage, working for it only where no result stands.
-
-        A stage that was interrupted keeps its folder: `work` finds what it left and goes on.
-        Of several ranks only the leader works and marks; the others wait for the marker, or, with
-        `everyone`, work beside the leader in the same folder (training) as soon as it has begun.
-
-        Args:
-            name: the stage, as in `order`.
-            key: `config.stage_key` of everything that can change the result.
-            settings: plain containers, kept in the marker for the reader.
-            work: does the stage in the given folder; its small dict is kept in the marker.
-            say: gets one line per event.
-            everyone: every rank takes part in the work.
-
-        Raises:
-            SystemExit: the leader of this launch ended before the stage was done.
-        """
-        stage = Stage(name, key)
-        folder = self.folder(stage)
-        if not self.leader:
-            if self._follow(stage, everyone):
-                work(folder)
-            return folder
-        if self._reuse(stage, say):
-            return folder
-        with self.work(stage, say):
-            if self._reuse(stage, say):  # another run finished it while this one waited
-                return folder
-            self._say(
-                say, name, f"continues in {folder}" if folder.exists() else f"runs in {folder}"
-            )
-            folder.mkdir(parents=True, exist_ok=True)
-            start = time.monotonic()
-            _write(folder / "running.json", {"pid": os.getpid(), "launch": _launch()})
-            try:
-                what = work(folder)
-            finally:
-                (folder / "running.json").unlink(missing_ok=True)
-            seconds = round(time.monotonic() - start, 2)
-            when = datetime.now(UTC).isoformat(timespec="seconds")
-            marker = {"stage": name, "key": key, "seconds": seconds, "when": when}
-            _write(folder / "done.json", {**marker, "what": what, "settings": settings})
-            self._say(say, name, f"done in {_duration(seconds)}")
-        return folder
-
-    @contextmanager
-    def work(self, stage: Stage, say: Say) -> Iterator[Path]:
-        """Hold the stage's lock; another run that asks for it says that it waits.
-
-        The lock belongs to the operating system, so that of a killed process is free.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f".{stage.folder}.lock")
-        try:
-            lock.acquire(timeout=0)
+            with lock.acquire(timeout=0):
+                (entry.folder / "done.json").unlink(missing_ok=True)  # first: no half result stands
+                shutil.rmtree(entry.folder)
         except Timeout:
-            self._say(say, stage.name, "waits for another run that works on the same stage")
-            lock.acquire()
-        try:
-            yield self.folder(stage)
-        finally:
-            lock.release()
-
-    def _reuse(self, stage: Stage, say: Say) -> bool:
-        marker = self.done(stage)
-        if marker is not None:
-            self._say(say, stage.name, f"reused from {self.folder(stage)} ({marker['when']})")
-        return marker is not None
-
-    def _follow(self, stage: Stage, everyone: bool, pause: float = 0.2) -> bool:
-        """Wait as a follower; True when the leader began work in which every rank takes part."""
-        parent = os.getppid()
-        while self.done(stage) is None:
-            if everyone and self._begun_by_my_leader(stage):
-                return True
-            if os.getppid() != parent:
-                raise SystemExit(1)  # rank 0 ended, and said why
-            time.sleep(pause)
-        return False
-
-    def _begun_by_my_leader(self, stage: Stage) -> bool:
-        """Tell the leader's mark from one that a killed launch left behind."""
-        try:
-            mark = json.loads((self.folder(stage) / "running.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        # Lightning's own launcher starts the followers as children of the leader, in the middle of
-        # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
-        return mark["pid"] == os.getppid() or (bool(_launch()) and mark["launch"] == _launch())
-
-    def _say(self, say: Say, name: str, text: str) -> None:
-        if name in self.order:
-            say(f"[{self.order.index(name) + 1}/{len(self.order)}] {name}: {text}")
-        else:
-            say(f"{name}: {text}")
+            print(f"{entry.folder} is being worked on; it was left")
+    return 0
 
 
-def _launch() -> str:
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    job = [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "/".join(os.environ.get(name, "") for name in names)
-    return "/".join(part for part in job if part)
+def size_text(size: float) -> str:
+    """Return a number of bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str))
-    os.replace(temporary, path)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+if __name__ == "__main__":
+    sys.exit(command(run, sys.argv[1:]))

@@ -5,23 +5,25 @@ needed here. Stages whose results stand are shared, so sixteen ways of sampling 
 points that are finished are not repeated.
 """
 
-import argparse
 import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from experiments import run as door
-from experiments.config import ConfigError, UserError
+from experiments import run as run_command
+from experiments.cli import Parser, command, console, prepare_torch, speaker
+from experiments.pipeline.ranks import is_leader
 from experiments.points import PROGRAM, Point, Sweep, make_points, read_sweep, stands
-from experiments.reported import Claim, every_reported
-from experiments.reported import Table as Published
-from experiments.store import is_leader
+from experiments.settings import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from experiments.report.tables import Summary
 
 COMMAND = "python -m experiments.sweep"
 
@@ -36,23 +38,6 @@ Writes table.csv, table.html and pictures into --out (default: runs/sweep-NAME),
 run into a folder there. The same command resumes."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (0, 1 failed, 2 refused, 130/143 interrupted)."""
-    signals = door.Signals()
-    try:
-        return run(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):
-        if signals.received is None:
-            raise
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 128 + signals.received
-    finally:
-        signals.restore()
-
-
 def run(argv: Sequence[str]) -> int:
     """Do what the command line asks for; returns 0, or 1 where a point failed.
 
@@ -60,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: a wrong word or file; nothing was started.
     """
     parser = make_parser()
-    args, words = parser.parse_known_args(argv)
+    args, words = parser.split(argv)
     if args.help:
         print(parser.format_help())
         return 0
@@ -85,29 +70,26 @@ def run(argv: Sequence[str]) -> int:
                 state = "stands" if stands(point) else "to do"
                 print(f"  {number:3} {state}  {PROGRAM} {shlex.join(point.argv)}")
         return 0
-    door.settle()
-    from experiments import tables
+    prepare_torch()
+    from experiments.report.published import all_published
+    from experiments.report.tables import summarize, write_sweep
 
-    say = door.speaker()
+    say = speaker()
     failed = 0
     for sweep, out, points in grids:
         do_points(sweep, points, say, args.index)
         if is_leader():
-            published = every_reported().of_sweep(sweep.name)
-            command = shlex.join([*COMMAND.split(), *argv])
-            made = tables.write_results(sweep, points, out, command, *published)
-            show(sweep, points, made, *published)
+            published = all_published().of_sweep(sweep.name)
+            typed = shlex.join([*COMMAND.split(), *argv])
+            made = write_sweep(sweep, points, out, typed, published)
+            show(sweep, summarize(sweep, points, published), made)
         failed += sum(point.error is not None for point in points)
     return 1 if failed else 0
 
 
-def make_parser() -> door.Parser:
+def make_parser() -> Parser:
     """Make the parser of all options; its help explains them."""
-    parser = door.Parser(
-        prog=COMMAND, usage=f"{COMMAND} FILE [FILE ...] [--out DIR] [--dry-run] [key=value ...]",
-        description=(__doc__ or "").splitlines()[0], epilog=EPILOG, add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = Parser(COMMAND, (__doc__ or "").splitlines()[0], EPILOG)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--index", type=int, metavar="N",
@@ -115,7 +97,6 @@ def make_parser() -> door.Parser:
         "table shows all that stand",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the points and which stand")
-    parser.add_argument("--help", "-h", action="store_true", help="this text")
     return parser
 
 
@@ -130,7 +111,8 @@ def do_points(
         say: gets one line per event.
         only: number of the point to run; None runs all.
     """
-    from experiments import stages
+    from experiments.pipeline.publish import Titles
+    from experiments.pipeline.runner import execute
     from experiments.progress import clock
 
     last: float | None = None
@@ -147,10 +129,10 @@ def do_points(
             say(f"{head}{guess}")
             start = time.monotonic()
             try:
-                stages.run(
-                    point.paper, point.scale, point.config, point.out,
-                    command=shlex.join([*door.COMMAND.split(), *point.argv]),
-                    say=lambda line: None if " reused from " in line else say(f"    {line}"),
+                words = shlex.join([*run_command.COMMAND.split(), *point.argv])
+                execute(
+                    Titles(point.paper, point.scale, words), point.config, point.out,
+                    lambda line: None if " reused from " in line else say(f"    {line}"),
                 )  # fmt: skip
             except UserError as error:
                 point.error = str(error)
@@ -161,37 +143,18 @@ def do_points(
             point.scores = json.loads((point.out / "metrics.json").read_text())
 
 
-def show(
-    sweep: Sweep, points: Sequence[Point], files: Sequence[Path],
-    published: Sequence[Published], claims: Sequence[Claim],
-) -> None:  # fmt: skip
+def show(sweep: Sweep, summary: "Summary", files: Sequence[Path]) -> None:
     """Print the tables, what was published, and the paths of what was made."""
-    from experiments import tables
-
-    console, grid = door.console(), tables.make_grid(sweep, points)
-
-    def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        made = Table(*heads, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for row in rows:
-            made.add_row(*row)
-        console.print(made)
-
     print(f"\n{sweep.name}: scores with their 95 % intervals")
-    print_table(*tables.rows_of(grid, points, published))
-    if (best := tables.best(sweep, points)) is not None:
-        print(f"best {sweep.metric}: {best.label}: {tables.cell(best.scores[sweep.metric or ''])}")
-    for name, shared in grid.same.items():
-        print(f"in all points: {name} {tables.cell(shared)}")
-    for (score, what), values in tables.scan_tables(points).items():
-        print(f"\n{score} against {what}")
-        print_table(*tables.scan_rows(points, score, values))
-    for line in tables.provenance(published, claims):
-        print(line)
-    for point in points:
-        if point.error:
-            print(f"failed: {point.label}: {point.error}")
-    print("\n".join(["", *(f"  {path}" for path in files)]))
+    for number, table in enumerate(summary.tables):
+        if number:
+            print(f"\n{table.title}")
+        made = Table(*table.heads, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for row in table.rows:
+            made.add_row(*row)
+        console().print(made)
+    print("\n".join([*summary.notes, *summary.sources, "", *(f"  {path}" for path in files)]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command(run, sys.argv[1:]))

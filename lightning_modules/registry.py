@@ -1,12 +1,14 @@
 """The papers by name, and their checkpoints as modules that are ready to use."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_modules.common.checkpoint import file_hash, load_strict, load_weights
+from data.files import file_hash
+from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.improved_vqd.module import ImprovedVQDModule
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
@@ -16,7 +18,7 @@ from lightning_modules.paella.module import PaellaModule
 from lightning_modules.vq_diffusion.module import VQDiffusionModule
 from lightning_modules.vqgan.module import VQGANModule
 
-TOKENIZERS: dict[str, type[VQGANModule] | type[AutoencoderModule]] = {
+FIRST_STAGES: dict[str, type[VQGANModule] | type[AutoencoderModule]] = {
     "vqgan": VQGANModule,
     "autoencoder": AutoencoderModule,
 }
@@ -27,9 +29,14 @@ GENERATORS: dict[str, type[GeneratorModule]] = {
     "muse": MuseModule,
     "ldmae": LDMAEModule,
 }
+CHECKPOINT = "checkpoint.safetensors"
+"""Beside a checkpoint X.safetensors may stand X.json, which says what it works with, each key
+optional: `first_stage` {file, sha256}, `sampling` settings, `parts` name -> {file, sha256} of
+further weights, `further` name -> {file, sha256} of further first stages. Files are named from
+its folder."""
 
 
-def load_tokenizer(
+def load_first_stage(
     path: Path | str, device: torch.device | str = "cpu", paper: str | None = None
 ) -> Any:
     """Load a tokenizer or an autoencoder (or its Lightning checkpoint), frozen and in eval mode.
@@ -37,7 +44,7 @@ def load_tokenizer(
     Args:
         path: its file.
         device: where it goes.
-        paper: which of TOKENIZERS it must be; None takes any.
+        paper: which of FIRST_STAGES it must be; None takes any.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -45,65 +52,97 @@ def load_tokenizer(
     """
     state, config = load_weights(path)
     found = str(config.get("paper"))
-    if found not in TOKENIZERS or paper not in (None, found):
-        wanted = "an autoencoder" if paper == "autoencoder" else "a tokenizer"
+    if found not in FIRST_STAGES or paper not in (None, found):
+        wanted = {None: "a first stage", "autoencoder": "an autoencoder"}.get(paper, "a tokenizer")
         raise ValueError(f"{path} is a checkpoint of {found}, not {wanted}")
-    module = TOKENIZERS[found].from_export(state, config)
+    module = FIRST_STAGES[found].from_export(state, config)
     return module.eval().requires_grad_(False).to(device)
 
 
 def load_generator(
     path: Path | str,
-    tokenizer: Path | str | None = None,
+    first_stage: Path | str | None = None,
     device: torch.device | str = "cpu",
     paper: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> GeneratorModule:
-    """Load a generator with its tokenizer attached, frozen and in eval mode.
+    """Load a generator with its first stages attached, frozen and in eval mode.
 
     Args:
-        path: a generator's checkpoint of this suite.
-        tokenizer: its tokenizer file; by default the file that the checkpoint names, beside it.
-        device: where both go.
-        paper: sample it as this paper does; improved_vqd takes checkpoints of vq_diffusion, too.
+        path: a generator's checkpoint of this suite, or the run folder that holds it.
+        first_stage: its first stage's file; by default the one that the settings beside the
+            checkpoint name, or else the checkpoint.
+        device: where everything goes.
+        paper: sample it as this paper does, which must be its own or one that adopts it.
+        sampling: settings in place of those beside it, which stand before the checkpoint's.
 
     Raises:
-        FileNotFoundError: one of the two files is not there.
-        ValueError: not a generator, one of another paper than asked for, or another tokenizer than
-            it was trained on.
+        FileNotFoundError: one of the files is not there.
+        ValueError: not a generator, one of another paper than asked for, a first stage or a part
+            that it was not trained with, or unknown settings.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT
     state, config = load_weights(path)
     trained = str(config.get("paper"))
     if trained not in GENERATORS:
         raise ValueError(f"{path} is a checkpoint of {trained}, not of {', '.join(GENERATORS)}")
-    found = _tokenizer_of(Path(path), config["tokenizer"], tokenizer)
-    config = _text_beside(config, Path(path).parent)
-    module: GeneratorModule
-    if (trained, paper) == ("vq_diffusion", "improved_vqd"):
-        module = ImprovedVQDModule.from_plain(state, config)
-    elif paper not in (None, trained):
-        raise ValueError(f"{path} is a checkpoint of {trained}, which {paper} cannot sample")
+    beside, config = _beside(path), _text_beside(config, path.parent)
+    noted, further = beside.get("sampling", {}), beside.get("further", {})
+    cls = GENERATORS.get(paper or trained)
+    if cls is GENERATORS[trained]:
+        parts = {
+            name: load_weights(_find(path, named, f"part {name}"))
+            for name, named in beside.get("parts", {}).items()
+        }
+        module = cls.assemble(state, config, parts, str(path))
+        module.config.sampling = module.settings(noted)
+    elif cls is not None and trained in cls.ADOPTS:
+        config = {**config, "sampling": {**config.get("sampling", {}), **noted}}
+        module = cls.adopt(state, config)
     else:
-        module = GENERATORS[trained](config)
-        load_strict(module, state, str(path))
-    module.attach(load_tokenizer(found, device))
-    high = config.get("high", {}).get("tokenizer")
-    if high is not None and isinstance(module, MuseModule):  # super-resolution with its own
-        own = load_tokenizer(_tokenizer_of(Path(path), high), device)
-        module.attach(module.tokenizer, own)
+        raise ValueError(f"{path} is a checkpoint of {trained}, which {paper} cannot sample")
+    module.config.sampling = module.settings(sampling or {})
+    # "tokenizer" in files from before there were other first stages
+    named = beside.get("first_stage", config.get("first_stage", config.get("tokenizer")))
+    if named is None:
+        other = path.with_suffix(".json").name
+        raise ValueError(f"neither {path} nor a {other} beside it names its first stage")
+    others = {
+        name: load_first_stage(_find(path, further.get(name, own), f"first stage {name}"), device)
+        for name, own in module.further_first_stages().items()
+    }
+    found = _find(path, named, "first stage", first_stage)
+    module.attach(load_first_stage(found, device), **others)
     return module.eval().requires_grad_(False).to(device)
 
 
-def _tokenizer_of(path: Path, named: dict[str, str], given: Path | str | None = None) -> Path:
-    """Find the tokenizer that a checkpoint names, beside it or as it is given."""
-    found = Path(given) if given is not None else path.parent / named["file"]
+def _beside(checkpoint: Path) -> dict[str, Any]:
+    """Read what stands beside a checkpoint, where anything does."""
+    file = checkpoint.with_suffix(".json")
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+
+
+def _find(
+    checkpoint: Path, named: Mapping[str, str], what: str, given: Path | str | None = None
+) -> Path:
+    """Find a file that a checkpoint names from its folder, or is given, by its content."""
+    found = Path(given) if given is not None else checkpoint.parent / named["file"]
     if not found.is_file():
+        way = " or name it with --tokenizer" if what == "first stage" else ""
         raise FileNotFoundError(
-            f"{path} needs its tokenizer {named['file']}, which is not beside it; "
-            "copy it there or name it with --tokenizer"
+            f"{checkpoint} needs its {what}, and there is no {found}; copy it there{way}"
         )
     # a decoder that was trained further shows the same tokens
-    if named["sha256"] not in (file_hash(found), load_weights(found)[1].get("tokens_of")):
-        raise ValueError(f"{found} is not the tokenizer that {path} was trained on")
+    if named["sha256"] != file_hash(found):
+        if named["sha256"] != load_weights(found)[1].get("tokens_of"):
+            raise ValueError(f"{found} is not the {what} that {checkpoint} was trained with")
     return found
 
 
@@ -113,17 +152,3 @@ def _text_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not text or "path" not in text or not (folder / text["path"]).is_file():
         return config
     return {**config, "text": {**text, "path": str(folder / text["path"])}}
-
-
-def generator_file(
-    module: GeneratorModule, tokenizer: Path, name: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what `save_weights` writes for a generator whose tokenizer lies beside it.
-
-    Args:
-        module: the trained generator.
-        tokenizer: its tokenizer file, for the hash.
-        name: the tokenizer's file name beside the checkpoint.
-    """
-    state, config = module.export()
-    return state, {**config, "tokenizer": {"file": name, "sha256": file_hash(tokenizer)}}

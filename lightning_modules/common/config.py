@@ -1,8 +1,9 @@
 """Settings that several papers share; light to import."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from lightning_modules.common.checks import at_least, positive
 
 
 @dataclass
@@ -40,15 +41,19 @@ class TextConfig:
     """clip: token id that fills a text up to the model's length; padding is never hidden."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "buckets", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, 1, "layers", "buckets", "max_length")
+        at_least(self, 0, "pad_id")
         if self.hidden_state >= 0:
             raise ValueError(f"hidden_state counts from the end, got {self.hidden_state}")
-        if self.pad_id < 0:
-            raise ValueError(f"pad_id must be at least 0, got {self.pad_id}")
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width must be even and at least 2, got {self.width}")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether every caption also has one pooled CLIP vector."""
+        if self.name == "clip":
+            return self.projected
+        return self.name in ("byt5", "open_clip") and self.clip is not None
 
 
 @dataclass
@@ -73,13 +78,9 @@ class OptimConfig:
     """Decay of the exponential moving average of the weights; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "warmup_steps", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        positive(self, "lr")
+        at_least(self, 0, "weight_decay", "warmup_steps", "clip")
+        _check_betas(self.betas)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
 
@@ -93,7 +94,7 @@ class AdversarialConfig:
     disc_weight: float = 0.8
     """weight of the adversarial term; 0 builds no discriminator"""
     disc_factor: float = 1.0
-    """further factor on both players' adversarial losses; 0 builds no discriminator"""
+    """further factor on the adversarial losses of both networks; 0 builds no discriminator"""
     disc_layers: int = 3
     """strided convolutions of the PatchGAN"""
     disc_width: int = 64
@@ -108,10 +109,8 @@ class AdversarialConfig:
     """upper bound of that scale"""
 
     def __post_init__(self) -> None:
-        for name in ("disc_layers", "disc_width"):
-            _at_least(self, name, 1)
-        for name in ("disc_start", "disc_weight", "disc_factor", "adaptive_max"):
-            _at_least(self, name, 0)
+        at_least(self, 1, "disc_layers", "disc_width")
+        at_least(self, 0, "disc_start", "disc_weight", "disc_factor", "adaptive_max")
 
     @property
     def adversarial(self) -> bool:
@@ -120,7 +119,7 @@ class AdversarialConfig:
 
 
 @dataclass
-class PlayersConfig:
+class AdversarialOptimConfig:
     """Optimizers of an autoencoder and its discriminator: one schedule, counted in batches."""
 
     lr: float = 1e-4
@@ -138,20 +137,16 @@ class PlayersConfig:
     decay_batches: int = 0
     """batch at which a cosine decay reaches lr_end; 0 keeps the rate constant after warm-up"""
     lr_end: float = 0.0
-    """learning rate at the end of the decay, as a share of lr"""
+    """learning rate at the end of the decay, as a multiple of lr"""
     clip: float = 0.0
-    """largest gradient norm of each player; 0 does not clip"""
+    """largest gradient norm of each network; 0 does not clip"""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or (self.disc_lr is not None and self.disc_lr <= 0):
-            raise ValueError(f"lr must be positive, got {min(self.lr, self.disc_lr or self.lr)}")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "warmup_batches", "decay_batches", "lr_end", "clip"):
-            _at_least(self, name, 0)
+        positive(self, "lr", *(["disc_lr"] if self.disc_lr is not None else []))
+        at_least(self, 0, "weight_decay", "warmup_batches", "decay_batches", "lr_end", "clip")
+        _check_betas(self.betas)
 
 
-def _at_least(config: object, name: str, least: float) -> None:
-    value = getattr(config, name)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check_betas(betas: list[float]) -> None:
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")

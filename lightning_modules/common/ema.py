@@ -33,6 +33,14 @@ class WeightAverage:
         for k in state.keys() - set(moving):
             self.shadow[k].copy_(state[k])
 
+    @torch.no_grad()
+    def exchange(self, module: nn.Module) -> None:
+        """Let the module's tensors and the shadow change places; twice changes nothing."""
+        for k, v in module.state_dict().items():
+            kept = v.clone()
+            v.copy_(self.shadow[k])
+            self.shadow[k].copy_(kept)
+
     def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
         """Return what a checkpoint keeps."""
         return {"updates": self.updates, "shadow": self.shadow}

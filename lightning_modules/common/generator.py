@@ -2,34 +2,45 @@
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.ema import WeightAverage
-from lightning_modules.common.interfaces import Tokenizer
+from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
+from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.seeding import mix_seed
-from lightning_modules.common.settings import build
+from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import TEXT_ENCODERS, Condition
 
 
 class GeneratorModule(LightningModule):
     """Trains on tokens or images with captions, samples images for prompts.
 
-    A subclass names its settings (`config_class`, with sections text and optim among others),
-    builds its networks in `__init__` and gives `loss` and `sample`. The tokenizer and frozen text
-    encoders are attached, not owned: they are in no state dict, no optimizer, no average.
+    A subclass names its settings (`config_class`, with sections text, optim and sampling among
+    others), builds its networks in `__init__` and gives `loss` and `sample_tokens`. The first stage
+    and frozen text encoders are attached, not owned: they are in no state dict, no optimizer, no
+    average.
 
     Args:
         config: plain containers: the sections of `config_class`, and beside them `seed`, `grid`
             [h, w] of the token map, `num_codes` and whatever the experiment wants to keep.
+
+    Raises:
+        ValueError: settings that do not fit each other or the first stage.
     """
 
-    config_class: type
+    config_class: ClassVar[type]
+    ABILITIES: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a `Request` that `sample_tokens` honours, besides prompts and seeds."""
+    ADOPTS: ClassVar[tuple[str, ...]] = ()
+    """Papers whose checkpoints this one samples too, by `adopt`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -38,49 +49,114 @@ class GeneratorModule(LightningModule):
         self.config: Any = build(
             self.config_class, {k: v for k, v in config.items() if k in fields}
         )
+        self.config.check_fit(Geometry.from_config(config))
         self.seed: int = config.get("seed", 0)
         self.grid: tuple[int, int] = tuple(config["grid"])
         self.optim: OptimConfig = self.config.optim
         text: TextConfig = self.config.text
         encoder = TEXT_ENCODERS[text.name](text)
         self.text_encoder = encoder if isinstance(encoder, nn.Module) else None
-        self._attached: dict[str, Any] = {"tokenizer": None, "text": encoder}
+        self._attached: dict[str, Any] = {"first_stage": None, "text": encoder}
         self.average: WeightAverage | None = None
         self.generator = torch.Generator()
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that turns images into the tokens this generator models."""
-        if self._attached["tokenizer"] is None:
-            raise ValueError("this generator has no tokenizer yet: call attach(tokenizer)")
-        return self._attached["tokenizer"]
+    @classmethod
+    def assemble(
+        cls,
+        state: Mapping[str, Tensor],
+        config: dict[str, Any],
+        parts: Mapping[str, tuple[dict[str, Tensor], dict[str, Any]]],
+        what: str,
+    ) -> Self:
+        """Build the generator of a checkpoint.
 
-    def attach(self, tokenizer: Tokenizer) -> "GeneratorModule":
-        """Give the generator its (frozen) tokenizer."""
-        self._attached["tokenizer"] = tokenizer
+        Args:
+            state: its tensors.
+            config: its plain settings.
+            parts: tensors and settings of further files that belong to it, by their names.
+            what: the file, for messages.
+
+        Raises:
+            ValueError: tensors that do not fit, or a part that this paper has not.
+        """
+        if parts:
+            raise ValueError(f"{what}: {cls.__name__} has no part {next(iter(parts))}")
+        module = cls(config)
+        load_strict(module, state, what)
+        return module
+
+    @classmethod
+    def adopt(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        """Build this paper's generator from a checkpoint of one that it `ADOPTS`."""
+        raise ValueError(f"{cls.__name__} takes no checkpoint of {config.get('paper')}")
+
+    @property
+    def first_stage(self) -> Any:
+        """What turns images into the tokens or latents that this generator models, and back."""
+        if self._attached["first_stage"] is None:
+            raise ValueError("this generator has no first stage yet: call attach(first_stage)")
+        return self._attached["first_stage"]
+
+    def attach(self, first_stage: Any, **others: Any) -> Self:
+        """Give the generator its (frozen) first stage.
+
+        Args:
+            first_stage: a tokenizer or an autoencoder.
+            **others: those of `further_first_stages`.
+        """
+        self._attached |= {"first_stage": first_stage, **others}
+        return self
+
+    def further_first_stages(self) -> dict[str, dict[str, str]]:
+        """Return name -> {"file", "sha256"} of the first stages that `attach` takes besides."""
+        return {}
+
+    @property
+    def final_first_stage(self) -> Any:
+        """What the finished pictures are decoded by."""
+        return self.first_stage
+
+    def part(self, name: str) -> "GeneratorModule":
+        """Return a part that draws pictures of its own; under the empty name the generator itself.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        if name:
+            raise ValueError(f"{type(self).__name__} has no part {name}")
         return self
 
     @property
-    def factor(self) -> int:
+    def pixels_per_token(self) -> int:
         """Pixels of a picture per token of `sample_tokens` along a side."""
-        return self.tokenizer.factor
+        return self.first_stage.factor
 
     @property
-    def mask_factor(self) -> int:
+    def pixels_per_cell(self) -> int:
         """Pixels of a picture per cell of an edit's mask along a side."""
-        return self.tokenizer.factor
+        return self.first_stage.factor
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that a side of a picture must be a multiple of."""
+        return self.pixels_per_token
 
     @property
     def fixed_size(self) -> bool:
         """Whether pictures of another size than the trained one are made window by window."""
         return False
 
-    def encode_text(self, captions: list[str]) -> Condition:
+    @property
+    def labelled(self) -> bool:
+        """Whether it is conditioned on labels."""
+        return False
+
+    def encode_text(self, captions: Sequence[str]) -> Condition:
         """Encode captions on this module's device, in full precision whatever the trainer's."""
         with torch.autocast(self.device.type, enabled=False):
-            return self._attached["text"](captions, self.device)
+            return self._attached["text"](list(captions), self.device)
 
-    def check_prompts(self, prompts: list[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
         """Speak up where prompts cannot be understood, before any work.
 
         Raises:
@@ -102,67 +178,91 @@ class GeneratorModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self._attached["text"].encode_images(images)
 
-    def begin(self, tokenizer: str) -> bool:
+    def image_condition(self, images: Tensor) -> Tensor | None:
+        """Return what a variation is conditioned on besides its tokens; None where nothing."""
+        return None
+
+    def begin(self, first_stage: str) -> bool:
         """Take over weights to start a training from; False where nothing is to be trained.
 
         Args:
-            tokenizer: sha256 of the tokenizer's file.
+            first_stage: sha256 of the first stage's file.
         """
         return True
+
+    def settings(self, changes: Mapping[str, Any]) -> Any:
+        """Return the checkpoint's sampling settings with some replaced, also inside sections.
+
+        Raises:
+            ValueError: an unknown setting, or one out of range.
+        """
+        own = plain(self.config.sampling)
+        for name, value in changes.items():
+            nested = isinstance(value, Mapping) and isinstance(own.get(name), dict)
+            own[name] = {**own[name], **value} if nested else value
+        return build(type(self.config.sampling), own)
+
+    def check_request(self, request: Request, first_step: int = 0) -> None:
+        """Refuse what this paper cannot do.
+
+        Args:
+            request: what is asked.
+            first_step: steps that a variation skips, which needs something to begin with.
+
+        Raises:
+            ValueError: an ability that it lacks, or a mask or a variation without a picture.
+        """
+        lacks = sorted(request.asked() - self.ABILITIES)
+        if lacks:
+            raise ValueError(f"this checkpoint's paper cannot take `{lacks[0]}`")
+        if request.start is None:
+            needs = {"a mask": request.mask is not None, "an edit without a mask": request.rewrite,
+                     "sampling.first_step": first_step > 0}  # fmt: skip
+            for what, asked in needs.items():
+                if asked:
+                    raise ValueError(f"{what} needs a picture to start from (start)")
 
     @abstractmethod
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch and further scalars to log; all chance is `generator`'s."""
+        """Return the loss of a batch and further scalars to log; `generator` draws all noise."""
 
     @abstractmethod
-    def sample_tokens(self, prompts: list[str], *, seeds: list[int], **sampling: Any) -> Tensor:
-        """Draw tokens [B, h, w]; `start`, where a paper has it, holds tokens [B, h, w]."""
+    def sample_tokens(
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
+    ) -> Tensor:
+        """Draw tokens [B, h, w] (or latents [B, C, h, w]); row i depends on prompt and seed i.
+
+        Args:
+            request: what is asked.
+            settings: the paper's sampling settings; None takes the checkpoint's.
+            on_step: called with step, input and result.
+
+        Raises:
+            ValueError: something that this paper or these settings cannot do.
+        """
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: list[str],
-        *,
-        seeds: list[int],
-        start: Tensor | None = None,
-        **sampling: Any,
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
-        """Draw images [B, 3, H, W] in [-1, 1]; image i depends on prompt i and seed i alone.
+        """Draw images [B, 3, H, W] in [-1, 1]; arguments as in `sample_tokens`, start an image."""
+        if request.start is not None:
+            start = self.first_stage.encode(request.start.to(self.device))
+            request = dataclasses.replace(request, start=start)
+        return self.first_stage.decode(self.sample_tokens(request, settings, on_step))
 
-        Args:
-            prompts: B captions.
-            seeds: B seeds.
-            start: [B, 3, H, W] images in [-1, 1] that an edit or a variation starts from.
-            **sampling: what the paper's `sample_tokens` takes.
-        """
-        if start is not None:
-            sampling["start"] = self.tokenizer.encode(start.to(self.device))
-        return self.tokenizer.decode(self.sample_tokens(prompts, seeds=seeds, **sampling))
-
-    def pictures(
-        self, prompts: list[str], *, seeds: list[int], **sampling: Any
-    ) -> dict[str, Tensor]:
-        """Draw the pictures of every stage by its name, the final ones last and as `sample` does.
-
-        Args:
-            prompts: B captions.
-            seeds: B seeds.
-            **sampling: what `sample` takes.
-        """
-        return {"": self.sample(prompts, seeds=seeds, **sampling)}
-
-    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+    def batch_tokens(self, batch: dict[str, Any]) -> Tensor:
         """Return the batch's tokens [B, h, w], encoding its images where no cache gave them."""
         if "tokens" in batch:
             return batch["tokens"]
         # bf16 would flip the nearest codes of a cache that was made in full precision
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.tokenizer.encode(batch["image"])
+            return self.first_stage.encode(batch["image"])
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Seed all chance of an epoch by (seed, epoch, rank): resuming at its border is exact.
+        """Seed all noise of an epoch by (seed, epoch, rank): resuming at its border is exact.
 
         This waits for the first batch because a data loader's iterator, which is made before or
         after the epoch's start depending on resuming, may draw from the global generator.
@@ -180,7 +280,7 @@ class GeneratorModule(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the loss under chance that is the same at every validation."""
+        """Log the loss under noise that is the same at every validation."""
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         loss, scalars = self.loss(batch, generator)
         values = {"val/loss": loss, **{f"val/{k}": v for k, v in scalars.items()}}
@@ -202,9 +302,10 @@ class GeneratorModule(LightningModule):
             self.clip_gradients(optimizer, self.optim.clip, "norm")
 
     def on_fit_start(self) -> None:
-        """Move the tokenizer here; start the average unless a checkpoint brought one."""
-        if isinstance(self._attached["tokenizer"], nn.Module):
-            self._attached["tokenizer"].to(self.device)
+        """Move what is attached here; start the average unless a checkpoint brought one."""
+        for part in self._attached.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device)
         if self.optim.ema > 0 and self.average is None:
             self.average = WeightAverage(self, self.optim.ema)
 
@@ -212,6 +313,16 @@ class GeneratorModule(LightningModule):
         """Update the average once per optimizer step."""
         if self.average is not None and self.trainer.global_step > self.average.updates:
             self.average.update(self)
+
+    def on_validation_start(self) -> None:
+        """Validate the weights that are exported: the average, where there is one."""
+        if self.average is not None and not self.trainer.sanity_checking:
+            self.average.exchange(self)
+
+    def on_validation_end(self) -> None:
+        """Give the trained weights back."""
+        if self.average is not None and not self.trainer.sanity_checking:
+            self.average.exchange(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the average under its own key."""

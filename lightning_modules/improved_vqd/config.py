@@ -1,15 +1,12 @@
 """What Improved VQ-Diffusion sets besides VQ-Diffusion's own settings (arXiv 2205.16007)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from lightning_modules.common.checks import at_least, within
+from lightning_modules.common.interfaces import Geometry
 from lightning_modules.vq_diffusion import config as plain
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -26,8 +23,8 @@ class NullConfig:
     """Share of training conditions that the null takes the place of."""
 
     def __post_init__(self) -> None:
-        _require(self.length >= 1, f"length must be at least 1, got {self.length}")
-        _require(0 <= self.drop <= 1, f"drop must be between 0 and 1, got {self.drop}")
+        at_least(self, 1, "length")
+        within(self, 0, 1, "drop")
 
 
 @dataclass
@@ -40,7 +37,8 @@ class InitConfig:
     """false takes ckpt as it is: guidance and purity without training (null_condition=empty)."""
 
     def __post_init__(self) -> None:
-        _require(self.train or self.ckpt is not None, "train must be true without ckpt, got false")
+        if not self.train and self.ckpt is None:
+            raise ValueError("train must be true without ckpt, got false")
 
     @property
     def file(self) -> Path | None:
@@ -76,24 +74,28 @@ class SamplingConfig(plain.SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
-            self.purity_weight >= 0, f"purity_weight must be at least 0, got {self.purity_weight}"
-        )
-        _require(
-            self.tokens_per_call is None or self.tokens_per_call >= 1,
-            f"tokens_per_call must be at least 1, got {self.tokens_per_call}",
-        )
-        _require(
-            0 < self.compare_truncation <= 1,
-            f"compare_truncation must be in (0, 1], got {self.compare_truncation}",
-        )
-        _require(
-            self.reveal != "constant" or self.tokens_per_call is not None,
-            "tokens_per_call must be set with reveal=constant, got null",
-        )
-        _require(
-            self.rule == "exact" or self.order == "diffusion",
-            f"rule must be exact with order={self.order}, got {self.rule}",
+        at_least(self, 0, "purity_weight")
+        if self.tokens_per_call is not None:
+            at_least(self, 1, "tokens_per_call")
+        if not 0 < self.compare_truncation <= 1:
+            raise ValueError(f"compare_truncation must be in (0, 1], got {self.compare_truncation}")
+        if self.reveal == "constant" and self.tokens_per_call is None:
+            raise ValueError("tokens_per_call must be set with reveal=constant, got null")
+        if self.rule == "released" and self.order != "diffusion":
+            raise ValueError(f"rule must be exact with order={self.order}, got {self.rule}")
+
+    def plain(self) -> "SamplingConfig":
+        """Return those of VQ-Diffusion's own loop, with which `compare` samples the same weights.
+
+        Guidance is off, masks open by the posterior, and the truncation is `compare_truncation`.
+        """
+        return replace(
+            self,
+            guidance=1.0,
+            order="diffusion",
+            reveal="schedule",
+            tokens_per_call=None,
+            truncation=self.compare_truncation,
         )
 
 
@@ -114,11 +116,11 @@ def check_released(tokens: int, steps: int) -> None:
     Raises:
         ValueError: it has none.
     """
-    _require(
-        tokens == RELEASED_TOKENS and steps in RELEASED_TABLES,
-        f"reveal=released knows {RELEASED_TOKENS} tokens and {sorted(RELEASED_TABLES)} steps, "
-        f"not {tokens} tokens and {steps} steps; take reveal=schedule",
-    )
+    if tokens != RELEASED_TOKENS or steps not in RELEASED_TABLES:
+        raise ValueError(
+            f"reveal=released knows {RELEASED_TOKENS} tokens and {sorted(RELEASED_TABLES)} steps, "
+            f"not {tokens} tokens and {steps} steps; take reveal=schedule"
+        )
 
 
 @dataclass
@@ -136,6 +138,19 @@ class ImprovedVQDConfig(plain.VQDiffusionConfig):
     def num_classes(self) -> int:
         """Number of classes that can be asked for; a learned null is one more."""
         return self.model.class_number - (self.null_condition.name == "learned")
+
+    def check_fit(self, first: Geometry) -> None:
+        """Check that the sections fit each other and the first stage.
+
+        Raises:
+            ValueError: the first setting that does not.
+        """
+        super().check_fit(first)
+        if self.sampling.order != "diffusion" and self.sampling.reveal == "released":
+            try:
+                check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)
+            except ValueError as error:
+                raise ValueError(f"sampling.{error}") from error
 
 
 # The paper reveals z tokens per call at the time whose share of masks is nearest; the released code

@@ -1,13 +1,13 @@
 """Improved VQ-Diffusion as a LightningModule: VQ-Diffusion with guidance and purity sampling."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.common.checkpoint import load_strict, load_weights
-from lightning_modules.common.settings import plain
+from lightning_modules.common.request import Request
 from lightning_modules.improved_vqd import process as improved
 from lightning_modules.improved_vqd.config import ImprovedVQDConfig, SamplingConfig
 from lightning_modules.vq_diffusion.module import VQDiffusionModule
@@ -24,7 +24,8 @@ class ImprovedVQDModule(VQDiffusionModule):
     """
 
     config_class = ImprovedVQDConfig
-    sampling_class = SamplingConfig
+    ABILITIES: ClassVar[frozenset[str]] = VQDiffusionModule.ABILITIES | {"negative"}
+    ADOPTS: ClassVar[tuple[str, ...]] = ("vq_diffusion",)
     config: ImprovedVQDConfig
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -36,34 +37,36 @@ class ImprovedVQDModule(VQDiffusionModule):
             self.null = nn.Parameter(torch.randn(null.length, model.condition_dim))
 
     @classmethod
-    def from_plain(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
-        """A VQ-Diffusion's weights and settings as an Improved one, with the zero-shot null.
+    def adopt(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        """Take a VQ-Diffusion's weights and settings as an Improved one, with the zero-shot null.
 
         Args:
             state: its tensors.
             config: its plain settings.
+
+        Raises:
+            ValueError: a checkpoint of another paper or size.
         """
-        steps = config.get("sampling", {}).get("steps", SamplingConfig.steps)
-        module = cls(
-            {
-                **config,
-                "paper": "improved_vqd",
-                "null_condition": {"name": "empty"},
-                "sampling": {"steps": steps},
-            }
-        )
+        if config.get("paper") not in cls.ADOPTS:
+            return super().adopt(state, config)
+        own = {
+            "paper": "improved_vqd",
+            "null_condition": {"name": "empty"},
+            "sampling": {"steps": config.get("sampling", {}).get("steps", SamplingConfig.steps)},
+        }
+        module = cls({**config, **own})
         load_strict(module, state, "the VQ-Diffusion checkpoint")
         return module
 
-    def begin(self, tokenizer: str) -> bool:
+    def begin(self, first_stage: str) -> bool:
         """Take over the weights of init.ckpt; False where nothing is to be trained.
 
         Args:
-            tokenizer: sha256 of the tokenizer's file.
+            first_stage: sha256 of the first stage's file.
 
         Raises:
             FileNotFoundError: no such checkpoint.
-            ValueError: a checkpoint of another paper, tokenizer or size.
+            ValueError: a checkpoint of another paper, first stage or size.
         """
         file = self.config.init.file
         if file is None:
@@ -73,8 +76,10 @@ class ImprovedVQDModule(VQDiffusionModule):
             raise ValueError(
                 f"init.ckpt: {file} is a checkpoint of {config.get('paper')}, not of vq_diffusion"
             )
-        if config.get("tokenizer", {}).get("sha256", tokenizer) != tokenizer:
-            raise ValueError(f"init.ckpt: {file} was trained on another tokenizer than this one")
+        # older checkpoints say "tokenizer"
+        beneath = config.get("first_stage") or config.get("tokenizer") or {}
+        if beneath.get("sha256", first_stage) != first_stage:
+            raise ValueError(f"init.ckpt: {file} was trained on another first stage than this one")
         learned = self.null is not None or self.config.model.condition == "class"
         if not self.config.init.train and learned and self.config.null_condition.name == "learned":
             if config["paper"] != "improved_vqd":
@@ -98,8 +103,8 @@ class ImprovedVQDModule(VQDiffusionModule):
                 full[key] = torch.cat([full[key], full[key].mean(0, keepdim=True)])
         return full
 
-    def _training_side(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
-        """The condition of a training batch, in a share of it the null."""
+    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
+        """The condition of a training batch, some of it hidden behind the null."""
         model, count = self.config.model, len(batch["caption"])
         draws = torch.rand(count, generator=generator, device=self.device)
         hide = draws < self.config.null_condition.drop
@@ -110,56 +115,40 @@ class ImprovedVQDModule(VQDiffusionModule):
             return self.network.prepare(labels.masked_fill(hide, self.config.num_classes))
         if self.null is None:
             pairs = zip(batch["caption"], hide.tolist(), strict=True)
-            return self._side(["" if hidden else caption for caption, hidden in pairs])
+            return self._condition(["" if hidden else caption for caption, hidden in pairs])
         text = self.encode_text(batch["caption"])
         return self.network.prepare(*with_null(text.tokens, text.mask, self.null, hide))
 
-    def _null_side(self, negative: list[str] | None) -> Side:
+    def check_request(self, request: Request, first_step: int = 0) -> None:
+        """Refuse what this paper or its condition cannot do."""
+        super().check_request(request, first_step)
+        kind = self.config.model.condition
+        if request.negative is not None and kind != "text":
+            raise ValueError(f"a negative prompt needs model.condition=text, not {kind}")
+
+    def _null_condition(self, negative: Sequence[str] | None = None) -> Side:
         """The other side of the guidance, of all images at once or a caption for each."""
         if negative is not None:
-            if self.config.model.condition != "text":
-                raise ValueError(
-                    "a negative prompt needs model.condition=text, "
-                    f"not {self.config.model.condition}"
-                )
-            return self._side(negative)
-        if self.config.model.condition == "class":
-            return self._side([], [self.config.num_classes])
+            return self._condition(negative)
+        if self.labelled:
+            return self._condition([], [self.config.num_classes])
         if self.null is not None:
             return self.network.prepare(self.null[None])
-        return self._side([""])
-
-    @torch.no_grad()
-    def pictures(
-        self, prompts: list[str], *, seeds: list[int], **sampling: Any
-    ) -> dict[str, Tensor]:
-        """Draw the pictures, and beside them those of VQ-Diffusion from the same weights.
-
-        Args:
-            prompts: B captions.
-            seeds: B seeds.
-            **sampling: what `sample` takes; of its settings `compare` asks for both.
-        """
-        fields = set(plain(self.config.sampling))
-        settings = self.settings({k: v for k, v in sampling.items() if k in fields})
-        made = {}
-        if settings.compare:
-            without = {
-                "guidance": 1.0, "order": "diffusion", "reveal": "schedule",
-                "tokens_per_call": None, "truncation": settings.compare_truncation,
-            }  # fmt: skip
-            made["vq_diffusion"] = self.sample(prompts, seeds=seeds, **{**sampling, **without})
-        made["improved_vqd"] = self.sample(prompts, seeds=seeds, **sampling)
-        return made
+        return self._condition([""])
 
     def _guided(
-        self, sides: list[Side], shares: list[float], settings: Any, negative: list[str] | None
+        self,
+        conditions: list[Side],
+        weights: list[float],
+        settings: Any,
+        negative: Sequence[str] | None,
     ) -> tuple[list[Side], list[float]]:
         """Conditions and weights with those of the guidance."""
         if settings.guidance == 1 or self.config.model.condition == "none":
-            return sides, shares
+            return conditions, weights
         own, other = improved.guidance_shares(settings.guidance)
-        return [*sides, self._null_side(negative)], [*(own * share for share in shares), other]
+        null = self._null_condition(negative)
+        return [*conditions, null], [*(own * weight for weight in weights), other]
 
     def _steps(self, settings: Any, tokens: int) -> list[Any]:
         """The network calls that the settings ask for."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.common.adversarial import DISC_LOSSES, adaptive_weight, disc_factor
+from lightning_modules.common.adversarial_training import AdversarialModule, image_psnr
 from lightning_modules.common.checkpoint import load_strict, load_weights
-from lightning_modules.common.players import TwoPlayerModule, image_psnr
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.settings import build, plain
 from lightning_modules.ldmae.config import AutoencoderConfig
@@ -33,7 +33,7 @@ LEAST_STD = 1e-6  # of a channel; a draw of log variance -30 alone has 3e-7
 
 
 @dataclass
-class Chance:
+class TrainingNoise:
     """The random numbers of one training batch; None where a kind or a setting needs none.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pass:
     hidden: Masking | None
 
 
-class AutoencoderModule(TwoPlayerModule):
+class AutoencoderModule(AdversarialModule):
     """The continuous twin of the tokenizer: VMAE, or one of the four that it is compared with.
 
     Args:
@@ -159,22 +159,33 @@ class AutoencoderModule(TwoPlayerModule):
         """Map latents [B, C, h, w] that are not normalised to images that are not clamped."""
         return self.network.decode(latents.to(self.latent_mean.dtype))
 
-    def measure(self, batches: Iterable[Tensor], generator: torch.Generator) -> None:
-        """Set the statistics of `normalise` from sampled latents of training images.
+    def measure(self, images: Iterable[Tensor], count: int, generator: torch.Generator) -> None:
+        """Set the statistics of `normalise` from the sampled latents of `count` training images.
+
+        Every picture has its own draw and is summed by itself in float64, so that the size of the
+        batches changes nothing but the rounding of the encoder.
 
         Args:
-            batches: images [B, 3, H, W] in [-1, 1]; the released code takes 10,000, not flipped.
+            images: batches [B, 3, H, W] in [-1, 1] of any size; what is over is not looked at.
+            count: pictures; the released code takes 10,000, not flipped.
             generator: source of the posterior noise, on the CPU.
 
         Raises:
-            ValueError: no images, or a channel that never changes.
+            ValueError: fewer images than `count`, or a channel that never changes.
         """
 
         def draws() -> Iterator[Tensor]:
-            for images in batches:
-                moments = self.moments(images.to(self.device)).cpu()
-                noise = torch.randn(moments[:, : self.channels].shape, generator=generator)
-                yield self.sample_posterior(moments, noise)
+            left = count
+            for batch in images:
+                moments = self.moments(batch[:left].to(self.device)).cpu().double()
+                for picture in moments.split(1):  # [1, 2C, h, w]
+                    noise = torch.randn(picture[:, : self.channels].shape, generator=generator)
+                    yield self.sample_posterior(picture, noise.double())
+                left -= len(moments)
+                if left == 0:
+                    return
+            if left:
+                raise ValueError(f"statistics of {count} pictures need {left} more than there are")
 
         training = self.training
         self.eval()
@@ -222,7 +233,7 @@ class AutoencoderModule(TwoPlayerModule):
         load_strict(module, {k: v for k, v in state.items() if _exported(k)}, "the autoencoder")
         return module.eval()
 
-    def player(self) -> nn.Module:
+    def trained_network(self) -> nn.Module:
         """Return encoder and decoder."""
         return self.network
 
@@ -247,42 +258,42 @@ class AutoencoderModule(TwoPlayerModule):
         state = {k: v for k, v in state.items() if _exported(k)}
         load_strict(self, _with_own(self, resize_tables(state, self.config.vit)), str(path))
 
-    def draw(self, images: Tensor, generator: torch.Generator) -> Chance:
+    def draw(self, images: Tensor, generator: torch.Generator) -> TrainingNoise:
         """Draw what a batch [B, 3, H, W] needs from a generator on its device."""
         o, b = self.config.objective, len(images)
         h, w = images.shape[2] // self.factor, images.shape[3] // self.factor
-        how: dict[str, Any] = {"generator": generator, "device": images.device}
-        chance, positions = Chance(), [h, w]
+        rng: dict[str, Any] = {"generator": generator, "device": images.device}
+        noise, positions = TrainingNoise(), [h, w]
         vmae = isinstance(self.network, VMAE)
         tuning = vmae and o.tuning_start is not None and self.batches_seen >= o.tuning_start
         if vmae and o.mask_ratio > 0 and not tuning:
             positions = [visible_patches(h * w, o.mask_ratio)]
-            chance.mask = torch.rand(b, h * w, **how)
+            noise.mask = torch.rand(b, h * w, **rng)
         if self.config.stochastic and o.sample and not tuning:
-            chance.posterior = torch.randn(b, self.channels, *positions, **how)
+            noise.posterior = torch.randn(b, self.channels, *positions, **rng)
         if self.config.kind == "dae":
-            chance.image = torch.randn(images.shape, **how)
-        return chance
+            noise.image = torch.randn(images.shape, **rng)
+        return noise
 
-    def forward(self, images: Tensor, chance: Chance) -> Pass:
+    def forward(self, images: Tensor, noise: TrainingNoise) -> Pass:
         """Encode and decode as in training.
 
         Args:
             images: [B, 3, H, W] in [-1, 1].
-            chance: of `draw`; without posterior noise the mean is decoded.
+            noise: of `draw`; without posterior noise the mean is decoded.
         """
         o, hidden, logvar = self.config.objective, None, None
         if isinstance(self.network, VMAE):
-            if chance.mask is not None:
-                hidden = masking(chance.mask, o.mask_ratio)
+            if noise.mask is not None:
+                hidden = masking(noise.mask, o.mask_ratio)
             moments = self.network.encode_tokens(images, hidden).transpose(1, 2)  # [B, 2C, N]
         else:
-            noisy = images if chance.image is None else images + o.noise * chance.image
+            noisy = images if noise.image is None else images + o.noise * noise.image
             moments = self.network.moments(noisy)
         mean = z = moments
         if self.config.stochastic:
             mean, logvar = split_moments(moments.float())
-            z = mean if chance.posterior is None else draw_latents(mean, logvar, chance.posterior)
+            z = mean if noise.posterior is None else draw_latents(mean, logvar, noise.posterior)
         if isinstance(self.network, VMAE):
             grid = self.network.grid(images)
             made = self.network.decode_tokens(z.transpose(1, 2), grid, hidden)
@@ -332,7 +343,7 @@ class AutoencoderModule(TwoPlayerModule):
         return total, terms
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Seed all chance of an epoch by (seed, epoch, rank): resuming at its border is exact."""
+        """Seed all noise of an epoch by (seed, epoch, rank): resuming at its border is exact."""
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx == 0:
             seed = mix_seed(self.seed, self.current_epoch, self.global_rank)
@@ -340,37 +351,38 @@ class AutoencoderModule(TwoPlayerModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
-        images, objective, players = batch["image"], self.config.objective, self.players()
-        self.set_rates(players)
+        images, objective = batch["image"], self.config.objective
+        optimizers = self.optimizer_list()
+        self.set_rates(optimizers)
         factor = disc_factor(objective, self.batches_seen) if self.discriminator else 0.0
         made = self(images, self.draw(images, self.generator))
         loss, logs = self.loss(images, made)
 
         self.freeze_discriminator(True)
         if factor and isinstance(self.network, ConvAutoencoder):
-            g_loss = -self.judge(made.images).float().mean()
+            g_loss = -self.discriminate(made.images).float().mean()
             weight = adaptive_weight(loss, g_loss, self.network.last_layer, objective)
             loss = loss + weight * factor * g_loss
             logs |= {"g_loss": g_loss, "d_weight": weight}
-        self.step(players[0], loss)
+        self.step(optimizers[0], loss)
         self.freeze_discriminator(False)
         if factor:
-            real, fake = self.judge(images), self.judge(made.images.detach())
+            real, fake = self.discriminate(images), self.discriminate(made.images.detach())
             disc_loss = factor * DISC_LOSSES[objective.disc_loss](real.float(), fake.float())
-            self.step(players[1], disc_loss)
+            self.step(optimizers[1], disc_loss)
             logs |= {"disc_loss": disc_loss}
         self.batches_seen += 1
 
-        logs |= {"loss": loss, "lr": torch.tensor(players[0].param_groups[0]["lr"])}
+        logs |= {"loss": loss, "lr": torch.tensor(optimizers[0].param_groups[0]["lr"])}
         logs["batch"] = torch.tensor(float(self.batches_seen))
         for name, value in logs.items():
             self.log(f"train/{name}", value.detach(), batch_size=len(images))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the loss under chance that is the same each time, and PSNR of whole images."""
+        """Log the loss under noise that is the same each time, and PSNR of whole images."""
         images = batch["image"]
-        chance = self.draw(images, torch.Generator(images.device).manual_seed(batch_idx))
-        loss, logs = self.loss(images, self(images, chance))
+        noise = self.draw(images, torch.Generator(images.device).manual_seed(batch_idx))
+        loss, logs = self.loss(images, self(images, noise))
         whole = self.network.decode(split_moments(self.moments(images))[0])
         logs |= {"loss": loss, "psnr": image_psnr(images, whole)}
         for name, value in logs.items():

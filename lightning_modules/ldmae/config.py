@@ -4,23 +4,19 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_modules.common.checks import at_least, positive, within
 from lightning_modules.common.config import (
     AdversarialConfig,
+    AdversarialOptimConfig,
     OptimConfig,
-    PlayersConfig,
     TextConfig,
 )
+from lightning_modules.common.interfaces import Geometry
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _at_least(config: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= least, f"{name} must be at least {least}, got {value}")
 
 
 @dataclass
@@ -63,18 +59,11 @@ class DiTConfig:
     """Compute the blocks again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        for name in names:
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
-        _require(self.mlp_ratio > 0, f"mlp_ratio must be above 0, got {self.mlp_ratio}")
-        for name in ("num_classes", "text_width"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} must be at least 0, got {value}")
-        _require(
-            0 <= self.class_dropout_prob <= 1,
-            f"class_dropout_prob must be between 0 and 1, got {self.class_dropout_prob}",
-        )
+        at_least(self, 1, "input_size", "patch_size", "in_channels", "hidden_size", "depth")
+        at_least(self, 1, "num_heads")
+        at_least(self, 0, "num_classes", "text_width")
+        positive(self, "mlp_ratio")
+        within(self, 0, 1, "class_dropout_prob")
         _require(
             self.input_size % self.patch_size == 0,
             f"input_size must be a multiple of patch_size ({self.patch_size}), "
@@ -104,7 +93,7 @@ class DiffusionConfig:
     kind: Literal["flow", "ddpm"] = "flow"
     """flow: velocity of the straight path; ddpm: noise of a variance-preserving chain (LDM)."""
     t_law: Literal["lognormal", "uniform"] = "lognormal"
-    """flow: law of the time in training; lognormal is the sigmoid of a standard normal."""
+    """flow: distribution of the time in training; lognormal is the sigmoid of a standard normal."""
     cosine_loss: bool = False
     """flow: add the velocity-direction term, 1 - cosine along the channels."""
     train_steps: int = 1000
@@ -117,7 +106,7 @@ class DiffusionConfig:
     """ddpm: last beta."""
 
     def __post_init__(self) -> None:
-        _require(self.train_steps >= 1, f"train_steps must be at least 1, got {self.train_steps}")
+        at_least(self, 1, "train_steps")
         _require(
             0 < self.beta_start <= self.beta_end < 1,
             "beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
@@ -153,20 +142,16 @@ class SamplingConfig:
     """euler, heun, ddim: skip so many steps: start from given latents, noised to that time."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        for name in ("timestep_shift", "atol", "rtol"):
-            value = getattr(self, name)
-            _require(value > 0, f"{name} must be above 0, got {value}")
-        _require(
-            self.guidance_channels is None or self.guidance_channels >= 1,
-            f"guidance_channels must be at least 1, got {self.guidance_channels}",
-        )
+        at_least(self, 1, "steps")
+        positive(self, "timestep_shift", "atol", "rtol")
+        if self.guidance_channels is not None:
+            at_least(self, 1, "guidance_channels")
+        within(self, 0, 1, "eta")
         _require(
             0 <= self.guidance_start <= self.guidance_end <= 1,
             "guidance_start and guidance_end must satisfy 0 <= guidance_start <= guidance_end <= "
             f"1, got {self.guidance_start} and {self.guidance_end}",
         )
-        _require(0 <= self.eta <= 1, f"eta must be between 0 and 1, got {self.eta}")
         _require(
             0 <= self.first_step < self.steps,
             f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
@@ -204,13 +189,23 @@ class LDMAEConfig:
             return dataclasses.replace(self.model, text_width=0)
         return dataclasses.replace(self.model, text_width=0, num_classes=1, class_dropout_prob=0.0)
 
-    def check_diffusion(self) -> None:
-        """Check that the sections of the latent diffusion model fit each other.
+    def check_fit(self, first: Geometry) -> None:
+        """Check that the sections fit each other and the autoencoder.
 
         Raises:
             ValueError: they do not; the message begins with the setting.
         """
         model, text = self.model, self.text
+        _require(
+            first.channels in (None, model.in_channels),
+            f"model.in_channels must be the autoencoder's {first.channels} channels, "
+            f"got {model.in_channels}",
+        )
+        _require(
+            first.grid == (model.input_size, model.input_size),
+            f"model.input_size must be the side of the latents {first.grid[0]}x{first.grid[1]}, "
+            f"got {model.input_size}",
+        )
         if self.condition == "text":
             _require(model.text_width > 0, "model.text_width must be above 0 with condition=text")
             _require(
@@ -226,38 +221,39 @@ class LDMAEConfig:
                 f"classes must name all of model.num_classes ({count}) or none, "
                 f"got {len(self.classes)}",
             )
-        check_sampling(self.sampling, self)
+        self.check_sampling(self.sampling)
 
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Check that this model can be sampled in this way.
 
-def check_sampling(sampling: SamplingConfig, config: LDMAEConfig) -> None:
-    """Check that a model of `config` can be sampled in this way.
-
-    Raises:
-        ValueError: it cannot; the message begins with the setting.
-    """
-    flow = config.objective.kind == "flow"
-    _require(
-        (sampling.solver == "ddim") != flow,
-        f"sampling.solver must be {'euler, heun or dopri5' if flow else 'ddim'} with "
-        f"objective.kind={config.objective.kind}, got {sampling.solver}",
-    )
-    _require(
-        flow or sampling.steps <= config.objective.train_steps,
-        f"sampling.steps must be at most objective.train_steps ({config.objective.train_steps}), "
-        f"got {sampling.steps}",
-    )
-    _require(
-        sampling.guidance == 1 or config.condition != "none",
-        f"sampling.guidance must be 1 with condition=none, got {sampling.guidance}",
-    )
-    _require(
-        sampling.guidance == 1 or config.model.class_dropout_prob > 0,
-        f"sampling.guidance must be 1 without model.class_dropout_prob, got {sampling.guidance}",
-    )
-    _require(
-        sampling.first_step == 0 or sampling.solver != "dopri5",
-        f"sampling.first_step must be 0 with sampling.solver=dopri5, got {sampling.first_step}",
-    )
+        Raises:
+            ValueError: it cannot; the message begins with the setting.
+        """
+        flow, train_steps = self.objective.kind == "flow", self.objective.train_steps
+        _require(
+            (sampling.solver == "ddim") != flow,
+            f"sampling.solver must be {'euler, heun or dopri5' if flow else 'ddim'} with "
+            f"objective.kind={self.objective.kind}, got {sampling.solver}",
+        )
+        _require(
+            flow or sampling.steps <= train_steps,
+            f"sampling.steps must be at most objective.train_steps ({train_steps}), "
+            f"got {sampling.steps}",
+        )
+        guided = sampling.guidance != 1
+        _require(
+            not guided or self.condition != "none",
+            f"sampling.guidance must be 1 with condition=none, got {sampling.guidance}",
+        )
+        _require(
+            not guided or self.model.class_dropout_prob > 0,
+            f"sampling.guidance must be 1 without model.class_dropout_prob, "
+            f"got {sampling.guidance}",
+        )
+        _require(
+            sampling.first_step == 0 or sampling.solver != "dopri5",
+            f"sampling.first_step must be 0 with sampling.solver=dopri5, got {sampling.first_step}",
+        )
 
 
 @dataclass
@@ -288,8 +284,9 @@ class ViTConfig:
     """Two layers around the latent instead of one."""
 
     def __post_init__(self) -> None:
-        names = ("image_size", "patch_size", "depth", "num_heads", "decoder_depth")
-        _at_least(self, 1, *names, "decoder_num_heads")
+        at_least(self, 1, "image_size", "patch_size", "depth", "num_heads", "decoder_depth")
+        at_least(self, 1, "decoder_num_heads")
+        positive(self, "mlp_ratio")
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size must be a multiple of patch_size ({self.patch_size}), "
@@ -302,7 +299,6 @@ class ViTConfig:
                 f"{side}embed_dim must be a multiple of 4 and of {side}num_heads ({heads}), "
                 f"got {width}",
             )
-        _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}")
 
 
 @dataclass
@@ -329,7 +325,7 @@ class ConvConfig:
     """Dropout inside the residual blocks."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "in_channels", "ch", "num_res_blocks", "resolution", "norm_groups")
+        at_least(self, 1, "in_channels", "ch", "num_res_blocks", "resolution", "norm_groups")
         _require(bool(self.ch_mult), "ch_mult must name at least one level, got []")
         odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]
         _require(not odd, f"norm_groups must divide every width, got {self.norm_groups} at {odd}")
@@ -381,10 +377,9 @@ class AutoencoderObjective(AdversarialConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
-        _at_least(self, 0, "visible_weight", "masked_weight", "perceptual_weight", "noise")
-        for name in ("kl_weight", "tuning_start"):
-            if getattr(self, name) is not None:
-                _at_least(self, 0, name)
+        at_least(self, 0, "visible_weight", "masked_weight", "perceptual_weight", "noise")
+        given = [n for n in ("kl_weight", "tuning_start") if getattr(self, n) is not None]
+        at_least(self, 0, *given)
         _require(
             self.fixed_std is None or self.fixed_std > 0,
             f"fixed_std must be positive or null, got {self.fixed_std}",
@@ -405,14 +400,14 @@ class AutoencoderConfig:
     """Sizes of the others."""
     objective: AutoencoderObjective = field(default_factory=AutoencoderObjective)
     """The losses."""
-    optim: PlayersConfig = field(default_factory=PlayersConfig)
+    optim: AdversarialOptimConfig = field(default_factory=AdversarialOptimConfig)
     """The optimizers."""
     start: str | None = None
     """File of an autoencoder whose weights training begins with; its position tables are resized
     to vit.image_size. null begins with random weights."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "channels")
+        at_least(self, 1, "channels")
 
     @property
     def factor(self) -> int:
@@ -479,7 +474,7 @@ AUTOENCODER_LOSSES: dict[str, dict[str, Any]] = {
 # VMAE/train_ae.sh: batch 2048 of ImageNet, 400 epochs of 626 batches with 10 of warm-up, then 10
 # epochs at 256 px. sdvae: LDM's autoencoder_kl, 4.5e-6 per sample of a batch of 12 on one device.
 AUTOENCODER_OPTIM = {
-    "released": PlayersConfig(
+    "released": AdversarialOptimConfig(
         lr=8e-4,
         betas=[0.9, 0.95],
         weight_decay=0.05,
@@ -487,10 +482,10 @@ AUTOENCODER_OPTIM = {
         warmup_batches=6260,
         decay_batches=250_400,
     ),
-    "tuning": PlayersConfig(
+    "tuning": AdversarialOptimConfig(
         lr=8e-5, betas=[0.9, 0.95], weight_decay=0.05, decay_all=False, decay_batches=6260
     ),
-    "sdvae": PlayersConfig(lr=5.4e-5),
+    "sdvae": AdversarialOptimConfig(lr=5.4e-5),
 }
 
 # LDMAE section 4 and LightningDiT's yaml: constant rate, no decay, no clipping

@@ -75,7 +75,7 @@ def visible_and_masked(errors: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased standard deviation [C] over latents [B, C, h, w], batch by batch.
+    """Return mean and unbiased standard deviation [C] over latents [B, C, h, w], both float64.
 
     Raises:
         ValueError: fewer than two values per channel.
@@ -89,4 +89,4 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError("the latents' statistics need at least two positions")
     mean = total / count
     variance = (squares - count * mean.square()) / (count - 1)
-    return mean.float(), variance.clamp_min(0).sqrt().float()
+    return mean, variance.clamp_min(0).sqrt()

@@ -1,59 +1,69 @@
 """LDMAE's latent diffusion model as a LightningModule: network, loss and loop on latents."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.labels import read_label
-from lightning_modules.common.settings import build, plain
+from lightning_modules.common.request import OnStep, Request
 from lightning_modules.ldmae import process
-from lightning_modules.ldmae.config import LDMAEConfig, SamplingConfig, check_sampling
+from lightning_modules.ldmae.config import LDMAEConfig, SamplingConfig
 from lightning_modules.ldmae.network import DiT, Side
 
 
 class LDMAEModule(GeneratorModule):
     """Flow matching on normalised latents (arXiv 2507.09984), by captions, labels or nothing.
 
-    What other generators call tokens are latents [B, C, h, w] here, and the tokenizer is an
-    autoencoder with `moments`, `sample_posterior`, `normalise` and `decode`.
+    What other generators call tokens are normalised latents [B, C, h, w] here, and the first stage
+    is an autoencoder with `moments`, `sample_posterior`, `normalise` and `decode`.
     """
 
     config_class = LDMAEConfig
     config: LDMAEConfig
-    shares: Tensor
+    ABILITIES = frozenset({"labels", "negative", "start", "mask"})
+    alpha_bar: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self.config.check_diffusion()
-        model = self.config.network()
-        if self.grid != (model.input_size, model.input_size):
-            raise ValueError(
-                f"model.input_size must be the side of the latents {self.grid[0]}x{self.grid[1]}, "
-                f"got {model.input_size}"
-            )
         if self.config.condition != "text":
             self.text_encoder = None  # none of its weights is trained or kept
-        self.network = DiT(model)
+        self.network = DiT(self.config.network())
         self.register_buffer(
-            "shares", process.signal_shares(self.config.objective).float(), persistent=False
+            "alpha_bar", process.signal_shares(self.config.objective).float(), persistent=False
         )
 
-    def attach(self, tokenizer: Any) -> "LDMAEModule":
+    def attach(self, first_stage: Any, **others: Any) -> Self:
         """Give the generator its (frozen) autoencoder.
 
         Raises:
             ValueError: its latents have another number of channels.
         """
-        if tokenizer.channels != self.config.model.in_channels:
-            raise ValueError(
-                f"model.in_channels must be the autoencoder's {tokenizer.channels} channels, "
-                f"got {self.config.model.in_channels}"
-            )
-        super().attach(tokenizer)
-        return self
+        self.config.check_fit(Geometry(self.grid, channels=first_stage.channels))
+        return super().attach(first_stage, **others)
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that a side of a picture must be a multiple of."""
+        return self.pixels_per_token * self.network.config.grid_multiple
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is conditioned on labels."""
+        return self.config.condition == "label"
+
+    def check_request(self, request: Request, first_step: int = 0) -> None:
+        """Refuse what this paper, or a model of this condition, cannot do."""
+        super().check_request(request, first_step)
+        for name, condition in (("labels", "label"), ("negative", "text")):
+            if name in request.asked() and self.config.condition != condition:
+                raise ValueError(f"{name} needs condition={condition}, not {self.config.condition}")
+        if request.grid_or(self.grid) != self.grid:
+            height, width = self.grid
+            raise ValueError(f"this checkpoint makes latents of {height}x{width} alone")
 
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
@@ -70,20 +80,20 @@ class LDMAEModule(GeneratorModule):
         """
         objective = self.config.objective
         latents = self.latents_of(batch, generator)
-        chance: dict[str, Any] = {"generator": generator, "device": self.device}
-        noise = torch.randn(latents.shape, **chance)
+        rng: dict[str, Any] = {"generator": generator, "device": self.device}
+        noise = torch.randn(latents.shape, **rng)
         batch_size = latents.shape[0]
         if objective.kind == "ddpm":
-            time = torch.randint(objective.train_steps, (batch_size,), **chance)
-            x, target = process.diffuse(noise, latents, self.shares[time]), noise
+            time = torch.randint(objective.train_steps, (batch_size,), **rng)
+            x, target = process.diffuse(noise, latents, self.alpha_bar[time]), noise
         else:
             if objective.t_law == "lognormal":
-                time = process.training_times(torch.randn(batch_size, **chance))
+                time = process.training_times(torch.randn(batch_size, **rng))
             else:
-                time = torch.rand(batch_size, **chance)
+                time = torch.rand(batch_size, **rng)
             x, target = process.straight_path(noise, latents, time)
-        side = self._training_side(batch, generator)
-        predicted = self.network(x, time, [side])[0].float()
+        condition = self._training_condition(batch, generator)
+        predicted = self.network(x, time, [condition])[0].float()
         error = process.squared_error(predicted, target).mean()
         if not objective.cosine_loss:
             return error, {}
@@ -107,7 +117,7 @@ class LDMAEModule(GeneratorModule):
 
         Moments come from the cache, or from the batch's images through the autoencoder.
         """
-        autoencoder: Any = self.tokenizer
+        autoencoder = self.first_stage
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if "moments" in batch:
                 moments = batch["moments"].to(self.device).float()
@@ -117,14 +127,14 @@ class LDMAEModule(GeneratorModule):
             noise = torch.randn(means.shape, generator=generator, device=self.device)
             return autoencoder.normalise(autoencoder.sample_posterior(moments, noise))
 
-    def _training_side(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
-        """The conditions of a batch, a share of them hidden."""
+    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
+        """The conditions of a batch, some of them hidden."""
         count, model = len(batch["caption"]), self.network.config
         draws = torch.rand(count, generator=generator, device=self.device)
         hidden = draws < model.class_dropout_prob
         if self.config.condition == "text":
             pairs = zip(batch["caption"], hidden.tolist(), strict=True)
-            return self._text_side(["" if hide else caption for caption, hide in pairs])
+            return self._text_condition(["" if hide else caption for caption, hide in pairs])
         if self.config.condition == "none":
             labels = torch.zeros(count, dtype=torch.int64, device=self.device)
         elif "label" in batch:
@@ -133,11 +143,11 @@ class LDMAEModule(GeneratorModule):
             raise ValueError("condition=label needs data with labels, such as data=digits")
         return self.network.label_side(labels.masked_fill(hidden, model.num_classes))
 
-    def _text_side(self, captions: list[str]) -> Side:
+    def _text_condition(self, captions: Sequence[str]) -> Side:
         condition = self.encode_text(captions)
         return self.network.text_side(condition.tokens, condition.mask)
 
-    def labels_of(self, prompts: list[str]) -> list[int]:
+    def labels_of(self, prompts: Sequence[str]) -> list[int]:
         """Read the label that each prompt asks for: a number, or a text that names one class.
 
         The empty prompt asks for any class, where labels were hidden in training.
@@ -154,85 +164,63 @@ class LDMAEModule(GeneratorModule):
             labels.append(read_label(prompt, self.config.classes, model.num_classes))
         return labels
 
-    def check_prompts(self, prompts: list[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
         """Speak up where prompts cannot be understood."""
         if self.config.condition == "label":
             self.labels_of(prompts)
         elif self.config.condition == "text":
             super().check_prompts(prompts)
 
-    def _side(self, prompts: list[str], labels: list[int] | None) -> Side:
+    def _condition(self, request: Request) -> Side:
         if self.config.condition == "text":
-            return self._text_side(prompts)
-        if self.config.condition == "none":
-            labels = [0]
-        elif labels is None:
-            labels = self.labels_of(prompts)
-        else:
+            return self._text_condition(request.prompts)
+        labels: Sequence[int] = [0]
+        if request.labels is not None:
+            labels = request.labels
             self._check_labels(torch.tensor(labels), "there is asked for")
+        elif self.config.condition == "label":
+            labels = self.labels_of(request.prompts)
         return self.network.label_side(torch.tensor(labels, device=self.device))
 
-    def _null_side(self, negative: list[str] | None) -> Side:
-        if self.config.condition != "text":
-            if negative is not None:
-                raise ValueError(
-                    f"a negative prompt needs condition=text, not {self.config.condition}"
-                )
-            null = torch.tensor([self.network.config.num_classes], device=self.device)
-            return self.network.label_side(null)
-        return self._text_side([""] if negative is None else negative)
+    def _null_condition(self, negative: Sequence[str] | None) -> Side:
+        if self.config.condition == "text":
+            return self._text_condition([""] if negative is None else negative)
+        null = torch.tensor([self.network.config.num_classes], device=self.device)
+        return self.network.label_side(null)
 
     @torch.no_grad()
     def sample_tokens(
         self,
-        prompts: list[str],
-        *,
-        seeds: list[int],
-        labels: list[int] | None = None,
-        negative: list[str] | None = None,
-        start: Tensor | None = None,
-        mask: Tensor | None = None,
-        on_step: process.OnStep | None = None,
-        **sampling: Any,
+        request: Request,
+        settings: SamplingConfig | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw latents for prompts; sample i depends on prompt i and seed i alone.
+        """Draw normalised latents [B, C, h, w]; row i depends on prompt i and seed i alone.
 
         Args:
-            prompts: B captions; with condition=label texts that name a class; with none anything.
-            seeds: B seeds.
-            labels: B labels in place of the prompts, with condition=label.
-            negative: B captions in place of the empty one on the other side of the guidance.
-            start: [B, C, h, w] normalised latents: what stands where mask is 0, or, without a
-                mask, what a variation starts from (with sampling.first_step above 0).
-            mask: [B, h, w], 1 = generate, 0 = keep start's latent.
+            request: what is asked; with condition=label prompts name a class, with none anything.
+            settings: how the loop runs; None takes the checkpoint's.
             on_step: called with step, input and result [B, C, h, w].
-            **sampling: settings of `SamplingConfig` that differ from this checkpoint's.
-
-        Returns:
-            [B, C, h, w] normalised latents.
 
         Raises:
-            ValueError: an unknown setting, or one out of range.
+            ValueError: something that this model or these settings cannot do.
         """
-        settings = build(SamplingConfig, {**plain(self.config.sampling), **sampling})
-        check_sampling(settings, self.config)
-        if start is None and (mask is not None or settings.first_step > 0):
-            needs = "a mask" if mask is not None else "sampling.first_step"
-            raise ValueError(f"{needs} needs latents to start from (start)")
-        if labels is not None and self.config.condition != "label":
-            raise ValueError(f"labels need condition=label, not {self.config.condition}")
-        own = self._side(prompts, labels)
-        null = self._null_side(negative) if settings.guidance != 1 else None
+        settings = settings or self.config.sampling
+        self.check_request(request, settings.first_step)
+        self.config.check_sampling(settings)
+        own = self._condition(request)
+        null = self._null_condition(request.negative) if settings.guidance != 1 else None
 
         def predict(x: Tensor, t: Tensor, with_null: bool) -> Tensor:
-            sides = [own, null] if with_null and null is not None else [own]
-            return self.network(x, t.to(x.device, torch.float32), sides)
+            conditions = [own, null] if with_null and null is not None else [own]
+            return self.network(x, t.to(x), conditions)
 
-        noise = process.sample_noise(seeds, (self.config.model.in_channels, *self.grid))
-        noise = noise.to(self.device)
-        start = None if start is None else start.to(noise)
-        generate = None if mask is None else mask.to(self.device).bool()[:, None]
+        noise = process.sample_noise(request.seeds, (self.config.model.in_channels, *self.grid))
+        noise = noise.to(self.alpha_bar)  # its device and precision
+        start = None if request.start is None else request.start.to(noise)
+        generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
         if settings.solver == "ddim":
+            seeds = request.seeds
             return self._walk_the_chain(settings, predict, noise, seeds, start, generate, on_step)
         return self._follow_the_flow(settings, predict, noise, start, generate, on_step)
 
@@ -243,7 +231,7 @@ class LDMAEModule(GeneratorModule):
         noise: Tensor,
         start: Tensor | None,
         generate: Tensor | None,
-        on_step: process.OnStep | None,
+        on_step: OnStep | None,
     ) -> Tensor:
         interval = (settings.guidance_start, settings.guidance_end)
 
@@ -269,12 +257,12 @@ class LDMAEModule(GeneratorModule):
         settings: SamplingConfig,
         predict: process.Predict,
         noise: Tensor,
-        seeds: list[int],
+        seeds: Sequence[int],
         start: Tensor | None,
         generate: Tensor | None,
-        on_step: process.OnStep | None,
+        on_step: OnStep | None,
     ) -> Tensor:
-        shares = process.signal_shares(self.config.objective)
+        alpha_bar = process.signal_shares(self.config.objective)
         total = self.config.objective.train_steps
         grid = process.chain_grid(settings.steps, total)[settings.first_step :]
         interval = (settings.guidance_start, settings.guidance_end)
@@ -284,14 +272,14 @@ class LDMAEModule(GeneratorModule):
         )  # fmt: skip
         x = noise
         if start is not None and generate is not None:
-            model = process.held_noise(model, start, shares, generate)
+            model = process.held_noise(model, start, alpha_bar, generate)
         if start is not None and settings.first_step > 0:
-            x = process.diffuse(noise, start, shares[grid[:1]].to(noise))
+            x = process.diffuse(noise, start, alpha_bar[grid[:1]].to(noise))
 
         def fresh() -> Iterator[Tensor]:
             for i in range(1, len(grid)):
                 yield process.sample_noise(seeds, tuple(noise.shape[1:]), i).to(noise)
 
         return process.ddim(
-            model, x, grid, shares, eta=settings.eta, fresh=fresh(), on_step=on_step
+            model, x, grid, alpha_bar, eta=settings.eta, fresh=fresh(), on_step=on_step
         )

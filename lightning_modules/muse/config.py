@@ -4,17 +4,18 @@ Sizes of Tables 4 and 6 are the paper's. What the paper leaves open (heads, norm
 block size) is a setting whose default is ours.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_modules.common.checks import at_least, multiple, positive, within
 from lightning_modules.common.config import OptimConfig, TextConfig
+from lightning_modules.common.interfaces import Geometry
 
 Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt", "exp", "log", "arccos"]
 Counting = Literal["strict", "maskgit", "halton", "halton_confidence", "lucidrains"]
 Order = Literal["confidence", "random", "halton", "critic"]
 Confidence = Literal["logp", "tempered", "logit"]
-ChoiceLaw = Literal["ratio", "linspace", "compound"]
-GuidanceLaw = Literal["linspace", "ratio", "cosine"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -60,9 +61,7 @@ class ModelConfig:
     """The output table is that of the input embeddings."""
 
     def __post_init__(self) -> None:
-        for name in ("num_codes", "hidden", "mlp", "layers", "heads", "max_side", "text_width"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        at_least(self, 1, "num_codes", "hidden", "mlp", "layers", "heads", "max_side", "text_width")
         _require(
             self.hidden % self.heads == 0,
             f"heads must divide hidden, got {self.heads} heads for width {self.hidden}",
@@ -105,10 +104,8 @@ class SuperResConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("low_num_codes", "low_max_side", "block"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
-        _require(self.low_layers >= 0, f"low_layers must be at least 0, got {self.low_layers}")
+        at_least(self, 1, "low_num_codes", "low_max_side", "block")
+        at_least(self, 0, "low_layers")
         _require(self.heads % 2 == 0, f"heads must be even, got {self.heads}")
         _require(
             not (self.place_low and self.drop_low),
@@ -169,9 +166,8 @@ class UViTConfig:
     def __post_init__(self) -> None:
         names = ("hidden_size", "num_attention_heads", "intermediate_size", "in_channels")
         more = ("block_out_channels", "block_num_heads", "codebook_size", "encoder_hidden_size")
-        for name in (*names, *more, "num_hidden_layers", "num_res_blocks", "cond_embed_dim"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        sizes = ("num_hidden_layers", "num_res_blocks", "cond_embed_dim", "micro_cond_embed_dim")
+        at_least(self, 1, *names, *more, *sizes)
         for heads, width in (
             ("num_attention_heads", "hidden_size"),
             ("block_num_heads", "block_out_channels"),
@@ -182,12 +178,9 @@ class UViTConfig:
             self.vocab_size > self.codebook_size,
             f"vocab_size must be above codebook_size ({self.codebook_size}), got {self.vocab_size}",
         )
-        encode, embed = self.micro_cond_encode_dim, self.micro_cond_embed_dim
+        encode = self.micro_cond_encode_dim
         _require(encode >= 2 and encode % 2 == 0, "micro_cond_encode_dim must be even, at least 2")
-        _require(
-            embed >= encode and embed % encode == 0,
-            f"micro_cond_embed_dim must be a multiple of {encode}, got {embed}",
-        )
+        multiple("micro_cond_embed_dim", self.micro_cond_embed_dim, encode)
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
@@ -230,8 +223,8 @@ class CriticConfig:
     """Weight of its loss beside the generator's; the two networks share no parameters."""
 
     def __post_init__(self) -> None:
-        _require(self.layers >= 0, f"layers must be at least 0, got {self.layers}")
-        _require(self.weight > 0, f"weight must be above 0, got {self.weight}")
+        at_least(self, 0, "layers")
+        positive(self, "weight")
 
 
 @dataclass
@@ -256,9 +249,7 @@ class ObjectiveConfig:
     """Share of training captions that are hidden (section 2.7)."""
 
     def __post_init__(self) -> None:
-        for name in ("min_rate", "rectangle", "visible_weight", "text_drop"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must be between 0 and 1, got {value}")
+        within(self, 0, 1, "min_rate", "rectangle", "visible_weight", "text_drop")
         _require(
             0 <= self.label_smoothing < 1,
             f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
@@ -285,7 +276,7 @@ class DecodeConfig:
     """Factor of the Gumbel noise on the confidence, at the first step."""
     choice_end: float = 0.0
     """Factor of the Gumbel noise on the confidence, at the last step."""
-    choice_law: ChoiceLaw = "ratio"
+    choice_law: Literal["ratio", "linspace", "compound"] = "ratio"
     """Towards choice_end: by (s+1)/T, by s/(T-1), or multiplied by 1-(s+1)/T at every step."""
     temperature_start: float = 1.0
     """Temperature of the token draw at the first step; 0 takes the likeliest."""
@@ -299,7 +290,7 @@ class DecodeConfig:
     """Guidance scale s of the first step, u + s (c - u); the paper's t is s - 1; 1 is none."""
     guidance_end: float = 4.0
     """Guidance scale of the last step; equal to guidance_start it is constant."""
-    guidance_law: GuidanceLaw = "linspace"
+    guidance_law: Literal["linspace", "ratio", "cosine"] = "linspace"
     """From start to end: linear by s/(T-1), linear by s/T, or cosine by (s/T)^guidance_power."""
     guidance_power: float = 1.0
     """Exponent of the cosine law."""
@@ -309,21 +300,13 @@ class DecodeConfig:
     """Skip this many steps: the loop then starts from given tokens, masked as they would be."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        at_least(self, 1, "steps")
         names = ("choice_temperature", "choice_end", "temperature_start", "temperature_end")
-        for name in names:
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} must be at least 0, got {value}")
-        _require(
-            self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"
-        )
-        _require(
-            0 <= self.first_step < self.steps,
-            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
-        )
-        _require(
-            self.guidance_power > 0, f"guidance_power must be above 0, got {self.guidance_power}"
-        )
+        at_least(self, 0, *names)
+        if self.top_k is not None:
+            at_least(self, 1, "top_k")
+        within(self, 0, self.steps - 1, "first_step")
+        positive(self, "guidance_power")
         _require(
             self.frozen or self.order in ("confidence", "critic"),
             f"frozen must be true with order={self.order}, which opens every token once",
@@ -346,12 +329,10 @@ class EditConfig:
     """Temperature of the draw; 0 takes the likeliest."""
 
     def __post_init__(self) -> None:
-        _require(self.iterations >= 0, f"iterations must be at least 0, got {self.iterations}")
+        at_least(self, 0, "iterations", "temperature")
         _require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
-        _require(
-            self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"
-        )
-        _require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None:
+            at_least(self, 1, "top_k")
 
 
 @dataclass
@@ -386,8 +367,37 @@ class SuperResStage:
     """Optimizer."""
 
     def __post_init__(self) -> None:
-        _require(self.factor >= 2, f"factor must be at least 2, got {self.factor}")
+        at_least(self, 2, "factor")
         _require(0 < self.low_rate <= 1, f"low_rate must be in (0, 1], got {self.low_rate}")
+
+    def check(self, low: Geometry, text: TextConfig) -> None:
+        """Check that the network fits what it is given.
+
+        Args:
+            low: the tokens of the base; with tokenizer=null the high-res ones are of its kind.
+            text: the text encoder.
+
+        Raises:
+            ValueError: it does not; begins with the setting.
+        """
+        at, model, side = "superres.model", self.model, max(low.grid)
+        low.check_codes(f"{at}.low_num_codes", model.low_num_codes)
+        _longest(f"{at}.low_max_side", model.low_max_side, side)
+        _width(f"{at}.text_width", model.text_width, text)
+        if self.tokenizer is None:
+            height, width = low.grid
+            grid = (height * self.factor, width * self.factor)
+            self.check_high(dataclasses.replace(low, grid=grid))
+
+    def check_high(self, high: Geometry) -> None:
+        """Check that the network fits the high-res tokens.
+
+        Raises:
+            ValueError: it does not; begins with the setting.
+        """
+        high.check_codes("superres.model.num_codes", self.model.num_codes)
+        _longest("superres.model.max_side", self.model.max_side, max(high.grid))
+        high.check_multiple(self.model.grid_multiple)
 
 
 @dataclass
@@ -412,6 +422,46 @@ class MuseConfig:
     """Decoding loop."""
     superres: SuperResStage = field(default_factory=SuperResStage)
     """Super-resolution stage."""
+
+    def check_fit(self, first: Geometry) -> None:
+        """Check that the sections fit each other, the text encoder and the first stage.
+
+        Raises:
+            ValueError: they do not; begins with the setting.
+        """
+        text, uvit = self.text, self.network == "uvit"
+        if uvit:
+            first.check_codes("uvit.codebook_size", self.uvit.codebook_size)
+            first.check_multiple(self.uvit.grid_multiple)
+            _require(
+                text.name == "bytes" or (text.name == "clip" and text.projected),
+                "network=uvit needs states and a pooled vector of a text: add text.name=clip and "
+                "text.projected=true, or text.name=bytes",
+            )
+            _require(
+                self.critic.layers == 0,
+                "critic.layers must be 0 with network=uvit: the critic is of model",
+            )
+            _width("uvit.encoder_hidden_size", self.uvit.encoder_hidden_size, text)
+            _width("uvit.cond_embed_dim", self.uvit.cond_embed_dim, text)
+        else:
+            first.check_codes("model.num_codes", self.model.num_codes)
+            first.check_multiple(self.model.grid_multiple)
+            _width("model.text_width", self.model.text_width, text)
+            _longest("model.max_side", self.model.max_side, max(first.grid))
+        if self.superres.enabled:
+            self.superres.check(first, text)
+
+
+def _width(name: str, width: int, text: TextConfig) -> None:
+    _require(
+        text.name != "bytes" or width == text.width,
+        f"{name} must be text.width ({text.width}) with text.name=bytes, got {width}",
+    )
+
+
+def _longest(name: str, longest: int, side: int) -> None:
+    _require(longest >= side, f"{name} must be at least the token grid's {side}, got {longest}")
 
 
 # The combinations of the references. The paper gives steps, schedule, frozen tokens and rising

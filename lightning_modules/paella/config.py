@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_modules.common.checks import at_least, positive, within
 from lightning_modules.common.config import OptimConfig, TextConfig
+from lightning_modules.common.interfaces import Geometry
 
 TimeLaw = Literal["released", "simple", "wuerstchen"]
 RenoiseMode = Literal["start", "prev", "rand"]
@@ -68,11 +70,9 @@ class ModelConfig:
             self.c_in == self.c_out,
             f"c_in and c_out must be equal, got {self.c_in} and {self.c_out}",
         )
-        for name in ("c_in", "num_labels", "patch_size", "c_cond", "byt5_embd", "clip_seq_len"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
-        _require(self.c_r >= 4, f"c_r must be at least 4, got {self.c_r}")
-        _require(self.clip_embd >= 0, f"clip_embd must be at least 0, got {self.clip_embd}")
+        at_least(self, 1, "c_in", "num_labels", "patch_size", "c_cond", "byt5_embd", "clip_seq_len")
+        at_least(self, 4, "c_r")
+        at_least(self, 0, "clip_embd")
         _require(self.kernel_size % 2 == 1, f"kernel_size must be odd, got {self.kernel_size}")
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
         for width, heads, kinds in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
@@ -144,10 +144,8 @@ class PriorConfig:
     """Residual blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_embd", "c_hidden", "num_blocks"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
-        _require(self.c_r >= 4, f"c_r must be at least 4, got {self.c_r}")
+        at_least(self, 1, "clip_embd", "c_hidden", "num_blocks")
+        at_least(self, 4, "c_r")
 
 
 @dataclass
@@ -155,24 +153,23 @@ class ObjectiveConfig:
     """Noising, loss and how often a condition is hidden in training."""
 
     t_law: TimeLaw = "released"
-    """Law of the noise rate t: released (1-u+0.001, clamped), simple (1-u), wuerstchen (1.08)."""
+    """Distribution of the noise rate t: released (1-u+0.001, clamped), simple (1-u), or wuerstchen
+    (1.08)."""
     eta: float = 0.3
     """Loss weight of an untouched token at t = 0; 1 weighs all tokens alike."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross entropy."""
     text_drop: float = 0.05
-    """Share of training conditions whose caption is replaced by the empty one."""
+    """How often in training the caption is replaced by the empty one."""
     pooled_drop: float = 0.9
-    """Share of training conditions whose pooled text embedding is that of the empty caption."""
+    """How often in training the pooled text embedding is that of the empty caption."""
     image_drop: float = 0.9
-    """Share of training conditions without image embedding."""
+    """How often in training there is no image embedding."""
     drop_per: Literal["sample", "batch"] = "sample"
     """Draw the three drops per sample, or once per batch as the released code does."""
 
     def __post_init__(self) -> None:
-        for name in ("eta", "text_drop", "pooled_drop", "image_drop"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must be between 0 and 1, got {value}")
+        within(self, 0, 1, "eta", "text_drop", "pooled_drop", "image_drop")
         _require(
             0 <= self.label_smoothing < 1,
             f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
@@ -217,10 +214,8 @@ class SamplingConfig:
     """Labels that the typical filter always leaves."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        for name in ("temperature_start", "temperature_end"):
-            value = getattr(self, name)
-            _require(value > 0, f"{name} must be above 0, got {value}")
+        at_least(self, 1, "steps", "typical_min_tokens")
+        positive(self, "temperature_start", "temperature_end")
         for name in ("guided_steps", "renoise_steps", "quant_steps"):
             value = getattr(self, name)
             _require(
@@ -239,10 +234,6 @@ class SamplingConfig:
         _require(
             self.typical_mass is None or 0 < self.typical_mass <= 1,
             f"typical_mass must be in (0, 1], got {self.typical_mass}",
-        )
-        _require(
-            self.typical_min_tokens >= 1,
-            f"typical_min_tokens must be at least 1, got {self.typical_min_tokens}",
         )
 
 
@@ -264,6 +255,46 @@ class PaellaConfig:
     """Optimizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling loop."""
+
+    def check_fit(self, first: Geometry) -> None:
+        """Check that the sections fit each other and the tokenizer.
+
+        Raises:
+            ValueError: they do not; the message begins with the setting.
+        """
+        text, model = self.text, self.model
+        if self.network == "v1":
+            first.check_codes("v1.num_labels", self.v1.num_labels)
+            first.check_multiple(self.v1.grid_multiple)
+            message = "network=v1 needs one CLIP vector per caption: add text=open_clip"
+            _require(text.pooled, message)
+        else:
+            first.check_codes("model.num_labels", model.num_labels)
+            first.check_multiple(model.grid_multiple)
+            _require(
+                text.name != "bytes" or model.byt5_embd == text.width,
+                f"model.byt5_embd must be text.width ({text.width}) with text.name=bytes, "
+                f"got {model.byt5_embd}",
+            )
+            _require(
+                text.pooled or not model.clip_embd,
+                f"model.clip_embd must be 0 without a CLIP encoder, got {model.clip_embd} with "
+                f"text.name={text.name} and text.clip={text.clip}",
+            )
+        self.check_sampling(self.sampling)
+
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Check that this network can be sampled in this way.
+
+        Raises:
+            ValueError: it cannot; the message begins with the setting.
+        """
+        schedule = "cosine" if self.network == "v1" else "linear"
+        _require(
+            sampling.schedule == schedule,
+            f"sampling.schedule must be {schedule} with network={self.network}, whose time runs "
+            f"the other way, got {sampling.schedule}",
+        )
 
 
 # Sizes of the released checkpoints (parameters: 1,008,350,592; 577,995,184; 899,770,624).

@@ -1,6 +1,6 @@
 """Paella as a LightningModule: its network, loss and sampling loop on captioned tokens."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
-from lightning_modules.common.seeding import mix_seed
-from lightning_modules.common.settings import build, plain
+from lightning_modules.common.request import OnStep, Request, seeded_uniforms
 from lightning_modules.paella import process
 from lightning_modules.paella.config import PaellaConfig, SamplingConfig
 from lightning_modules.paella.network import Paella
@@ -21,17 +20,20 @@ class PaellaModule(GeneratorModule):
 
     config_class = PaellaConfig
     config: PaellaConfig
+    ABILITIES = frozenset(
+        {"negative", "blend_with", "start", "mask", "image_condition", "attention", "grid"}
+    )
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         v1 = self.config.network == "v1"
         self.network = DenoiseUNet(self.config.v1) if v1 else Paella(self.config.model)
         self.num_codes: int = self.network.config.num_labels
-        if config["num_codes"] != self.num_codes:
-            raise ValueError(
-                f"{'v1' if v1 else 'model'}.num_labels must be the tokenizer's "
-                f"{config['num_codes']} codes, got {self.num_codes}"
-            )
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that a side of a picture must be a multiple of."""
+        return self.pixels_per_token * self.network.config.grid_multiple
 
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
@@ -47,20 +49,20 @@ class PaellaModule(GeneratorModule):
         Returns:
             The loss and the accuracy over all tokens, both scalars.
         """
-        tokens, objective = self.tokens_of(batch), self.config.objective
-        chance: dict[str, Any] = {"generator": generator, "device": self.device}
-        time = torch.rand(tokens.shape[0], **chance)
+        tokens, objective = self.batch_tokens(batch), self.config.objective
+        rng: dict[str, Any] = {"generator": generator, "device": self.device}
+        time = torch.rand(tokens.shape[0], **rng)
         if self.config.network == "v1":
             t = process.cosine_rate(time)
         else:
             t = time = process.noise_rate(time, objective.t_law)
-        random_tokens = torch.randint(self.num_codes, tokens.shape, **chance)
-        uniforms = torch.rand(tokens.shape, **chance)
+        random_tokens = torch.randint(self.num_codes, tokens.shape, **rng)
+        uniforms = torch.rand(tokens.shape, **rng)
         noised, mask = process.add_noise(tokens, t, uniforms, random_tokens)
-        side = self._training_side(batch, generator)
+        condition = self._training_condition(batch, generator)
         everywhere = torch.ones_like(mask)
         logits = self.network.head(
-            self.network.mixed_rows(noised, time, [side], [1.0], everywhere)
+            self.network.mixed_rows(noised, time, [condition], [1.0], everywhere)
         )  # [B h w, K]
         ce = F.cross_entropy(
             logits.float(),
@@ -73,7 +75,7 @@ class PaellaModule(GeneratorModule):
         accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
         return process.sample_loss(ce, weight).mean(), {"accuracy": accuracy}
 
-    def _training_side(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         """The condition with its parts dropped independently of each other."""
         objective, captions = self.config.objective, batch["caption"]
         draws = torch.rand(3, len(captions), generator=generator, device=self.device)
@@ -103,87 +105,66 @@ class PaellaModule(GeneratorModule):
             mask[:, -self.config.model.clip_seq_len :] &= ~hide_image[:, None]
         return self.network.prepare(sequence, mask)
 
-    def _pooled(self, captions: list[str]) -> Tensor:
-        """One text vector per caption [B, P].
-
-        Raises:
-            ValueError: the text encoder gives none.
-        """
+    def _pooled(self, captions: Sequence[str]) -> Tensor:
+        """One text vector per caption [B, P]."""
         pooled = self.encode_text(captions).pooled
-        if pooled is None:
-            raise ValueError(
-                f"text.name={self.config.text.name} with text.clip={self.config.text.clip} gives "
-                "no pooled vectors, which this network is conditioned on"
-            )
+        assert pooled is not None  # config.check asked for it
         return pooled
 
-    def _side(
+    def image_condition(self, images: Tensor) -> Tensor | None:
+        """Return CLIP vectors [B, P] of images [B, 3, H, W], if the network was trained to see any.
+
+        v1 has one vector for text or image, and only a fine-tuned v1 reads an image's.
+        """
+        model = self.config.model
+        seen = self.config.network == "v3" and model.clip_embd > 0 and model.clip_image
+        if not seen or not hasattr(self._attached["text"], "encode_images"):
+            return None
+        return self.encode_images(images.to(self.device))
+
+    def _condition(
         self,
-        captions: list[str],
+        captions: Sequence[str],
         image: Tensor | None = None,
-        attn_weights: Tensor | None = None,
+        attention: Tensor | None = None,
     ) -> Any:
         """What `mixed_rows` of the network takes as one condition."""
         if isinstance(self.network, DenoiseUNet):
             return self._pooled(captions) if image is None else image
-        condition = self.encode_text(captions)
-        pooled = condition.pooled if self.config.model.clip_embd > 0 else None
-        return self.network.prepare(
-            *self.network.condition(condition.tokens, pooled, image, condition.mask), attn_weights
-        )
+        text = self.encode_text(captions)
+        pooled = text.pooled if self.config.model.clip_embd > 0 else None
+        sequence, mask = self.network.condition(text.tokens, pooled, image, text.mask)
+        return self.network.prepare(sequence, mask, attention)
 
-    def _null_side(self, negative: list[str] | None, like: Any) -> Any:
-        """The other side of the guidance: the empty or a negative caption; zeros for v1."""
+    def _null_condition(self, negative: Sequence[str] | None, like: Any) -> Any:
+        """What guidance leads away from: the empty or a negative caption; zeros for v1."""
         if negative is None and isinstance(self.network, DenoiseUNet):
             return torch.zeros_like(like)
-        return self._side([""] if negative is None else negative)
+        return self._condition([""] if negative is None else negative)
 
     @torch.no_grad()
     def sample_tokens(
         self,
-        prompts: list[str],
-        *,
-        seeds: list[int],
-        negative: list[str] | None = None,
-        blend_with: list[str] | None = None,
-        blend: float = 0.0,
-        start: Tensor | None = None,
-        mask: Tensor | None = None,
-        image_condition: Tensor | None = None,
-        attn_weights: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
-        **sampling: Any,
+        request: Request,
+        settings: SamplingConfig | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw tokens for prompts; image i depends on prompt i and seed i alone.
+        """Draw tokens [B, h, w] int64; row i depends on prompt i and seed i alone.
 
         Args:
-            prompts: B captions.
-            seeds: B seeds.
-            negative: B captions in place of the empty one on the other side of the guidance.
-            blend_with: B captions to blend into: the features of both are mixed.
-            blend: share of `blend_with`, 0 to 1.
-            start: [B, h, w] tokens: what stands where mask is 0, or, without a mask, what a
-                variation starts from (with sampling.first_step above 0).
-            mask: [B, h, w], 1 = generate, 0 = keep start's token.
-            image_condition: [B, P] pooled image vectors of `encode_images`.
-            attn_weights: [n] factors of the attention to the last n conditioning tokens.
-            grid: token grid other than the one trained on; default is start's.
+            request: what is asked; image_condition holds vectors of `encode_images`.
+            settings: how the loop runs; None takes the checkpoint's.
             on_step: called with step, input tokens and result tokens [B, h, w].
-            **sampling: settings of `SamplingConfig` that differ from this checkpoint's.
-
-        Returns:
-            [B, h, w] int64.
 
         Raises:
-            ValueError: an unknown setting, or one out of range.
+            ValueError: something that this network or these settings cannot do.
         """
-        settings = build(SamplingConfig, {**plain(self.config.sampling), **sampling})
-        loop = process.loop_settings(settings)
-        if grid is None:
-            grid = self.grid if start is None else (start.shape[1], start.shape[2])
+        settings = settings or self.config.sampling
+        self.check_request(request, settings.first_step)
+        self.config.check_sampling(settings)
+        loop, grid = process.loop_settings(settings), request.grid_or(self.grid)
         noise = process.sample_noise(
-            seeds,
+            request.seeds,
             len(loop["times"]),
             loop["renoise_steps"],
             grid,
@@ -191,32 +172,34 @@ class PaellaModule(GeneratorModule):
             random_tokens=settings.renoise_mode == "rand",
         )
         noise = {name: tensor.to(self.device) for name, tensor in noise.items()}
-        if start is not None and mask is None and settings.first_step > 0:
+        start = None if request.start is None else request.start.to(self.device)
+        if start is not None and request.mask is None and settings.first_step > 0:
             # a variation begins with the image's tokens, noised to the rate of its first step
-            rate = process.start_rate(settings).to(self.device)
-            generators = [torch.Generator().manual_seed(mix_seed(seed, 1)) for seed in seeds]
-            uniforms = torch.stack([torch.rand(grid, generator=g) for g in generators])
-            start, _ = process.add_noise(
-                start, rate.expand(len(seeds)), uniforms.to(self.device), noise["init_noise"]
-            )
-        own = self._side(prompts, image_condition, attn_weights)
-        other = self._side(blend_with, image_condition, attn_weights) if blend_with else None
-        null = self._null_side(negative, own)
+            rate = process.start_rate(settings).to(self.device).expand(len(start))
+            uniforms = seeded_uniforms(request.seeds, grid, 1).to(self.device)
+            start, _ = process.add_noise(start, rate, uniforms, noise["init_noise"])
+        seen = (request.image_condition, request.attention)
+        own = self._condition(request.prompts, *seen)
+        blend_with = request.blend_with
+        other = None if blend_with is None else self._condition(blend_with, *seen)
+        null = self._null_condition(request.negative, own)
 
         def predict(x: Tensor, t: Tensor, weight: float, keep: Tensor) -> Tensor:
-            sides = [own] if other is None else [own, other]
-            shares = [1.0] if other is None else [1 - blend, blend]
+            conditions, weights = [own], [1.0]
+            if other is not None:
+                conditions, weights = [own, other], [1 - request.blend, request.blend]
             if weight != 1:
-                sides, shares = [*sides, null], [*(weight * s for s in shares), 1 - weight]
-            return self.network.mixed_rows(x, t, sides, shares, keep)
+                conditions = [*conditions, null]
+                weights = [*(weight * w for w in weights), 1 - weight]
+            return self.network.mixed_rows(x, t, conditions, weights, keep)
 
         return process.sample(
             predict,
             self.network.head,
             **noise,
             **loop,
-            mask=None if mask is None else mask.to(self.device),
+            mask=None if request.mask is None else request.mask.to(self.device),
             start=start,
-            codebook=self.tokenizer.codebook() if settings.mode == "quant" else None,
+            codebook=self.first_stage.codebook() if settings.mode == "quant" else None,
             on_step=on_step,
         )

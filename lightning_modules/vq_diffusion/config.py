@@ -3,12 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_modules.common.checks import at_least, within
 from lightning_modules.common.config import OptimConfig, TextConfig
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from lightning_modules.common.interfaces import Geometry
 
 
 @dataclass
@@ -55,30 +52,28 @@ class ModelConfig:
     """Recompute each block in the backward pass instead of keeping it (released for model L)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_codes", "n_layer", "n_head", "mlp_hidden_times", "diffusion_steps",
-                     "condition_dim", "class_number"):  # fmt: skip
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}")
-        _require(
-            self.n_embd >= 4 and self.n_embd % self.n_head == 0,
-            f"n_head must divide n_embd, which is at least 4, got {self.n_head} heads for width "
-            f"{self.n_embd}",
-        )
-        _require(
-            self.timestep_type == "adalayernorm" or self.n_embd % 2 == 0,
-            f"n_embd must be even with timestep_type=adalayernorm_abs, got {self.n_embd}",
-        )
-        _require(
-            len(self.spatial_size) == 2 and min(self.spatial_size) >= 1,
-            f"spatial_size must be two numbers of at least 1, got {self.spatial_size}",
-        )
+        at_least(self, 1, "num_codes", "n_layer", "n_head", "mlp_hidden_times")
+        at_least(self, 1, "diffusion_steps", "condition_dim", "class_number")
+        if self.n_embd < 4 or self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_head must divide n_embd, which is at least 4, got {self.n_head} heads for "
+                f"width {self.n_embd}"
+            )
+        if self.timestep_type == "adalayernorm_abs" and self.n_embd % 2:
+            raise ValueError(
+                f"n_embd must be even with timestep_type=adalayernorm_abs, got {self.n_embd}"
+            )
+        if len(self.spatial_size) != 2 or min(self.spatial_size) < 1:
+            raise ValueError(
+                f"spatial_size must be two numbers of at least 1, got {self.spatial_size}"
+            )
         for name in ("attn_dropout", "dropout"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
-        _require(
-            not (self.causal and self.condition == "class" and self.class_type == "adainsnorm"),
-            "class_type must be adalayernorm with causal: an InstanceNorm sees all tokens",
-        )
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.causal and self.condition == "class" and self.class_type == "adainsnorm":
+            raise ValueError(
+                "class_type must be adalayernorm with causal: an InstanceNorm sees all tokens"
+            )
 
 
 # The published sizes, counted from the released code. S: Table 3 of arXiv 2111.14822 (no config of
@@ -115,9 +110,7 @@ class ScheduleConfig:
     """Share of masks at the last step; the other tokens are replaced by random ones."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.mask_rate <= 1, f"mask_rate must be between 0 and 1, got {self.mask_rate}"
-        )
+        within(self, 0, 1, "mask_rate")
 
 
 @dataclass
@@ -134,14 +127,11 @@ class ObjectiveConfig:
     """Draw t by the size of its losses so far, or uniformly."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.auxiliary_weight >= 0,
-            f"auxiliary_weight must be at least 0, got {self.auxiliary_weight}",
-        )
-        _require(
-            len(self.mask_weight) == 2 and min(self.mask_weight) >= 0,
-            f"mask_weight must be two numbers of at least 0, got {self.mask_weight}",
-        )
+        at_least(self, 0, "auxiliary_weight")
+        if len(self.mask_weight) != 2 or min(self.mask_weight) < 0:
+            raise ValueError(
+                f"mask_weight must be two numbers of at least 0, got {self.mask_weight}"
+            )
 
 
 @dataclass
@@ -158,12 +148,10 @@ class SamplingConfig:
     """Skip this many steps: the loop then starts from given tokens with that step's noise."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _require(0 < self.truncation <= 1, f"truncation must be in (0, 1], got {self.truncation}")
-        _require(
-            0 <= self.first_step < self.steps,
-            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
-        )
+        at_least(self, 1, "steps")
+        if not 0 < self.truncation <= 1:
+            raise ValueError(f"truncation must be in (0, 1], got {self.truncation}")
+        within(self, 0, self.steps - 1, "first_step")
 
 
 @dataclass
@@ -189,6 +177,36 @@ class VQDiffusionConfig:
     def num_classes(self) -> int:
         """Number of classes that can be asked for, with model.condition=class."""
         return self.model.class_number
+
+    def check_fit(self, first: Geometry) -> None:
+        """Check that the sections fit each other and the first stage.
+
+        Raises:
+            ValueError: the first setting that does not.
+        """
+        model, text = self.model, self.text
+        first.check_codes("model.num_codes", model.num_codes)
+        if self.sampling.steps > model.diffusion_steps:
+            raise ValueError(
+                f"sampling.steps must be at most model.diffusion_steps ({model.diffusion_steps}), "
+                f"got {self.sampling.steps}"
+            )
+        if model.condition == "text" and text.name == "bytes" and model.condition_dim != text.width:
+            raise ValueError(
+                f"model.condition_dim must be text.width ({text.width}) with text.name=bytes, "
+                f"got {model.condition_dim}"
+            )
+        if model.condition == "class" and len(self.classes) not in (0, self.num_classes):
+            raise ValueError(
+                f"classes must name all {self.num_classes} classes or none, "
+                f"got {len(self.classes)} names"
+            )
+        height, width = first.grid
+        if model.spatial_size[0] * model.spatial_size[1] < height * width:
+            raise ValueError(
+                f"model.spatial_size must have places for {height}x{width} tokens, "
+                f"got {model.spatial_size}"
+            )
 
 
 # The paper lets the share of masks rise to 0.9 and that of replaced tokens to 0.1. The released

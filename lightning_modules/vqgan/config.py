@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_modules.common.config import AdversarialConfig, PlayersConfig
+from lightning_modules.common.checks import at_least, positive
+from lightning_modules.common.config import AdversarialConfig, AdversarialOptimConfig
 
 
 @dataclass
@@ -94,13 +95,11 @@ class ModelConfig:
     """the new id for unknown_code=id"""
 
     def __post_init__(self) -> None:
-        for name in ("num_codes", "in_channels", "num_res_blocks", "norm_groups", "levels"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("restart_after", "temperature_batches", "used_codes", "unknown_id"):
-            _at_least(name, getattr(self, name), 0)
-        decoder = ("decoder_ch", "decoder_res_blocks", "decoder_hidden")
-        for name in ("bottleneck_blocks", "ch_first", *decoder):
-            _at_least(name, getattr(self, name), 0)
+        at_least(self, 1, "num_codes", "in_channels", "num_res_blocks", "norm_groups", "levels")
+        at_least(self, 0, "restart_after", "temperature_batches", "used_codes", "unknown_id")
+        at_least(self, 0, "decoder_ch", "decoder_res_blocks", "decoder_hidden")
+        at_least(self, 0, "bottleneck_blocks", "ch_first")
+        positive(self, "temperature", "temperature_end", "scale_factor")
         if not self.ch_mult:
             raise ValueError("ch_mult must name at least one level, got []")
         bases = {self.ch, self.decoder_ch or self.ch}
@@ -115,10 +114,6 @@ class ModelConfig:
                 raise ValueError(f"{name} must halve {self.levels - 1} times, got {width}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
-        if min(self.temperature, self.temperature_end) <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.scale_factor <= 0:
-            raise ValueError(f"scale_factor must be positive, got {self.scale_factor}")
         if self.quantizer == "gumbel" and self.restart_after:
             raise ValueError(
                 "restart_after must be 0 with quantizer=gumbel, whose codes are learnt"
@@ -157,8 +152,7 @@ class ObjectiveConfig(AdversarialConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pixel_weight", "perceptual_weight", "codebook_weight"):
-            _at_least(name, getattr(self, name), 0)
+        at_least(self, 0, "pixel_weight", "perceptual_weight", "codebook_weight")
 
 
 @dataclass
@@ -169,16 +163,11 @@ class VQGANConfig:
     """the autoencoder and its quantizer"""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """the losses"""
-    optim: PlayersConfig = field(default_factory=PlayersConfig)
+    optim: AdversarialOptimConfig = field(default_factory=AdversarialOptimConfig)
     """the optimizers"""
     finetune: str | None = None
     """tokenizer file whose encoder and codes are taken and never changed: only a decoder is
     trained, its own or a wider one (Muse, section 2.6); null trains all"""
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # Released models. Sizes: the model yaml of each checkpoint in CompVis/taming-transformers (README
@@ -189,12 +178,12 @@ PRESETS: dict[str, VQGANConfig] = {
     "imagenet-f16-1024": VQGANConfig(
         ModelConfig(num_codes=1024, legacy_beta=True),
         ObjectiveConfig(disc_start=250001),
-        PlayersConfig(lr=1.08e-4),
+        AdversarialOptimConfig(lr=1.08e-4),
     ),
     "imagenet-f16-16384": VQGANConfig(
         ModelConfig(num_codes=16384, legacy_beta=True),
         ObjectiveConfig(disc_start=0, disc_weight=0.75, disc_layers=2),
-        PlayersConfig(lr=1.08e-4),
+        AdversarialOptimConfig(lr=1.08e-4),
     ),
     # the loss settings of the Gumbel model were never published: kl weight and temperatures were
     "openimages-gumbel-f8": VQGANConfig(
@@ -210,7 +199,7 @@ PRESETS: dict[str, VQGANConfig] = {
             sample_tokens=True,
         ),
         ObjectiveConfig(disc_start=250001),
-        PlayersConfig(lr=1.08e-4),
+        AdversarialOptimConfig(lr=1.08e-4),
     ),
     "ldm-vq-f4": VQGANConfig(
         ModelConfig(
@@ -222,7 +211,7 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=0, disc_weight=0.75),
-        PlayersConfig(lr=3.6e-5),
+        AdversarialOptimConfig(lr=3.6e-5),
     ),
     "ldm-vq-f4-noattn": VQGANConfig(
         ModelConfig(
@@ -235,7 +224,7 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=0, disc_weight=0.75),
-        PlayersConfig(lr=3.6e-5),
+        AdversarialOptimConfig(lr=3.6e-5),
     ),
     "ldm-vq-f8": VQGANConfig(
         ModelConfig(
@@ -247,7 +236,7 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=1, disc_weight=0.6, disc_layers=2),
-        PlayersConfig(lr=4.5e-5),
+        AdversarialOptimConfig(lr=4.5e-5),
     ),
     "ldm-vq-f8-n256": VQGANConfig(
         ModelConfig(
@@ -259,12 +248,12 @@ PRESETS: dict[str, VQGANConfig] = {
             legacy_beta=True,
         ),
         ObjectiveConfig(disc_start=250001, disc_weight=0.75),
-        PlayersConfig(lr=4.5e-5),
+        AdversarialOptimConfig(lr=4.5e-5),
     ),
     "ldm-vq-f16": VQGANConfig(
         ModelConfig(num_codes=16384, z_channels=8, embed_dim=8, legacy_beta=True),
         ObjectiveConfig(disc_start=250001, disc_weight=0.75, disc_layers=2),
-        PlayersConfig(lr=6.3e-5),
+        AdversarialOptimConfig(lr=6.3e-5),
     ),
     "paella-f4": VQGANConfig(
         ModelConfig(network="paella", num_codes=8192, scale_factor=0.3764),

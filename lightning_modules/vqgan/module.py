@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from data.files import file_hash
 from lightning_modules.common.adversarial import DISC_LOSSES, disc_factor
-from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.common.players import TwoPlayerModule, cosine, image_psnr
+from lightning_modules.common.adversarial_training import AdversarialModule, cosine, image_psnr
+from lightning_modules.common.checkpoint import load_strict, load_weights
 from lightning_modules.common.settings import build, plain
 from lightning_modules.vqgan.config import VQGANConfig
 from lightning_modules.vqgan.losses import generator_loss, reconstruction_loss
@@ -17,7 +18,7 @@ from lightning_modules.vqgan.network import NETWORKS
 from lightning_modules.vqgan.quantizer import Quantized, code_counts, perplexity, usage
 
 
-class VQGANModule(TwoPlayerModule):
+class VQGANModule(AdversarialModule):
     """The tokenizer: images [-1, 1] to codes and back, and the GAN training that makes it.
 
     Args:
@@ -38,17 +39,18 @@ class VQGANModule(TwoPlayerModule):
         self.autoencoder = NETWORKS[model.network](model)
         self.add_discriminator(settings.objective, model.in_channels)
         self.factor: int = model.factor
-        self.tokens_of: str | None = None
+        # sha256 of the tokenizer file whose tokens this one shares, where it was fine-tuned
+        self.same_tokens_as: str | None = None
         if settings.finetune is not None:
             self._frozen().requires_grad_(False)
         self._val_counts = torch.zeros(model.num_codes, dtype=torch.int64)
 
-    def adopt(self, state: Mapping[str, Tensor], tokens_of: str) -> None:
+    def adopt(self, state: Mapping[str, Tensor], same_tokens_as: str) -> None:
         """Take encoder and codes of a tokenizer, and its decoder too if it is as wide as ours.
 
         Args:
             state: tensors of its `export`.
-            tokens_of: sha256 of its file, or of the one that it took its own encoder from.
+            same_tokens_as: sha256 of its file, or of the one that it took its own encoder from.
 
         Raises:
             ValueError: encoder or codes of other sizes.
@@ -60,7 +62,7 @@ class VQGANModule(TwoPlayerModule):
         taken = {k: v for k, v in state.items() if as_wide or not k.startswith(decoding)}
         kept = {k: v for k, v in own.items() if k.startswith(decoding) and not as_wide}
         load_strict(self.autoencoder, {**taken, **kept}, "the tokenizer that finetune names")
-        self.tokens_of = tokens_of
+        self.same_tokens_as = same_tokens_as
         self.train(self.training)  # the frozen encoder's batch norms, too, leave off learning
 
     def _frozen(self) -> nn.ModuleList:
@@ -149,8 +151,8 @@ class VQGANModule(TwoPlayerModule):
         """Return what a tokenizer file holds: the autoencoder with its quantizer, and settings."""
         state = {k: v.detach() for k, v in self.autoencoder.state_dict().items()}
         config: dict[str, Any] = {"paper": "vqgan", "model": plain(self.config.model)}
-        if self.tokens_of is not None:
-            config["tokens_of"] = self.tokens_of
+        if self.same_tokens_as is not None:
+            config["tokens_of"] = self.same_tokens_as
         return state, config
 
     @classmethod
@@ -174,15 +176,21 @@ class VQGANModule(TwoPlayerModule):
             }
         )
         load_strict(module.autoencoder, state, "the tokenizer file")
-        module.tokens_of = config.get("tokens_of")
+        module.same_tokens_as = config.get("tokens_of")
         return module.eval()
 
-    def player(self) -> nn.Module:
+    def trained_network(self) -> nn.Module:
         """Return encoder, quantizer and decoder."""
         return self.autoencoder
 
     def setup(self, stage: str) -> None:
-        """Load LPIPS for training or validation, or say once that it is off."""
+        """Take the encoder of the tokenizer that finetune names, and LPIPS for the loss."""
+        if stage == "fit" and self.config.finetune is not None and self.same_tokens_as is None:
+            path = self.config.finetune
+            state, config = load_weights(path)
+            if config.get("paper") != "vqgan":
+                raise ValueError(f"finetune: {path} is no tokenizer file")
+            self.adopt(state, config.get("tokens_of") or file_hash(path))
         objective = self.config.objective
         self.use_lpips(objective.lpips_path, objective.perceptual_weight, stage)
 
@@ -190,8 +198,8 @@ class VQGANModule(TwoPlayerModule):
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
         images = batch["image"]
         objective, last_layer = self.config.objective, self.autoencoder.last_layer
-        players = self.players()
-        self._set_schedules(players)
+        optimizers = self.optimizer_list()
+        self._set_schedules(optimizers)
         factor = disc_factor(objective, self.batches_seen)
 
         self.freeze_discriminator(True)
@@ -202,19 +210,19 @@ class VQGANModule(TwoPlayerModule):
             quantized.loss,
             objective,
             factor=factor,
-            fake_logits=self.judge(reconstructions) if factor else None,
+            fake_logits=self.discriminate(reconstructions) if factor else None,
             last_layer=last_layer,
         )
-        self.step(players[0], loss)
+        self.step(optimizers[0], loss)
         if self.config.finetune is None:
             self.autoencoder.quantize.update(z, quantized.tokens)
         self.freeze_discriminator(False)
 
         logs |= extra | {"loss": loss.detach(), "codebook": quantized.loss.detach()}
         if factor:
-            real, fake = self.judge(images), self.judge(reconstructions.detach())
+            real, fake = self.discriminate(images), self.discriminate(reconstructions.detach())
             disc_loss = factor * DISC_LOSSES[objective.disc_loss](real.float(), fake.float())
-            self.step(players[1], disc_loss)
+            self.step(optimizers[1], disc_loss)
             logs |= {
                 "disc_loss": disc_loss.detach(),
                 "logits_real": real.detach().mean(),
@@ -224,7 +232,7 @@ class VQGANModule(TwoPlayerModule):
 
         counts = code_counts(quantized.tokens, self.config.model.num_codes)
         logs |= {"usage": usage(counts), "perplexity": perplexity(counts)}
-        logs["lr"] = torch.tensor(players[0].param_groups[0]["lr"])
+        logs["lr"] = torch.tensor(optimizers[0].param_groups[0]["lr"])
         logs["batch"] = torch.tensor(float(self.batches_seen))
         for name, value in logs.items():
             shown = name in ("loss", "rec", "usage")
@@ -259,9 +267,9 @@ class VQGANModule(TwoPlayerModule):
         self.log("val/usage", usage(counts), sync_dist=True)
         self.log("val/perplexity", perplexity(counts), sync_dist=True)
 
-    def _set_schedules(self, players: list[LightningOptimizer]) -> None:
+    def _set_schedules(self, optimizers: list[LightningOptimizer]) -> None:
         """Set learning rates and the Gumbel temperature of this batch."""
-        self.set_rates(players)
+        self.set_rates(optimizers)
         model = self.config.model
         if model.temperature_batches:
             self.autoencoder.quantize.temperature = cosine(

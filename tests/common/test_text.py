@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -331,3 +332,21 @@ def test_frozen_encoders_have_no_gradient(tiny_t5: str, tiny_clip: dict[str, str
     assert found.pooled is not None and not found.pooled.requires_grad
     assert not any(p.requires_grad for p in encoder._t5.parameters())
     assert not encoder._t5.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooled"),
+    [
+        ({"name": "bytes"}, False),
+        ({"name": "t5"}, False),
+        ({"name": "byt5"}, True),
+        ({"name": "byt5", "clip": None}, False),
+        ({"name": "open_clip"}, True),
+        ({"name": "clip"}, False),
+        ({"name": "clip", "projected": True}, True),
+    ],
+)
+def test_which_encoders_pool_is_known_before_any_is_loaded(
+    settings: dict[str, Any], pooled: bool
+) -> None:
+    assert TextConfig(**settings).pooled == pooled

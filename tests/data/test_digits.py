@@ -14,7 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from data import photos
 from data.digits import NAMES, digit_caption, digits
-from data.webdata import DataConfig, WebData, prepare
+from data.select import captions, pictures
+from data.sources import find_shards, write_embedded
+from data.view import Order, View
+from data.webdata import WebData
 
 
 def test_digits_split_once_and_for_all() -> None:
@@ -54,15 +57,16 @@ def test_a_classifier_reads_enlarged_digits() -> None:
 
 
 def test_digits_go_through_the_data_module(tmp_path: Path) -> None:
-    config = DataConfig(name="digits", val_size=50, workers=0)
-    splits = prepare(config, tmp_path)
-    assert set(splits) == {"train", "val"}
-    data = WebData(config, splits, batch_size=8, epoch_batches=2)
+    train, val = (
+        write_embedded(tmp_path / split, "digits", split, size, 0, 32, 2)
+        for split, size in (("train", 5_000), ("val", 50))
+    )
+    data = WebData(train, val, View(32), Order(), batch_size=8, epoch_batches=2)
     for batch in data.stream():
         assert batch["image"].shape == (8, 3, 32, 32)
         for caption, label in zip(batch["caption"], batch["label"].tolist(), strict=True):
             assert NAMES[label] in caption
-    assert len(data.samples("val")) == 50
+    assert [len(list(captions(split, View(32)))) for split in (train, val)] == [1498, 50]
 
 
 def test_photographs_become_jpeg_shards(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -73,12 +77,14 @@ def test_photographs_become_jpeg_shards(tmp_path: Path, monkeypatch, capsys) -> 
         member = tar.extractfile("000000000.jpg")
         assert member is not None
         assert Image.open(io.BytesIO(member.read())).format == "JPEG"
-    config = DataConfig(shards=f"{tmp_path}/own/{{00000..00001}}.tar", resolution=64, workers=0)
-    data = WebData(config, prepare(config, tmp_path), batch_size=16, epoch_batches=2)
+    train, val = (
+        find_shards(f"{tmp_path}/own/{{00000..00001}}.tar", None, s) for s in ("train", "val")
+    )
+    data = WebData(train, val, View(64), Order(), batch_size=16, epoch_batches=2)
     batches = list(data.stream())
     assert [batch["image"].shape for batch in batches] == [(16, 3, 64, 64)] * 2
     assert all("patch of a" in caption for caption in batches[0]["caption"])
-    assert 4 <= len(data.samples("val")) <= 40
+    assert 4 <= len(list(pictures(val, View(64)))) <= 40
     samples = list(photos.photos())
     assert len({s["key"] for s in samples}) == len(samples) == 456
     assert samples[0]["caption"] == "a patch of a temple in china, top left"

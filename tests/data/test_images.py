@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.config import DataConfig
 from data.images import Crop, adm_crop, collate, decode_image, to_tensor
-from data.select import finish
+from data.select import decoded
+from data.view import View
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -120,8 +120,7 @@ def test_the_crop_of_adm_keeps_the_centre_in_training_and_validation() -> None:
     assert np.asarray(adm_crop(wide, 16)).min() == 255
     sample = {"data": encoded(wide), "caption": "", "key": "0", "meta": {}}
     pixels = [
-        finish(dict(sample), DataConfig(resolution=16, crop="adm"), rng)["pixels"]
-        for rng in (None, random.Random(0))
+        decoded(sample, View(16, crop="adm"), rng)["pixels"] for rng in (None, random.Random(0))
     ]
     np.testing.assert_array_equal(*pixels)
     np.testing.assert_array_equal(pixels[0], np.asarray(adm_crop(wide, 16)))

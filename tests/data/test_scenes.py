@@ -11,6 +11,7 @@ from data.scenes import (
     LAYOUTS,
     SHAPES,
     SIZES,
+    SPLITS,
     Scene,
     Thing,
     caption,
@@ -30,14 +31,25 @@ def test_a_sample_depends_on_its_seed_split_and_number_alone():
         assert np.array_equal(a["image"], b["image"]) and a["attributes"] == b["attributes"]
     other = list(scenes("train", 5, seed=1))
     assert any(a["caption"] != b["caption"] for a, b in zip(first, other, strict=True))
-    keys = {s["key"] for split in ("train", "val", "heldout") for s in scenes(split, 5)}
-    assert len(keys) == 15
+    samples = [s for split in SPLITS for s in scenes(split, 5)]
+    assert len({s["key"] for s in samples}) == len({s["image"].tobytes() for s in samples}) == 25
+
+
+def test_a_new_split_changes_no_other():
+    """A split's number seeds its samples, and measured scores are of these samples."""
+    assert [next(scenes(split, 1))["caption"] for split in SPLITS] == [
+        "on a black background, a large cyan square to the left of a small green circle",
+        "a large yellow triangle left of a large yellow circle on a white background",
+        "a large yellow square to the left of a small purple circle on a white background",
+        "on a black background, a large yellow triangle above a small cyan triangle",
+        "a small red triangle above a large green square, white background",
+    ]
 
 
 def test_heldout_combinations_are_a_tenth_and_never_in_train_or_val():
-    for split in ("train", "val", "heldout"):
+    for split in SPLITS:
         shown = [Scene.from_attributes(s["attributes"]) for s in scenes(split, 300)]
-        assert {is_heldout(scene) for scene in shown} == {split == "heldout"}
+        assert {is_heldout(scene) for scene in shown} == {"heldout" in split}
     rng = np.random.default_rng(0)
     share = np.mean([is_heldout(sample_scene(rng)) for _ in range(5000)])
     assert share == pytest.approx(0.1, abs=0.02)

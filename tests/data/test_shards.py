@@ -21,6 +21,7 @@ from data.shards import (
     SkipCounter,
     apply,
     expand_shards,
+    image_keys,
     parse,
     read_samples,
     write_shards,
@@ -313,3 +314,67 @@ def test_json_of_a_sample_reads_back(tmp_path: Path) -> None:
         "key": "000000", "caption": "number 0 é", "width": 8, "height": 8,
         "label": 0, "attributes": {"n": 0},
     }  # fmt: skip
+
+
+def parsed(tmp_path: Path, members: dict[str, bytes], seed: int = 0) -> tuple[dict, dict]:
+    """Return captions by key, and what became of the samples."""
+    skips = SkipCounter(max_skipped=0.99)
+    url = raw_tar(tmp_path / "0.tar", members)
+    samples = apply(lambda s: parse(s, seed), read_samples([url], skips), skips)
+    return {s["key"]: s["caption"] for s in samples}, dict(skips.counts)
+
+
+def test_texts_are_decoded_by_their_mark_or_left_out(tmp_path: Path) -> None:
+    texts = {
+        "plain": "ein grünes Quadrat 你好".encode(),
+        "marked": b"\xef\xbb\xbfa square",
+        "little": "a blue square".encode("utf-16"),
+        "big": b"\xfe\xff" + "a red square".encode("utf-16-be"),
+        "latin": "un carré".encode("latin-1"),
+        "broken": b"\xff\xfe\xff",
+        "nul": b"a square\0",
+    }
+    members = {}
+    for key, text in texts.items():
+        members |= {f"{key}.png": b"x", f"{key}.txt": text}
+    members |= {"half.png": b"x", "half.json": b'{"caption": "\\ud83d"}'}
+    captions, counts = parsed(tmp_path, members)
+    assert captions == {
+        "plain": "ein grünes Quadrat 你好",
+        "marked": "a square",
+        "little": "a blue square",
+        "big": "a red square",
+    }
+    assert counts == {"seen": 8, "bad text": 4}
+
+
+def test_one_of_several_captions_is_chosen_by_seed(tmp_path: Path) -> None:
+    members = {}
+    for i in range(20):
+        members |= {f"{i:02d}.png": b"x", f"{i:02d}.json": b'{"caption": ["one", "two", " ", 3]}'}
+    first, again, other = (parsed(tmp_path, members, seed)[0] for seed in (0, 0, 1))
+    assert set(first.values()) == {"one", "two"} and first == again != other
+    nothing = {}
+    for i, caption in enumerate([b"{}", b"NaN", b"null", b"[]", b"[null]", b'{"en": "a"}']):
+        nothing |= {f"{i}.png": b"x", f"{i}.json": b'{"caption": ' + caption + b"}"}
+    assert parsed(tmp_path, nothing) == ({}, {"seen": 6, "no caption": 6})
+
+
+def test_names_that_begin_with_a_dot_are_no_members(tmp_path: Path) -> None:
+    members = {"train/.DS_Store": b"x"}
+    for i in range(3):
+        for suffix in ("png", "txt"):
+            members |= {f"train/._{i}.{suffix}": b"\0\5\x16\7", f"train/{i}.{suffix}": b"x"}
+    captions, counts = parsed(tmp_path, members)
+    assert list(captions) == ["train/0", "train/1", "train/2"] and counts == {"seen": 3}
+    assert list(image_keys(str(tmp_path / "0.tar"))) == list(captions)
+
+
+def test_a_dot_within_a_name_is_named(tmp_path: Path) -> None:
+    members = {
+        f"photo v{i}.{i} (clean).{suffix}": b"x" for i in range(3) for suffix in ("png", "txt")
+    }
+    captions, counts = parsed(tmp_path, members)
+    assert captions == {}
+    assert counts == {"seen": 3, "no image (a key ends at the first dot of a name)": 3}
+    assert list(image_keys(str(tmp_path / "0.tar"))) == ["photo v0", "photo v1", "photo v2"]

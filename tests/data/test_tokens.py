@@ -1,7 +1,6 @@
 """The token cache is exact and resumable; its order is a pure function of seed, epoch and rank."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
+import data.select
+from data.images import to_tensor
+from data.select import captions, pictures
 from data.shards import write_shards
-from data.tokens import TokenData, cache_settings, count_tokens, write_token_cache
-from data.webdata import DataConfig, WebData, prepare
+from data.sources import find_shards
+from data.tokens import Encoder, TokenData, count_tokens, encode_shard, finish_cache
+from data.view import Order, ShardList, View
+from data.webdata import WebData
 
 COUNT = 23
 
@@ -25,41 +30,54 @@ def encode(images: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> DataConfig:
+def shards(tmp_path_factory) -> ShardList:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (COUNT, 8, 8, 3)).astype(np.uint8)
-    folder = tmp_path_factory.mktemp("shards")
     samples = [
         {"key": f"{i:04d}", "image": image, "caption": f"number {i}", "label": i}
         for i, image in enumerate(images)
     ]
-    write_shards(samples, folder, 6)
-    return DataConfig(shards=str(folder), val_shards=str(folder), resolution=8, workers=0)
+    return ShardList(tuple(write_shards(samples, tmp_path_factory.mktemp("shards"), 6)))
 
 
-def write(config: DataConfig, folder: Path, function=encode, sha256="abc", **options) -> dict:
-    splits = prepare(config, folder)
-    settings = {"sha256": sha256, "num_codes": 256, "batch_size": 4, **options}
-    return write_token_cache(function, config, splits, folder, **settings)
+def write(shards: ShardList, folder: Path, *encoders: Encoder, view=None, **options) -> dict:
+    """Encode all shards; views after the first are called 1, 2, ..."""
+    views = {str(i): encoder for i, encoder in enumerate(encoders or [Encoder(encode, 256)])}
+    for index, url in enumerate(shards.paths):
+        path = folder / f"{index:05d}.safetensors"
+        encode_shard(path, url, shards, view or View(8), views, **{"batch_size": 4, **options})
+    settings = {"tokenizer": "abc", "num_codes": views["0"].num_codes}
+    return finish_cache(folder, len(shards.paths), settings)
+
+
+def all_of(folder: Path, name: str = "tokens") -> np.ndarray:
+    view = TokenData(folder, batch_size=1).views[name]
+    return view[np.arange(len(view))]
 
 
 @pytest.fixture(scope="module")
-def cache(config: DataConfig, tmp_path_factory) -> Path:
+def cache(shards: ShardList, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
-    write(config, folder)
+    write(shards, folder)
     return folder
 
 
-def batches(data: TokenData, **where) -> list[dict]:
-    return list(data.stream(**where))
+@pytest.fixture(scope="module")
+def truth(shards: ShardList) -> dict[str, Tensor]:
+    """Key -> picture [1, 3, 8, 8]."""
+    return {s["key"]: to_tensor(s["pixels"])[None] for s in pictures(shards, View(8))}
 
 
-def test_codes_are_counted(config: DataConfig, cache: Path, tmp_path: Path) -> None:
+def batches(source: TokenData, **where) -> list[dict]:
+    return list(source.stream(**where))
+
+
+def test_codes_are_counted(shards: ShardList, cache: Path, tmp_path: Path) -> None:
     counts = count_tokens(cache, 256, "abc")
-    data = TokenData(cache, batch_size=COUNT, epoch_batches=1)
-    expected = np.bincount(data.tokens.astype(np.int64).ravel(), minlength=256)
+    expected = np.bincount(all_of(cache).astype(np.int64).ravel(), minlength=256)
     assert counts.tolist() == expected.tolist() and counts.sum() == COUNT * 16
-    write(replace(config, flip=True), tmp_path)
+    low = Encoder(lambda x: encode(x) + 1000, 2000)  # of another codebook: not counted
+    write(shards, tmp_path, Encoder(encode, 256), low, view=View(8, flip=True))
     assert count_tokens(tmp_path, 256).sum() == 2 * COUNT * 16
     for wrong in ((cache, 200), (cache, 256, "abd")):
         with pytest.raises(ValueError, match="another tokenizer, of 256 codes"):
@@ -68,84 +86,130 @@ def test_codes_are_counted(config: DataConfig, cache: Path, tmp_path: Path) -> N
         count_tokens(tmp_path / "none", 256)
 
 
-def test_tokens_are_what_the_tokenizer_says(config: DataConfig, cache: Path) -> None:
-    data = TokenData(cache, batch_size=COUNT, epoch_batches=1)
-    assert data.tokens.dtype == np.uint16 and len(data) == COUNT
-    truth = {
-        s["key"]: s for s in WebData(config, prepare(config, cache), batch_size=1).samples("val")
-    }
-    (batch,) = batches(data)
+def test_tokens_are_what_the_tokenizer_says(shards, cache: Path, truth) -> None:
+    source = TokenData(cache, batch_size=COUNT, epoch_batches=1)
+    known = {s["key"]: s for s in captions(shards, View(8))}
+    assert all_of(cache).dtype == np.uint16 and len(source) == COUNT
+    (batch,) = batches(source)
     assert batch["tokens"].dtype == torch.int64
     assert sorted(batch["key"]) == sorted(truth)
     for i, key in enumerate(batch["key"]):
-        assert torch.equal(batch["tokens"][i], encode(truth[key]["image"][None])[0])
-        assert batch["caption"][i] == truth[key]["caption"]
-        assert batch["label"][i] == truth[key]["label"]
+        assert torch.equal(batch["tokens"][i], encode(truth[key])[0])
+        assert batch["caption"][i] == known[key]["caption"]
+        assert batch["label"][i] == known[key]["label"]
 
 
-def test_a_finished_shard_is_not_encoded_again(config: DataConfig, tmp_path: Path) -> None:
+def test_one_decode_serves_all_views(shards, truth, tmp_path: Path, monkeypatch) -> None:
+    decoded: list[bytes] = []
+    decode = data.select.decode_image
+    monkeypatch.setattr(
+        data.select, "decode_image", lambda x, *a, **o: (decoded.append(x), decode(x, *a, **o))[1]
+    )
+    high, low = Encoder(encode, 256), Encoder(lambda x: encode(avg_pool2d(x, 2)), 256)
+    write(shards, tmp_path, high, low, view=View(8, flip=True))
+    assert len(decoded) == len(set(decoded)) == COUNT
+    mirrored = 0
+    for batch in batches(TokenData(tmp_path, batch_size=COUNT, epoch_batches=4)):
+        assert set(batch) == {"tokens", "1", "key", "caption", "label"}
+        for key, tokens, small in zip(batch["key"], batch["tokens"], batch["1"], strict=True):
+            image = truth[key]
+            if not torch.equal(tokens, encode(image)[0]):
+                image, mirrored = image.flip(-1), mirrored + 1
+            assert torch.equal(tokens, encode(image)[0])
+            assert torch.equal(small, encode(avg_pool2d(image, 2))[0])
+    assert 0.3 * 4 * COUNT < mirrored < 0.7 * 4 * COUNT
+
+
+def test_all_batches_have_one_shape(shards: ShardList, tmp_path: Path) -> None:
+    """The last of a shard is filled, so that its rows are those of a full batch."""
+    shapes = set()
+
+    def shaped(images: Tensor) -> Tensor:
+        shapes.add(tuple(images.shape))
+        return encode(images)
+
+    write(shards, tmp_path / "a", Encoder(shaped, 256), batch_size=4)
+    assert shapes == {(4, 3, 8, 8)}
+    write(shards, tmp_path / "b", Encoder(shaped, 256), batch_size=50)
+    assert shapes == {(4, 3, 8, 8), (50, 3, 8, 8)}
+    np.testing.assert_array_equal(all_of(tmp_path / "a"), all_of(tmp_path / "b"))
+
+
+def test_a_finished_shard_is_not_encoded_again(shards: ShardList, tmp_path: Path) -> None:
     calls = []
 
     def counting(images: Tensor) -> Tensor:
         calls.append(len(images))
-        if len(calls) == 5:
+        if len(calls) == 6:
             raise KeyboardInterrupt
         return encode(images)
 
+    counted = Encoder(counting, 256)
     with pytest.raises(KeyboardInterrupt):
-        write(config, tmp_path, counting)
-    assert not (tmp_path / "cache.json").exists()
-    assert sum(calls) == 16  # two shards of 6 and the first 4 of the third
+        write(shards, tmp_path, counted, stamp="one")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".safetensors") == [
+        "00000.safetensors", "00001.safetensors",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="no finished token cache"):
         TokenData(tmp_path, batch_size=1)
-    told: list[str] = []
-    summary = write(config, tmp_path, counting, progress=told.append)
-    assert told == ["shard 3 of 4: 6 images encoded", "shard 4 of 4: 5 images encoded"]
-    assert sum(calls[5:]) == 11 and summary["count"] == COUNT and summary["shards"] == 4
-    write(config, tmp_path, counting)
-    assert sum(calls[5:]) == 11
-    write(config, tmp_path, counting, sha256="other tokenizer")
-    assert sum(calls[5:]) == 11 + COUNT
+    with pytest.raises(ValueError, match=r"00002\.safetensors is missing or damaged"):
+        finish_cache(tmp_path, 4, {})
+    summary = write(shards, tmp_path, counted, stamp="one")
+    assert len(calls) == 6 + 4 and summary["count"] == COUNT and summary["shards"] == 4
+    assert json.loads((tmp_path / "cache.json").read_text()) == summary
+    write(shards, tmp_path, counted, stamp="one")
+    assert len(calls) == 10
+    write(shards, tmp_path, counted, stamp="two")
+    assert len(calls) == 10 + 8
+    (tmp_path / "00001.parquet").unlink()
+    write(shards, tmp_path, counted, stamp="two")
+    assert len(calls) == 10 + 8 + 2
 
 
-def test_a_shard_that_changed_is_encoded_again(config: DataConfig, tmp_path: Path) -> None:
-    own = replace(config, shards=str(tmp_path / "own"), val_shards=str(tmp_path / "own"))
-    image = np.zeros((8, 8, 3), np.uint8)
-    made = [{"key": str(i), "image": image, "caption": "x"} for i in range(9)]
-    write_shards(made[:5], tmp_path / "own", 9)
-    assert write(own, tmp_path / "cache")["count"] == 5
-    write_shards(made, tmp_path / "own", 9)
-    assert write(own, tmp_path / "cache")["count"] == 9
+@pytest.mark.parametrize("name", ["00002.safetensors", "00002.parquet"])
+@pytest.mark.parametrize("kept", [None, 0, 40, -1])
+def test_a_damaged_file_is_named(shards, tmp_path: Path, name: str, kept: int | None) -> None:
+    write(shards, tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if kept is not None:
+        (tmp_path / name).write_bytes(content[:kept])
+    for use in (lambda: TokenData(tmp_path, batch_size=1), lambda: finish_cache(tmp_path, 4, {})):
+        with pytest.raises(ValueError, match=rf"{name} is missing or damaged: delete"):
+            use()
 
 
-def test_a_cache_of_other_settings_is_refused(config: DataConfig, cache: Path) -> None:
-    TokenData(cache, batch_size=1, expect=cache_settings(config, "abc", 256))
-    with pytest.raises(ValueError, match=r"made with tokenizer='abc', not 'xyz'"):
-        TokenData(cache, batch_size=1, expect=cache_settings(config, "xyz", 256))
-    with pytest.raises(ValueError, match=r"made with resolution=8, not 16"):
-        TokenData(
-            cache, batch_size=1, expect=cache_settings(replace(config, resolution=16), "abc", 256)
-        )
-
-
-def test_damage_is_noticed(config: DataConfig, tmp_path: Path) -> None:
-    write(config, tmp_path)
-    summary = json.loads((tmp_path / "cache.json").read_text())
+def test_missing_rows_are_noticed(shards: ShardList, tmp_path: Path) -> None:
+    summary = write(shards, tmp_path)
     (tmp_path / "cache.json").write_text(json.dumps({**summary, "count": COUNT + 1}))
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is damaged, its files do not hold the 24 rows"):
+        TokenData(tmp_path, batch_size=1)
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(ValueError, match="no finished token cache"):
         TokenData(tmp_path, batch_size=1)
 
 
-def test_a_token_outside_the_codebook_is_refused(config: DataConfig, tmp_path: Path) -> None:
+def test_bad_samples_are_counted_over_all_shards(shards: ShardList, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(b"no tar")
+    both = ShardList((*shards.paths, str(bad)))
+    assert write(both, tmp_path / "a")["skipped"] == {"seen": COUNT + 1, "ReadError": 1}
+    with pytest.raises(ValueError, match=r"1 of 24 samples were skipped: 1 ReadError"):
+        finish_cache(tmp_path / "a", 5, {}, max_skipped=0.01)
+    none = ShardList(shards.paths[:1], holdout=1.0)  # all keys are validation
+    with pytest.raises(ValueError, match="hold no sample to encode"):
+        write(none, tmp_path / "b")
+
+
+def test_a_token_outside_the_codebook_is_refused(shards: ShardList, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="outside the 100 codes"):
-        write(config, tmp_path, num_codes=100)
+        write(shards, tmp_path, Encoder(encode, 100))
 
 
-def test_large_codebooks_take_four_bytes(config: DataConfig, tmp_path: Path) -> None:
-    write(config, tmp_path, lambda images: encode(images) + 70_000, num_codes=2**18)
-    data = TokenData(tmp_path, batch_size=4)
-    assert data.tokens.dtype == np.int32
-    assert batches(data)[0]["tokens"].min() >= 70_000
+def test_large_codebooks_take_four_bytes(shards: ShardList, tmp_path: Path) -> None:
+    write(shards, tmp_path, Encoder(lambda images: encode(images) + 70_000, 2**18))
+    assert all_of(tmp_path).dtype == np.int32
+    assert batches(TokenData(tmp_path, batch_size=4))[0]["tokens"].min() >= 70_000
 
 
 @given(
@@ -155,10 +219,10 @@ def test_large_codebooks_take_four_bytes(config: DataConfig, tmp_path: Path) -> 
     epochs=st.integers(1, 4),
 )
 def test_passes_are_permutations_shared_by_the_ranks(cache, size, world, epoch_batches, epochs):
-    data = TokenData(cache, batch_size=size, seed=5, epoch_batches=epoch_batches)
+    source = TokenData(cache, batch_size=size, seed=5, epoch_batches=epoch_batches)
 
     def keys(rank: int) -> list[list[str]]:
-        loaders = [data.stream(epoch, rank, world) for epoch in range(epochs)]
+        loaders = [source.stream(epoch, rank, world) for epoch in range(epochs)]
         return [batch["key"] for loader in loaders for batch in loader]
 
     ranks = [keys(rank) for rank in range(world)]
@@ -174,54 +238,33 @@ def test_passes_are_permutations_shared_by_the_ranks(cache, size, world, epoch_b
 
 def test_order_depends_on_seed_and_pass_alone(cache: Path) -> None:
     def keys(seed: int, epoch: int) -> list[str]:
-        data = TokenData(cache, batch_size=COUNT, seed=seed, epoch_batches=1)
-        return batches(data, epoch=epoch)[0]["key"]
+        source = TokenData(cache, batch_size=COUNT, seed=seed, epoch_batches=1)
+        return batches(source, epoch=epoch)[0]["key"]
 
     assert keys(0, 3) == keys(0, 3)
     assert keys(0, 3) != keys(0, 4)
     assert keys(0, 3) != keys(1, 3)
 
 
-def test_mirrored_tokens_are_used_about_half_the_time(config: DataConfig, tmp_path: Path) -> None:
-    config = replace(config, flip=True)
-    write(config, tmp_path)
-    data = TokenData(tmp_path, batch_size=COUNT, epoch_batches=8)
-    web = WebData(config, prepare(config, tmp_path), batch_size=1)
-    truth = {s["key"]: s["image"] for s in web.samples("val")}
-    mirrored = 0
-    for batch in batches(data):
-        for key, tokens in zip(batch["key"], batch["tokens"], strict=True):
-            image = truth[key][None]
-            flipped = torch.equal(tokens, encode(image.flip(-1))[0])
-            assert flipped or torch.equal(tokens, encode(image)[0])
-            mirrored += flipped
-    assert 0.35 * 8 * COUNT < mirrored < 0.65 * 8 * COUNT
-    again = TokenData(tmp_path, batch_size=COUNT, epoch_batches=8)
-    for one, two in zip(batches(data), batches(again), strict=True):
-        assert torch.equal(one["tokens"], two["tokens"])
-
-
-def test_random_crops_freeze_by_key(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (8, 40, 3)).astype(np.uint8)
-    write_shards(
-        [{"key": str(i), "image": image, "caption": "x"} for i in range(8)], tmp_path / "s", 8
-    )
-    own = str(tmp_path / "s")
-    config = DataConfig(shards=own, val_shards=own, resolution=8, crop="random")
-    write(config, tmp_path / "one")
-    write(config, tmp_path / "two")
-    one, two = (TokenData(tmp_path / name, batch_size=1).tokens for name in ("one", "two"))
+def test_random_crops_freeze_by_key_and_seed(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 40, 3)).astype(np.uint8)
+    made = [{"key": str(i), "image": image, "caption": "x"} for i in range(8)]
+    wide = ShardList(tuple(write_shards(made, tmp_path / "s", 8)))
+    for name, seed in {"one": 0, "two": 0, "three": 1}.items():
+        write(wide, tmp_path / name, view=View(8, crop="random", seed=seed))
+    one, two, three = (all_of(tmp_path / name) for name in ("one", "two", "three"))
     np.testing.assert_array_equal(one, two)
-    assert len(np.unique(one, axis=0)) > 3
+    assert len(np.unique(one, axis=0)) > 3 and not np.array_equal(one, three)
 
 
-def test_held_out_samples_are_not_encoded(config: DataConfig, tmp_path: Path) -> None:
-    config = replace(config, val_shards=None)
-    web = WebData(config, prepare(config, tmp_path), batch_size=1)
-    val = {s["key"] for s in web.samples("val")}
-    assert write(config, tmp_path)["count"] == COUNT - len(val)
-    assert val.isdisjoint(TokenData(tmp_path, batch_size=1).rows["key"].to_pylist())
+def test_held_out_samples_are_not_encoded(shards: ShardList, tmp_path: Path) -> None:
+    folder = str(Path(shards.paths[0]).parent)
+    train, val = (find_shards(folder, None, split) for split in ("train", "val"))
+    held = {s["key"] for s in captions(val, View(8))}
+    summary = write(train, tmp_path)
+    assert held and summary["count"] == COUNT - len(held)
+    assert summary["skipped"] == {"seen": COUNT, "filtered: other split": len(held)}
+    assert held.isdisjoint(TokenData(tmp_path, batch_size=1).rows["key"].to_pylist())
 
 
 class Recorder(LightningModule):
@@ -231,6 +274,10 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[list[str]] = []
+        self.validated: list[str] = []
+
+    def validation_step(self, batch, index: int) -> None:
+        self.validated += batch["key"]
 
     def training_step(self, batch, index: int):
         self.seen.append(batch["key"])
@@ -240,7 +287,12 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-5)
 
 
-def test_training_resumes_exactly_at_the_border_of_an_epoch(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("validates", [False, True])
+def test_training_resumes_exactly_at_the_border_of_an_epoch(
+    cache: Path, shards: ShardList, tmp_path: Path, validates: bool
+) -> None:
+    web = WebData(shards, shards, View(8), Order(), batch_size=4, val_batches=2)
+
     def fit(module: Recorder, epochs: int, ckpt: str | None = None) -> Trainer:
         trainer = Trainer(
             accelerator="cpu",
@@ -252,9 +304,10 @@ def test_training_resumes_exactly_at_the_border_of_an_epoch(cache: Path, tmp_pat
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            num_sanity_val_steps=0,
         )
-        data = TokenData(cache, batch_size=3, epoch_batches=4)
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+        source = TokenData(cache, batch_size=3, epoch_batches=4, val=web if validates else None)
+        trainer.fit(module, datamodule=source, ckpt_path=ckpt)
         return trainer
 
     whole, first, second = Recorder(), Recorder(), Recorder()
@@ -264,6 +317,7 @@ def test_training_resumes_exactly_at_the_border_of_an_epoch(cache: Path, tmp_pat
     assert len(whole.seen) == 12
     assert first.seen + second.seen == whole.seen
     assert torch.equal(whole.weight, second.weight)
+    assert whole.validated == validates * 3 * [f"{i:04d}" for i in range(8)]
 
 
 def moments(images: Tensor) -> Tensor:
@@ -272,60 +326,30 @@ def moments(images: Tensor) -> Tensor:
     return torch.cat([means, means * 10 - 20], dim=1)
 
 
-def test_moments_are_kept_in_half_precision(config: DataConfig, tmp_path: Path) -> None:
-    flipped = replace(config, flip=True)
-    summary = write(flipped, tmp_path, moments, num_codes=None)
+def test_moments_are_kept_in_half_precision(shards, truth, tmp_path: Path) -> None:
+    summary = write(shards, tmp_path, Encoder(moments, None), view=View(8, flip=True))
     assert summary["num_codes"] is None and summary["count"] == COUNT
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors"))[0] == "00000.moments.safetensors"
-    data = TokenData(
-        tmp_path, batch_size=COUNT, epoch_batches=4, expect=cache_settings(flipped, "abc", None)
-    )
-    web = WebData(flipped, prepare(flipped, tmp_path), batch_size=1)
-    truth = {s["key"]: s["image"][None] for s in web.samples("val")}
+    source = TokenData(tmp_path, batch_size=COUNT, epoch_batches=4)
+    assert set(source.views) == {"moments", "moments_flip"}
     mirrored = 0
-    for batch in batches(data):
+    for batch in batches(source):
         assert "tokens" not in batch and batch["moments"].dtype == torch.float32
         for key, found in zip(batch["key"], batch["moments"], strict=True):
             plain, other = (moments(x)[0].half().float() for x in (truth[key], truth[key].flip(-1)))
             assert torch.equal(found, plain) or torch.equal(found, other)
             mirrored += torch.equal(found, other)
     assert 0.3 * 4 * COUNT < mirrored < 0.7 * 4 * COUNT
-    with pytest.raises(ValueError, match="made with num_codes=None, not 256"):
-        TokenData(tmp_path, batch_size=1, expect=cache_settings(flipped, "abc", 256))
 
 
-def test_moments_that_half_precision_cannot_hold_are_refused(
-    config: DataConfig, tmp_path: Path
-) -> None:
+def test_moments_that_half_precision_cannot_hold_are_refused(shards, tmp_path: Path) -> None:
     for wrong in (1e6, float("nan")):
         with pytest.raises(ValueError, match="no finite number of half precision"):
-            write(config, tmp_path, lambda x, w=wrong: moments(x) * w, num_codes=None)
+            write(shards, tmp_path, Encoder(lambda x, w=wrong: moments(x) * w, None))
 
 
-def test_what_was_left_out_is_counted_once_however_often_it_resumes(
-    config: DataConfig, tmp_path: Path
-) -> None:
-    config = replace(config, val_shards=None)
-    calls = []
-
-    def breaking(images: Tensor) -> Tensor:
-        calls.append(len(images))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return encode(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(config, tmp_path / "a", breaking)
-    found = [write(config, tmp_path / "a")["skipped"] for _ in range(2)]
-    straight = write(config, tmp_path / "b")
-    assert found[0] == found[1] == straight["skipped"]
-    out = {"seen": COUNT, "filtered: other split": COUNT - straight["count"]}
-    assert straight["skipped"] == out and out["filtered: other split"] > 0
-
-
-def test_rows_are_read_across_files(config: DataConfig, cache: Path) -> None:
-    data = TokenData(cache, batch_size=1)
-    everything = data.tokens  # [23, 4, 4] of four files
+def test_rows_are_read_across_files(cache: Path) -> None:
+    view = TokenData(cache, batch_size=1).views["tokens"]
+    everything = view[np.arange(COUNT)]  # [23, 4, 4] of four files
     assert everything.shape == (COUNT, 4, 4)
     where = np.array([22, 0, 5, 6, 6, 18])
-    np.testing.assert_array_equal(data.stored[where], everything[where])
+    np.testing.assert_array_equal(view[where], everything[where])

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 
-from data.select import holdout_share, is_held_out
+import data.select
+from data.config import DataConfig
+from data.select import pictures
 from data.shards import write_shards
-from data.webdata import DataConfig, ExactBatches, WebData, prepare
+from data.sources import find_shards, write_embedded
+from data.view import Order, View
+from data.webdata import WebData
 
 
 def made_samples(count: int) -> list[dict]:
@@ -35,14 +38,12 @@ def shards(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def config(shards: str) -> DataConfig:
-    return DataConfig(shards=shards, val_shards=shards, resolution=8, shuffle_buffer=20, workers=0)
-
-
-def web(config: DataConfig, **options) -> WebData:
-    defaults = {"batch_size": 4, "seed": 0, "epoch_batches": 5}
-    return WebData(config, prepare(config, Path()), **{**defaults, **options})
+def web(shards: str, view: View | None = None, order: Order | None = None, **options) -> WebData:
+    """Train and validate on the same shards."""
+    train, val = (find_shards(shards, shards, split) for split in ("train", "val"))
+    defaults = {"batch_size": 4, "seed": 0, "epoch_batches": 5, "val_batches": 50}
+    order = order or Order(workers=0, shuffle_buffer=20)
+    return WebData(train, val, view or View(8), order, **{**defaults, **options})
 
 
 def keys(loader) -> list[list[str]]:
@@ -50,26 +51,36 @@ def keys(loader) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_an_epoch_is_a_function_of_its_seed(config: DataConfig, workers: int) -> None:
-    data = web(replace(config, workers=workers))
+def test_an_epoch_is_a_function_of_its_seed(shards: str, workers: int) -> None:
+    order = Order(workers, shuffle_buffer=20)
+    data = web(shards, order=order)
     first = keys(data.stream(epoch=1))
     assert [len(batch) for batch in first] == [4] * 5
-    assert first == keys(web(replace(config, workers=workers)).stream(epoch=1))
+    assert first == keys(web(shards, order=order).stream(epoch=1))
     assert first != keys(data.stream(epoch=0))
     assert first != keys(data.stream(epoch=1, rank=1, world=2))
-    assert first != keys(web(replace(config, workers=workers), seed=1).stream(epoch=1))
+    assert first != keys(web(shards, order=order, seed=1).stream(epoch=1))
 
 
-def test_random_crops_and_flips_repeat_too(config: DataConfig) -> None:
-    config = replace(config, crop="random", flip=True)
-    one, two = (torch.cat([b["image"] for b in web(config).stream(2)]) for _ in range(2))
+def test_the_order_is_that_of_earlier_versions(shards: str) -> None:
+    """Measured scores are of networks that saw the samples in this order."""
+    found = {w: keys(web(shards, order=Order(w, 20)).stream(1, 1, 2))[:2] for w in (0, 2)}
+    assert {w: [[int(k) for k in batch] for batch in part] for w, part in found.items()} == {
+        0: [[67, 80, 78, 83], [81, 90, 65, 68]],
+        2: [[93, 2, 0, 5], [67, 109, 112, 77]],
+    }
+
+
+def test_random_crops_and_flips_repeat_too(shards: str) -> None:
+    view = View(8, crop="random", flip=True)
+    one, two = (torch.cat([b["image"] for b in web(shards, view).stream(2)]) for _ in range(2))
     assert torch.equal(one, two)
-    plain = torch.cat([b["image"] for b in web(replace(config, flip=False)).stream(2)])
-    assert not torch.equal(one, plain)
+    plain = web(shards, replace(view, flip=False)).stream(2)
+    assert not torch.equal(one, torch.cat([b["image"] for b in plain]))
 
 
-def test_ranks_and_workers_see_all_good_keys_once_in_one_pass(config: DataConfig) -> None:
-    data = web(replace(config, shuffle_buffer=0, workers=1), batch_size=13, epoch_batches=5)
+def test_ranks_and_workers_see_all_good_keys_once_in_one_pass(shards: str) -> None:
+    data = web(shards, order=Order(1, 0), batch_size=13, epoch_batches=5)
     seen = [keys(data.stream(0, rank, 2)) for rank in range(2)]
     flat = [{key for batch in rank for key in batch} for rank in seen]
     assert flat[0].isdisjoint(flat[1])
@@ -78,15 +89,14 @@ def test_ranks_and_workers_see_all_good_keys_once_in_one_pass(config: DataConfig
 
 def test_fewer_shards_than_workers_and_fewer_batches_than_workers(tmp_path: Path) -> None:
     write_shards(made_samples(6), tmp_path, 6)
-    config = DataConfig(shards=str(tmp_path), val_shards=str(tmp_path), resolution=8, workers=3)
-    loader = web(config, epoch_batches=2).stream()
+    loader = web(str(tmp_path), order=Order(3, 1000), epoch_batches=2).stream()
     assert len(loader) == 2
     assert [len(batch) for batch in keys(loader)] == [4, 4]
 
 
-def test_batches_hold_what_the_shards_hold(config: DataConfig) -> None:
+def test_batches_hold_what_the_shards_hold(shards: str) -> None:
     made = made_samples(130)
-    for batch in web(config).stream():
+    for batch in web(shards).stream():
         assert batch["image"].dtype == torch.float32
         for i, label in enumerate(batch["label"].tolist()):
             expected = torch.from_numpy(made[label]["image"]).permute(2, 0, 1) / 127.5 - 1
@@ -95,9 +105,9 @@ def test_batches_hold_what_the_shards_hold(config: DataConfig) -> None:
             assert batch["key"][i] == f"{label:06d}"
 
 
-def test_the_global_generator_is_left_alone(config: DataConfig) -> None:
+def test_the_global_generator_is_left_alone(shards: str) -> None:
     before = torch.get_rng_state()
-    keys(web(config).stream())
+    keys(web(shards).stream())
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -108,109 +118,82 @@ def test_what_workers_skip_reaches_the_main_process(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.size = 4
             tar.addfile(member, io.BytesIO(b"junk"))
-    config = DataConfig(shards=str(shard), val_shards=str(shard), resolution=8, shuffle_buffer=0)
     for workers in (0, 2):
-        data = web(replace(config, workers=workers), batch_size=21, epoch_batches=4)
+        data = web(str(shard), order=Order(workers, 0), batch_size=21, epoch_batches=4)
         for batch in data.stream():
             data.on_before_batch_transfer(batch, 0)
             assert "skipped" not in batch
         assert data.skipped["UnidentifiedImageError"] == 4
         assert data.skipped["seen"] == 84 + 4
-    assert len(web(config).samples("val")) == 20
+    assert sum(map(len, keys(data.val_stream()))) == 20
+    with pytest.raises(ValueError, match="1 of 21 samples were skipped"):
+        web(str(shard), max_skipped=0.01).val_stream()
 
 
 def test_a_stream_of_bad_samples_ends_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
         tar.addfile(tarfile.TarInfo("x.png"))
-    config = DataConfig(shards=str(path), val_shards=str(path), resolution=8, workers=0)
     with pytest.raises(ValueError, match=r"samples were skipped: 499 no image.*raise max_skipped"):
-        keys(web(config).stream())
+        keys(web(str(path)).stream())
     with pytest.raises(ValueError, match="1 of 1 samples were skipped"):
-        web(config).samples("val")
+        web(str(path)).val_stream()
 
 
-def test_validation_is_exact_and_in_order(config: DataConfig) -> None:
-    data = web(config)
-    assert [s["key"] for s in data.samples("val")] == [f"{i:06d}" for i in range(130)]
-    assert [s["label"] for s in data.samples("val", 7)] == list(range(7))
-    limited = web(replace(config, val_size=50))
-    assert len(limited.samples("val", 70)) == 50
-    batched = [key for batch in keys(limited.val_dataloader()) for key in batch]
-    assert batched == [f"{i:06d}" for i in range(50)]
-    with pytest.raises(ValueError, match="shards has train, val, not 'heldout'"):
-        data.samples("heldout")
+def test_validation_is_exact_and_in_order(shards: str) -> None:
+    batched = keys(web(shards).val_dataloader())
+    assert [key for batch in batched for key in batch] == [f"{i:06d}" for i in range(130)]
+    assert [len(batch) for batch in batched] == [4] * 31 + [3] * 2
+    limited = web(shards, val_batches=3)
+    assert [key for b in keys(limited.val_stream()) for key in b] == [f"{i:06d}" for i in range(12)]
+    limited.val = replace(limited.val, limit=7)
+    assert [len(b) for b in keys(limited.val_stream(0, 2))] == [4]
+    assert web(shards, val_batches=0).val_dataloader() == []
+    data = WebData(limited.train, None, View(8), Order(), batch_size=4, val_batches=3)
+    assert data.val_dataloader() == []
+    with pytest.raises(ValueError, match="no validation split"):
+        data.val_stream()
+    with pytest.raises(ValueError, match="a training split has no limit, got limit=7"):
+        WebData(limited.val, None, View(8), Order(), batch_size=4)
+
+
+def test_a_rank_decodes_only_what_it_validates_and_only_once(shards: str, monkeypatch) -> None:
+    decoded: list[int] = []
+    decode = data.select.decode_image
+    monkeypatch.setattr(
+        data.select, "decode_image", lambda *a, **o: (decoded.append(1), decode(*a, **o))[1]
+    )
+    web_data = web(shards, val_batches=3)
+    first, again = (keys(web_data.val_stream(1, 4)) for _ in range(2))
+    assert first == again == [[f"{i:06d}" for i in range(n, n + 16, 4)] for n in (1, 17, 33)]
+    assert len(decoded) == 12
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 9), world=st.integers(1, 5))
-def test_ranks_share_validation_without_repeats(count: int, size: int, world: int) -> None:
-    pixels = np.zeros((1, 1, 3), np.uint8)
-    samples = [{"key": str(i), "caption": "", "pixels": pixels} for i in range(count)]
+@settings(max_examples=40, deadline=None)
+def test_ranks_share_validation_without_repeats(shards, count: int, size: int, world: int) -> None:
+    web_data = web(shards, batch_size=size, val_batches=60)
+    web_data.val = replace(web_data.val, limit=count)
     if count < world:
         with pytest.raises(ValueError, match="cannot be shared"):
-            ExactBatches(samples, size, 0, world)
+            web_data.val_stream(0, world)
         return
-    ranks = [ExactBatches(samples, size, rank, world) for rank in range(world)]
+    ranks = [web_data.val_stream(rank, world) for rank in range(world)]
     steps = min(-(-count // (size * world)), count // world)  # none more than needed
     assert {len(rank) for rank in ranks} == {steps}
-    seen = [key for rank in ranks for batch in rank for key in batch["key"]]
-    assert sorted(seen, key=int) == [str(i) for i in range(count)]
-    assert all(0 < len(b["key"]) for rank in ranks for b in rank)
+    batches = [batch for rank in ranks for batch in keys(rank)]
+    assert sorted(key for batch in batches for key in batch) == [f"{i:06d}" for i in range(count)]
+    assert all(0 < len(batch) for batch in batches)
 
 
 def test_held_out_keys_never_occur_in_training(shards: str) -> None:
-    config = DataConfig(shards=shards, resolution=8, shuffle_buffer=0, workers=0)
-    data = web(config, batch_size=10, epoch_batches=40)
-    val = {s["key"] for s in data.samples("val")}
-    train = {key for batch in keys(data.stream()) for key in batch}
-    assert val and val.isdisjoint(train)
-    assert val | train == {f"{i:06d}" for i in range(130)}
-    assert {s["key"] for s in data.samples("train")} == train
-
-
-def test_about_two_percent_are_held_out_and_more_of_small_sets(shards: str, tmp_path) -> None:
-    held = sum(is_held_out(f"{i:09d}", 0.02) for i in range(20_000))
-    assert 330 < held < 470
-    config = DataConfig(shards=shards)
-    assert holdout_share(config, prepare(config, tmp_path)) == pytest.approx(16 / 130)
-    assert holdout_share(replace(config, val_shards=shards), {"train": []}) == 0
-    assert holdout_share(DataConfig(), {"train": []}) == 0
-
-
-def test_metadata_filters(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    metas = {
-        "good": '{"AESTHETIC_SCORE": 6, "pwatermark": 0.1, "punsafe": 0.1}',
-        "alias": '{"aesthetic_score_laion_v2": 6, "pwatermark": 0.1, "punsafe": 0.1}',
-        "ugly": '{"aesthetic": 4, "pwatermark": 0.1, "punsafe": 0.1}',
-        "marked": '{"aesthetic": 6, "pwatermark": 0.9, "punsafe": 0.1}',
-        "unsafe": '{"aesthetic": 6, "pwatermark": 0.1, "punsafe": 0.9}',
-        "unknown": '{"aesthetic": null}',
-        "small": '{"aesthetic": 6, "original_width": 9, "original_height": 3}',
-    }
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for key, meta in metas.items():
-            for suffix, data in {
-                "png": file.getvalue(),
-                "txt": b"x",
-                "json": meta.encode(),
-            }.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-    def kept(**filters) -> list[str]:
-        config = DataConfig(shards=str(tmp_path), val_shards=str(tmp_path), resolution=8, **filters)
-        return [s["key"] for s in web(config).samples("val")]
-
-    assert kept() == list(metas)
-    assert kept(min_aesthetic=5.0) == ["good", "alias", "marked", "unsafe", "small"]
-    assert kept(max_pwatermark=0.5) == ["good", "alias", "ugly", "unsafe"]
-    assert kept(max_punsafe=0.5) == ["good", "alias", "ugly", "marked"]
-    assert kept(min_size=8) == [key for key in metas if key != "small"]
-    with pytest.raises(ValueError, match="the val split of shards has no sample"):
-        kept(min_size=9_000)
+    train, val = (find_shards(shards, None, split) for split in ("train", "val"))
+    data = WebData(train, val, View(8), Order(), batch_size=10, epoch_batches=40, val_batches=99)
+    held = {key for batch in keys(data.val_stream()) for key in batch}
+    seen = {key for batch in keys(data.stream()) for key in batch}
+    assert held and held.isdisjoint(seen)
+    assert held | seen == {f"{i:06d}" for i in range(130)}
+    assert {s["key"] for s in pictures(train, View(8))} == seen
 
 
 @pytest.mark.parametrize(
@@ -230,25 +213,28 @@ def test_impossible_settings_are_refused(options: dict, says: str) -> None:
     assert DataConfig(shards="x").name == "shards"
 
 
-def test_scenes_are_prepared_once_and_again_after_an_interruption(tmp_path: Path) -> None:
-    config = DataConfig(train_size=300, val_size=12, heldout_size=10, resolution=16, workers=0)
-    told: list[str] = []
-    splits = prepare(config, tmp_path, told.append)
-    assert told == [f"writing scenes/{s}" for s in ("train", "val", "heldout")]
-    assert {s: len(paths) for s, paths in splits.items()} == {"train": 2, "val": 1, "heldout": 1}
-    before = {p: Path(p).read_bytes() for paths in splits.values() for p in paths}
-    assert prepare(config, tmp_path, told.append) == splits and len(told) == 3
-    (tmp_path / "train" / "done.json").unlink()  # as if stopped while writing
-    Path(splits["train"][1]).unlink()
-    assert prepare(config, tmp_path, told.append) == splits and len(told) == 4
-    assert before == {p: Path(p).read_bytes() for p in before}
-    prepare(replace(config, seed=1), tmp_path, told.append)
-    assert before != {p: Path(p).read_bytes() for p in before}
+def test_settings_give_view_and_order() -> None:
+    config = DataConfig(
+        shards="x",
+        resolution=16,
+        crop="adm",
+        flip=True,
+        seed=3,
+        min_size=20,
+        workers=5,
+        shuffle_buffer=7,
+    )
+    assert config.view() == View(16, "adm", True, 3, 20) and config.order() == Order(5, 7)
 
-    data = WebData(config, splits, batch_size=4, seed=0, epoch_batches=2)
-    assert len(data.samples("heldout")) == 10
-    sample = data.samples("val")[0]
-    assert sample["image"].shape == (3, 16, 16) and len(sample["attributes"]["things"]) == 2
+
+def test_scenes_train_and_validate(tmp_path: Path) -> None:
+    train, val = (
+        write_embedded(tmp_path / split, "scenes", split, size, 0, 16, 2)
+        for split, size in (("train", 300), ("val", 12))
+    )
+    data = WebData(train, val, View(16), Order(), batch_size=4, epoch_batches=2, val_batches=9)
+    for loader, count in ((data.stream(), 2), (data.val_stream(), 3)):
+        assert [batch["image"].shape for batch in loader] == [(4, 3, 16, 16)] * count
 
 
 class Recorder(LightningModule):
@@ -284,12 +270,12 @@ def trainer(epochs: int, folder: Path) -> Trainer:
     )
 
 
-def test_a_run_resumed_at_the_border_of_an_epoch_sees_the_same(config, tmp_path: Path) -> None:
+def test_a_run_resumed_at_the_border_of_an_epoch_sees_the_same(shards: str, tmp_path: Path) -> None:
     whole = Recorder()
-    trainer(3, tmp_path / "whole").fit(whole, datamodule=web(config))
+    trainer(3, tmp_path / "whole").fit(whole, datamodule=web(shards))
     first, second = Recorder(), Recorder()
-    trainer(1, tmp_path / "parts").fit(first, datamodule=web(config))
-    data = web(config)
+    trainer(1, tmp_path / "parts").fit(first, datamodule=web(shards))
+    data = web(shards)
     last = str(tmp_path / "parts" / "last.ckpt")
     trainer(3, tmp_path / "parts").fit(second, datamodule=data, ckpt_path=last)
     assert [epoch for epoch, _ in whole.seen] == [0] * 5 + [1] * 5 + [2] * 5

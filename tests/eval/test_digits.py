@@ -1,9 +1,18 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eval.digits import digit_reader, held_out_digits, read_digits, score_digits
+from eval.digits import (
+    DigitRows,
+    digit_classifier,
+    held_out_digits,
+    read_digits,
+    score_digits,
+)
+from eval.rows import Measured
 
 
 @pytest.fixture(scope="module")
@@ -11,15 +20,15 @@ def pictures() -> tuple[torch.Tensor, np.ndarray]:
     """Held-out real digits, enlarged as data.digits enlarges them."""
     _, pixels, _, labels = held_out_digits()
     small = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    large = [np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC))
-             for s in small]  # fmt: skip
+    bicubic = Image.Resampling.BICUBIC
+    large = [np.asarray(Image.fromarray(s).resize((32, 32), bicubic)) for s in small]
     grey = torch.from_numpy(np.stack(large))
     return grey[:, None].expand(-1, 3, -1, -1), labels
 
 
 def test_reads_enlarged_real_digits(pictures: tuple[torch.Tensor, np.ndarray]) -> None:
     images, labels = pictures
-    assert digit_reader()[1] >= 0.97
+    assert digit_classifier()[1] >= 0.97
     assert (read_digits(images) == labels).mean() >= 0.95
 
 
@@ -28,8 +37,19 @@ def test_score_table_and_verdicts(pictures: tuple[torch.Tensor, np.ndarray]) -> 
     asked = labels.copy()
     planted = np.flatnonzero((labels == 3) & (read_digits(images) == 3))[:10]
     asked[planted] = 8
-    scores, verdicts = score_digits(images, asked, resamples=100)
+    made = DigitRows().load("cpu", folder=Path("unused"))(images, [], 0)
+    assert made.rows["read"].dtype == np.int16
+    scores, verdicts = score_digits(
+        made,
+        [{"label": int(label)} for label in asked],
+        None,
+        prefix="eval",
+        resamples=100,
+        seed=0,
+        about={"pictures": "enlarged"},
+    )
     top = scores["eval/digit_accuracy"]
+    assert "SVM" in top["model"] and top["pictures"] == "enlarged"
     assert top["low"] <= top["value"] <= top["high"] and top["n"] == len(labels)
     assert set(scores) == {
         top_name := "eval/digit_accuracy",
@@ -37,9 +57,8 @@ def test_score_table_and_verdicts(pictures: tuple[torch.Tensor, np.ndarray]) -> 
     }
     assert scores["eval/digit_accuracy/8"]["n"] == (asked == 8).sum()
     for index in planted:
-        assert verdicts[index] == {
-            "right": False, "wrong": ["digit"], "read": 3, "text": "a handwritten 3"
-        }  # fmt: skip
+        verdict = {"right": False, "wrong": ["digit"], "read": 3, "text": "a handwritten 3"}
+        assert verdicts[index] == verdict
     assert np.mean([v["right"] for v in verdicts]) == pytest.approx(top["value"])
 
 
@@ -47,4 +66,5 @@ def test_refuses_floats_and_unpaired_labels() -> None:
     with pytest.raises(ValueError, match="uint8"):
         read_digits(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="pair up"):
-        score_digits(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [1])
+        made, options = Measured({"read": np.zeros(2)}), {"resamples": 9, "seed": 0, "about": {}}
+        score_digits(made, [{"label": 1}], None, prefix="eval", **options)

@@ -1,5 +1,6 @@
 """Scores of edits: a perfect edit, none at all, one that touches the rest; masks of the halves."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from data.scenes import Scene, draw_scene, scenes
-from eval.edits import edit_tasks, half_mask, score_edits
-from eval.judge import load_judge
+from eval.edits import EditRows, edit_tasks, half_mask, score_edits
+from eval.rows import Measured
+from eval.scenes import SceneRows
 
 COUNT = 60
 
@@ -26,6 +28,13 @@ def pictures(shown: list[Scene], samples: list[dict[str, Any]]) -> Tensor:
         for scene, s in zip(shown, samples, strict=True)
     ]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+
+
+def scored(images: Tensor, originals: Tensor, tasks: list[dict]) -> tuple[dict, list[dict]]:
+    measure = EditRows(SceneRows.of(32, 2)).load("cpu", folder=Path("unused"))
+    asked = [{**t, "original": o} for t, o in zip(tasks, originals, strict=True)]
+    made = measure(images, asked, 0)
+    return score_edits(made, tasks, None, prefix="edit", resamples=20, seed=0, about={})
 
 
 def test_tasks_ask_for_another_thing_in_one_place(samples: list[dict[str, Any]]) -> None:
@@ -60,28 +69,31 @@ def test_the_mask_holds_the_changed_thing_alone(samples: list[dict[str, Any]]) -
 
 
 def test_scores_of_perfect_missing_and_careless_edits(samples: list[dict[str, Any]]) -> None:
-    tasks, judge = edit_tasks(samples, COUNT), load_judge()
+    tasks = edit_tasks(samples, COUNT)
     chosen = [samples[t["sample"]] for t in tasks]
     before = pictures([Scene.from_attributes(s["attributes"]) for s in chosen], chosen)
     wanted = pictures([Scene.from_attributes(t["attributes"]) for t in tasks], chosen)
-    perfect, verdicts = score_edits(wanted, before, tasks, judge=judge, resamples=20)
+    perfect, verdicts = scored(wanted, before, tasks)
     assert perfect["edit/object_accuracy"]["value"] > 0.95
     assert perfect["edit/rest_accuracy"]["value"] > 0.95
     assert perfect["edit/rest_l1"]["value"] == 0
     assert sum(v["right"] for v in verdicts) > 0.9 * COUNT
 
-    none, verdicts = score_edits(before, before, tasks, judge=judge, resamples=20)
+    none, verdicts = scored(before, before, tasks)
     assert none["edit/object_accuracy"]["value"] == 0
     assert none["edit/rest_accuracy"]["value"] > 0.95
     assert {tuple(v["wrong"]) for v in verdicts} >= {("object",)}
 
     careless = wanted.flip(0)  # another picture's edit
-    scores, _ = score_edits(careless, before, tasks, judge=judge, resamples=20)
+    scores, _ = scored(careless, before, tasks)
     assert scores["edit/rest_accuracy"]["value"] < 0.2
     assert scores["edit/rest_l1"]["value"] > 0.05
 
+    large = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (wanted, before)]
+    assert scored(*large, tasks)[0] == perfect  # larger pictures are reduced first
 
-def test_lists_must_belong_together(samples: list[dict[str, Any]]) -> None:
-    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="do not belong together"):
-        score_edits(images, images, edit_tasks(samples, 2), judge=load_judge())
+
+def test_rows_and_tasks_must_pair_up(samples: list[dict[str, Any]]) -> None:
+    made, tasks = Measured({"labels": np.zeros((3, 8), np.int16)}), edit_tasks(samples, 2)
+    with pytest.raises(ValueError, match="3 edited pictures and 2 tasks"):
+        score_edits(made, tasks, None, prefix="edit", resamples=2, seed=0, about={})

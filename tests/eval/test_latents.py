@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 
 from data.scenes import scenes
-from eval.frechet import FeatureStats, frechet_distance
-from eval.judge import load_judge
+from eval.classifier import load_classifier
+from eval.classifier_network import Classifier
+from eval.frechet import FeatureStats, frechet_distance, frechet_score
 from eval.latents import (
     compression,
-    paired_frechet,
-    perturb,
+    compression_rows,
+    latent_noise,
     ratio_score,
     regions,
     score_compression,
     score_smoothness,
 )
+from eval.reconstruction import smoothness_rows
+from eval.rows import Measured, joined
 
 
-def chance(seed: int = 0) -> torch.Generator:
+def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -56,9 +59,9 @@ def test_regions_that_are_too_small_or_flat_do_not_count() -> None:
 
 
 def test_compression_ignores_shift_and_rotation_of_the_channels() -> None:
-    z = torch.randn(5, 6, 8, 8, generator=chance())
-    labels = torch.randint(-1, 4, (5, 8, 8), generator=chance(1))
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=chance(2)))[0]
+    z = torch.randn(5, 6, 8, 8, generator=rng())
+    labels = torch.randint(-1, 4, (5, 8, 8), generator=rng(1))
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=rng(2)))[0]
     turned = torch.einsum("cd,ndhw->nchw", turn, z) + 3
     one, two = (compression(regions(x, labels), least=2) for x in (z, turned))
     for name in ("sigma2", "rho"):
@@ -84,8 +87,12 @@ def test_scenes_give_the_masks() -> None:
     things = np.stack([scene_masks(a, 32, side)[0] for a in shown])
     assert set(np.unique(things)) == {0, 1, 2}
     signal = torch.from_numpy(things)[:, None].expand(-1, 4, -1, -1).float()
-    latents = signal + noise * torch.randn(signal.shape, generator=chance())
-    scores = score_compression(latents, shown, 32, resamples=20)
+    latents = signal + noise * torch.randn(signal.shape, generator=rng())
+    halves = [compression_rows(latents[i : i + 20], shown[i : i + 20], 32) for i in (0, 20)]
+    scores = score_compression(joined(halves), prefix="eval", resamples=20)
+    assert scores == score_compression(
+        compression_rows(latents, shown, 32), prefix="eval", resamples=20
+    )
     names = {f"eval/{n}_{level}" for n in ("sigma2", "rho") for level in ("object", "part")}
     assert scores.keys() == names
     n = np.bincount(things.ravel() + 3 * np.repeat(np.arange(40), side * side)).reshape(40, 3)
@@ -98,11 +105,13 @@ def test_scenes_give_the_masks() -> None:
     score = scores["eval/sigma2_object"]
     assert score["low"] < score["value"] < score["high"] and score["n"] == 40
     assert score["terms"] == 120 and "at least 3 of 16x16 tokens" in score["model"]
-    fewer = score_compression(latents, shown, 32, least=20, resamples=20)
-    assert fewer["eval/sigma2_object"]["terms"] < 120
-    assert "eval/sigma2_part" not in score_compression(latents, shown, 32, least=99, resamples=20)
+    fewer, none = (
+        score_compression(compression_rows(latents, shown, 32, least), prefix="eval", resamples=9)
+        for least in (20, 99)
+    )
+    assert fewer["eval/sigma2_object"]["terms"] < 120 and "eval/sigma2_part" not in none
     with pytest.raises(ValueError, match="do not pair up"):
-        score_compression(latents, shown[1:], 32)
+        compression_rows(latents, shown[1:], 32)
 
 
 def test_the_mean_over_groups_weighs_terms_not_groups() -> None:
@@ -112,44 +121,63 @@ def test_the_mean_over_groups_weighs_terms_not_groups() -> None:
     assert 1 <= score["low"] <= score["high"] <= 2 and score["note"] == "x"
 
 
-def test_perturbed_latents() -> None:
-    z, noise = torch.randn(2, 2, 3, 4, 4, generator=chance())
-    std = torch.tensor([1.0, 2.0, 0.5])
-    moved = perturb(z, noise, std.view(1, 3, 1, 1), 0.2)
-    torch.testing.assert_close((moved - z) / noise, (0.2 * std).view(1, 3, 1, 1).expand_as(z))
-    assert torch.equal(perturb(z, noise, std, 0.0), z)
+def test_noise_depends_on_seed_and_place_alone() -> None:
+    latents = torch.zeros(5, 3, 4, 4)
+    whole = latent_noise(latents, 0, 7)
+    parts = [latent_noise(latents[:2], 0, 7), latent_noise(latents[2:], 2, 7)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(latent_noise(latents, 0, 8), whole) and abs(float(whole.std()) - 1) < 0.2
 
 
 def test_smoothness_of_the_identity_is_that_of_the_noise() -> None:
-    """Pictures as their own latents: PSNR is known, and at level 0 nothing differs."""
-    judge = load_judge()
-    grey = [(s["image"] / 127.5 - 1) * 0.3 for s in drawn(24)]
-    images = torch.from_numpy(np.stack(grey)).permute(0, 3, 1, 2).float()
-    std = torch.full((3,), 0.5)
-    options = {"levels": (0.0, 0.05, 0.3), "resamples": 20, "judge": judge}
-    scores = score_smoothness(lambda z: z, images, std, images, **options)
-    names = ["eval/rfd_scenes", "eval/rfd_scenes/noise=0.05", "eval/psnr/noise=0.05",
-             "eval/rfd_scenes/noise=0.3", "eval/psnr/noise=0.3"]  # fmt: skip
-    assert list(scores) == names
+    """Twice the pictures as latents: PSNR is known, and at level 0 nothing differs."""
+    grey = np.stack([np.rint((s["image"] - 127.5) * 0.3 + 127.5) for s in drawn(24)])
+    images = torch.from_numpy(grey).permute(0, 3, 1, 2).to(torch.uint8)
+    latents, levels = 2 * (images.float() / 127.5 - 1), (0.0, 0.05, 0.3)
+
+    def made(size: int, classifier: Classifier | None = None) -> dict[str, dict]:
+        noise, parts = latent_noise(latents, 0, 0), []
+        for z, n, x in zip(*(t.split(size) for t in (latents, noise, images)), strict=True):
+            rows = smoothness_rows(lambda z: z / 2, z, n, x, levels, classifier)
+            models = {"features": "m"} if classifier else {}
+            parts.append(Measured({k: v.numpy() for k, v in rows.items()}, models=models))
+        return score_smoothness(joined(parts), prefix="eval", resamples=20, seed=0)
+
+    classifier = load_classifier()
+    scores = made(24, classifier)
+    names = [
+        "eval/rfd_scenes",
+        "eval/rfd_scenes/noise=0.05",
+        "eval/psnr/noise=0.05",
+        "eval/rfd_scenes/noise=0.3",
+        "eval/psnr/noise=0.3",
+    ]
+    assert list(scores) == names and scores[names[1]]["noise"] == 0.05
     assert abs(scores[names[0]]["value"]) < 1e-4
     assert scores[names[1]]["value"] < scores[names[3]]["value"]
     assert scores[names[3]]["low"] < scores[names[3]]["value"] < scores[names[3]]["high"]
-    for level in (0.05, 0.3):  # the error in [0, 1] has the standard deviation e std / 2
-        expected = -20 * math.log10(level * 0.5 / 2)
+    for level in (0.05, 0.3):  # the error in [0, 1] has the standard deviation e / 4
+        expected = -20 * math.log10(level / 4)
         assert scores[f"eval/psnr/noise={level}"]["value"] == pytest.approx(expected, abs=0.2)
-    again = score_smoothness(lambda z: z, images, std, images, batch_size=5, **options)
-    assert again == scores
-    alone = score_smoothness(lambda z: z, images, std, images, levels=(0.0, 0.1), resamples=9)
-    assert list(alone) == ["eval/psnr/noise=0.1"]
+    again = made(5, classifier)
+    assert [again[n]["value"] for n in names] == pytest.approx(
+        [scores[n]["value"] for n in names], rel=1e-4, abs=1e-4
+    )
+    assert list(made(24)) == ["eval/psnr/noise=0.05", "eval/psnr/noise=0.3"]
     with pytest.raises(ValueError, match="at least 2"):
-        score_smoothness(lambda z: z, images[:1], std, images[:1])
+        score_smoothness(
+            Measured({"psnr/noise=0.1": np.ones(1)}), prefix="eval", resamples=2, seed=0
+        )
 
 
 def test_paired_distances_resample_pictures_with_their_originals() -> None:
-    real = torch.randn(60, 3, generator=chance())
-    same = paired_frechet(real, real, resamples=10)
+    real = torch.randn(60, 3, generator=rng()).numpy()
+    same = frechet_score(real, real, paired=True, resamples=10)
     assert max(abs(same[k]) for k in ("value", "low", "high")) < 1e-9
-    moved = paired_frechet(real + 2, real, resamples=10, model="m")
+    moved = frechet_score(real + 2, real, paired=True, resamples=10, model="m")
     assert moved["value"] == pytest.approx(12) and moved["low"] == pytest.approx(12)
-    whole = frechet_distance(FeatureStats.of(2 * real.double()), FeatureStats.of(real.double()))
-    assert paired_frechet(2 * real, real, resamples=10)["value"] == pytest.approx(whole)
+    twice, once = (FeatureStats.of(torch.from_numpy(x).double()) for x in (2 * real, real))
+    expected = frechet_distance(twice, once)
+    assert frechet_score(2 * real, real, paired=True, resamples=10)["value"] == pytest.approx(
+        expected
+    )

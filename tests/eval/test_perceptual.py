@@ -8,12 +8,12 @@ import torch
 
 from data.scenes import Scene, draw_scene, place, scenes
 from eval import perceptual
-from eval.judge_network import WEIGHTS, JudgeConfig
+from eval.classifier_network import WEIGHTS, ClassifierConfig
 from lightning_modules.common.perceptual import load_lpips
 
 
 def test_training_is_reproducible_and_learns() -> None:
-    config = JudgeConfig(batch_size=16, lr=2e-3)
+    config = ClassifierConfig(batch_size=16, lr=2e-3)
     one, two = (perceptual.train_lpips(config, 3, quiet=True).state_dict() for _ in range(2))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     weights = [v for k, v in one.items() if k.startswith("lpips.lin")]

@@ -1,12 +1,27 @@
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.reconstruction import codebook_use, psnr, score_reconstructions, ssim
+from data.scenes import scenes
+from eval.perceptual import SHIPPED
+from eval.reconstruction import (
+    ReconstructionRows,
+    codebook_use,
+    lpips_name,
+    psnr,
+    score_reconstruction,
+    ssim,
+)
+from eval.rows import Measured, joined
+from eval.scenes import SceneRows
+from lightning_modules.common.perceptual import LPIPS
 
 
 @pytest.mark.golden
@@ -63,21 +78,49 @@ class GreyTokenizer:
         return torch.linspace(-1, 1, 16)[:, None]
 
 
+def measured(
+    first_stage: Any, images: Tensor, size: int, asked: list[dict] | None = None, **fields: Any
+) -> Measured:
+    measure = ReconstructionRows(**fields).load(
+        "cpu", folder=Path("unused"), first_stage=first_stage
+    )
+    asked = asked or [{}] * len(images)
+    parts = [slice(i, i + size) for i in range(0, len(images), size)]
+    return joined([measure(images[part], asked[part], part.start) for part in parts])
+
+
+def scores_of(made: Measured, asked: list[dict] | None = None) -> dict[str, dict]:
+    about = {"pictures": "as they are"}
+    options: dict[str, Any] = {"prefix": "eval", "resamples": 20, "seed": 0, "about": about}
+    return score_reconstruction(made, asked or [{}] * len(made), None, **options)[0]
+
+
 def test_scores_of_a_tokenizer_do_not_depend_on_the_batches() -> None:
-    levels = torch.tensor([0, 3, 12, 15]) / 7.5 - 1
-    flat = levels.view(4, 1, 1, 1).expand(4, 3, 16, 16).clone()
-    noise = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.02
-    images = (flat + noise).clamp(-1, 1)
-    one = score_reconstructions(GreyTokenizer(), [images], resamples=50)
-    two = score_reconstructions(GreyTokenizer(), images.split(3), resamples=50)
+    levels = torch.tensor([0, 3, 12, 15]) * 17
+    noise = torch.randint(0, 3, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
+    images = (levels.view(4, 1, 1, 1) + noise).clamp(0, 255).to(torch.uint8)
+    whole = measured(GreyTokenizer(), images, 4, show=3)
+    one, two = (scores_of(m) for m in (whole, measured(GreyTokenizer(), images, 3, show=3)))
     assert one == two
+    assert whole.sums["codes"].tolist() == [16 if i in (0, 3, 12, 15) else 0 for i in range(16)]
     assert one["eval/codebook_usage"]["value"] == 4 / 16
     assert one["eval/codebook_perplexity"]["value"] == pytest.approx(4)
     psnr_score = one["eval/psnr"]
     assert 30 < psnr_score["low"] <= psnr_score["value"] <= psnr_score["high"] <= 100
     assert psnr_score["n"] == 4 and "PSNR" in psnr_score["model"]
-    with pytest.raises(ValueError, match="at least one picture"):
-        score_reconstructions(GreyTokenizer(), [])
+    assert all(score["pictures"] == "as they are" for score in one.values())
+    with pytest.raises(ValueError, match="need the first stage"):
+        ReconstructionRows().load("cpu", folder=Path("unused"))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_as_many_pairs_are_shown_as_asked(size: int) -> None:
+    images = torch.arange(5 * 3 * 64).reshape(5, 3, 8, 8).remainder(256).to(torch.uint8)
+    shown = measured(Dimmed(), images, size, show=3).shown
+    assert shown is not None and shown.shape == (3, 2, 3, 8, 8)
+    np.testing.assert_array_equal(shown[:, 0], images[:3])
+    np.testing.assert_array_equal(shown[:, 1], (images[:3].int() - 32).clamp(0))  # 31.875 levels
+    assert measured(Dimmed(), images, size).shown is None
 
 
 class Dimmed:
@@ -89,22 +132,59 @@ class Dimmed:
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents - 0.2
+        return latents - 0.25
 
 
-def test_a_continuous_autoencoder_has_no_codebook() -> None:
-    images = torch.zeros(3, 3, 8, 8)
-    seen = []
+def test_a_continuous_autoencoder_has_no_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, seen = torch.full((3, 3, 8, 8), 128, dtype=torch.uint8), []
 
-    def lpips(real: Tensor, made: Tensor) -> Tensor:
-        seen.append((float(real.mean()), float(made.mean())))
-        return torch.full((len(real), 1, 1, 1), 0.25)
+    class Quarter(LPIPS):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            seen.append((float(x.mean()), float(y.mean())))
+            return torch.full((len(x),), 0.25)
 
-    scores = score_reconstructions(Dimmed(), images.split(2), lpips=lpips, resamples=10)
-    assert list(scores) == [f"eval/{n}" for n in ("psnr", "ssim", "l1", "mse", "lpips")]
-    step = 26 / 255  # 0 becomes 128 of 255, -0.2 becomes 102
+    monkeypatch.setattr("eval.reconstruction.load_lpips", lambda path: Quarter((8,) * 5))
+    made = measured(Dimmed(), images, 2, lpips=SHIPPED)
+    assert not made.sums
+    scores = scores_of(made)
+    assert list(scores) == [f"eval/{n}" for n in ("psnr", "ssim", "l1", "mse", "lpips_scenes")]
+    step = 32 / 255  # 0.25 is 31.875 levels of 255
     assert scores["eval/l1"]["value"] == pytest.approx(step, rel=1e-6)
     assert scores["eval/mse"]["value"] == pytest.approx(step**2, rel=1e-6)
     assert scores["eval/psnr"]["value"] == pytest.approx(-20 * math.log10(step), rel=1e-6)
-    assert scores["eval/lpips"]["value"] == 0.25 and scores["eval/lpips"]["n"] == 3
-    assert seen == [(0.0, pytest.approx(-0.2))] * 2
+    assert scores["eval/lpips_scenes"]["value"] == 0.25 and scores["eval/lpips_scenes"]["n"] == 3
+    one = 1 / 255
+    assert seen == [(pytest.approx(one, rel=1e-4), pytest.approx(one - 0.25, rel=1e-4))] * 2
+
+
+def test_only_vgg16_is_called_lpips() -> None:
+    assert lpips_name(LPIPS()) == "lpips" and lpips_name(LPIPS((8,) * 5)) == "lpips_scenes"
+
+
+class Latents:
+    """Pictures are their own latents, one per pixel."""
+
+    factor = 1
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    decode = encode
+
+
+def test_every_score_of_an_autoencoder_of_scenes() -> None:
+    samples = list(scenes("val", 12))
+    images = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
+    fields: dict[str, Any] = {"levels": (0.0, 0.1), "compress": True, "seed": 3}
+    fields["scenes"] = SceneRows.of(32, 2)
+    scores, whole = (
+        scores_of(measured(Latents(), images, size, samples, **fields), samples) for size in (5, 12)
+    )
+    names = ["psnr", "ssim", "l1", "mse", "scene_accuracy"]
+    names += [f"scene_accuracy/{p}" for p in ("color", "shape", "size", "relation", "background")]
+    names += ["rfd_scenes", "rfd_scenes/noise=0.1", "psnr/noise=0.1"]
+    names += ["sigma2_object", "rho_object", "sigma2_part", "rho_part"]
+    assert list(scores) == [f"eval/{n}" for n in names]
+    assert scores["eval/psnr"]["value"] == 100 and scores["eval/scene_accuracy"]["value"] == 1
+    assert abs(scores["eval/rfd_scenes"]["value"]) < 1e-3
+    assert whole["eval/psnr/noise=0.1"] == scores["eval/psnr/noise=0.1"]

@@ -11,9 +11,19 @@ from PIL import Image
 
 from data.scenes import Scene, Thing, caption, draw_scene, place, sample_scene
 from eval import scenes as module
-from eval.judge import judge_accuracy, load_judge, train_judge
-from eval.judge_data import broken_sample, fresh_scenes, to_tensor, wear
-from eval.judge_network import WEIGHTS, Judge, JudgeConfig, read_judge, save_judge, shrink
+from eval.classifier import load_classifier, reading_accuracy, train_classifier
+from eval.classifier_data import broken_sample, fresh_scenes, to_tensor, wear
+from eval.classifier_network import (
+    WEIGHTS,
+    Classifier,
+    ClassifierConfig,
+    decode,
+    encode,
+    read_classifier,
+    save_classifier,
+    shrink,
+)
+from eval.rows import Measure, Measured
 from eval.scene_clip import (
     END,
     UNKNOWN,
@@ -26,14 +36,16 @@ from eval.scene_clip import (
     training_caption,
     variant,
 )
-from eval.scenes import PARTS, compare, in_words, score_scenes
+from eval.scenes import PARTS, SceneRows, compare, in_words, score_scenes
 
+KEYS = ("color", "shape", "size")
 RED, BLUE = Thing("red", "circle", "small"), Thing("blue", "square", "large")
+LARGE = replace(RED, size="large")
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return load_judge()
+def classifier() -> Classifier:
+    return load_classifier()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +55,7 @@ def clip() -> SceneClip:
 
 @cache
 def fresh(count: int = 400) -> tuple[torch.Tensor, list[dict], list[str]]:
-    return fresh_scenes(count, JudgeConfig(), seed=31)
+    return fresh_scenes(count, ClassifierConfig(), seed=31)
 
 
 def pictures(scene_list: list[Scene]) -> torch.Tensor:
@@ -51,76 +63,80 @@ def pictures(scene_list: list[Scene]) -> torch.Tensor:
     return to_tensor([draw_scene(s, place(s, rng)) for s in scene_list])
 
 
-def score(
-    judge: Judge, clip: SceneClip, shown: list[Scene], asked: list[Scene]
-) -> tuple[dict, list[dict]]:
-    rng = np.random.default_rng(6)
+@cache
+def measure() -> Measure:
+    return SceneRows.of(32, 2).load("cpu", folder=Path("unused"))
+
+
+@cache
+def reference() -> Measured:
     images, _, captions = fresh()
+    return measure()(images, [{"caption": c} for c in captions], 0)
+
+
+def score(shown: list[Scene], asked: list[Scene]) -> tuple[dict, list[dict]]:
+    rng = np.random.default_rng(6)
+    prompts = [{"attributes": asdict(s), "prompt": caption(s, rng)} for s in asked]
+    made = measure()(pictures(shown), prompts, 0)
     return score_scenes(
-        pictures(shown),
-        [asdict(s) for s in asked],
-        [caption(s, rng) for s in asked],
-        judge=judge,
-        clip=clip,
-        real_images=images,
-        real_captions=captions,
-        resamples=50,
+        made, prompts, reference(), prefix="eval", resamples=50, seed=0, about={"pictures": "drawn"}
     )
 
 
-def test_reads_fresh_scenes(judge: Judge) -> None:
+def test_reads_fresh_scenes(classifier: Classifier) -> None:
     # val and heldout by halves, of a seed that training never saw
-    assert judge_accuracy(judge, 1000) >= 0.99
+    assert reading_accuracy(classifier, 1000) >= 0.99
 
 
-def test_reads_worn_and_jpeg_pictures(judge: Judge) -> None:
+def test_reads_worn_and_jpeg_pictures(classifier: Classifier) -> None:
     images, attributes, _ = fresh()
-    truth = torch.tensor([judge.encode(a) for a in attributes])
+    truth = torch.tensor([encode(a, classifier.config) for a in attributes])
     worn = wear(shrink(images, 32), torch.Generator().manual_seed(0))
-    assert (judge.read((worn * 255).byte())[0] == truth).all(1).double().mean() >= 0.95
+    assert (classifier.read((worn * 255).byte())[0] == truth).all(1).double().mean() >= 0.95
     packed = []
     for image in images.permute(0, 2, 3, 1).numpy():
         buffer = BytesIO()
         Image.fromarray(image).save(buffer, "jpeg", quality=90)
         packed.append(np.asarray(Image.open(buffer)))
-    assert (judge.read(to_tensor(packed))[0] == truth).all(1).double().mean() >= 0.97
+    assert (classifier.read(to_tensor(packed))[0] == truth).all(1).double().mean() >= 0.97
 
 
-def test_does_not_guess_at_broken_pictures(judge: Judge) -> None:
+def test_does_not_guess_at_broken_pictures(classifier: Classifier) -> None:
     rng = np.random.default_rng(8)
-    broken = [broken_sample(judge.config, rng) for _ in range(400)]
-    none = torch.tensor([len(o) for o in judge.config.heads])
+    broken = [broken_sample(classifier.config, rng) for _ in range(400)]
+    none = torch.tensor([len(o) for o in classifier.config.heads])
     labels = torch.tensor([label for _, label in broken])
     impossible = (labels == none).any(dim=1)  # a layout, background or attribute is none
-    read = judge.read(to_tensor([image for image, _ in broken]))[0]
+    read = classifier.read(to_tensor([image for image, _ in broken]))[0]
     seen = (read == none).any(dim=1)
     assert impossible.sum() > 200
     assert seen[impossible].double().mean() >= 0.95
     noise = torch.randint(0, 256, (50, 3, 32, 32), generator=torch.Generator().manual_seed(1))
-    assert (judge.read(noise.byte())[0] == none).any(1).double().mean() >= 0.9
+    assert (classifier.read(noise.byte())[0] == none).any(1).double().mean() >= 0.9
 
 
-def test_reading_does_not_depend_on_batches_and_sizes(judge: Judge) -> None:
+def test_reading_does_not_depend_on_batches_and_sizes(classifier: Classifier) -> None:
     images = fresh()[0][:20]
-    labels, features = judge.read(images)
-    assert labels.shape == (20, 8) and features.shape == (20, judge.config.features)
-    one_by_one = judge.read(images, batch_size=1)
+    labels, features = classifier.read(images)
+    assert labels.shape == (20, 8) and features.shape == (20, classifier.config.features)
+    one_by_one = classifier.read(images, batch_size=1)
     assert torch.equal(one_by_one[0], labels)
     torch.testing.assert_close(one_by_one[1], features, rtol=1e-4, atol=1e-4)
     enlarged = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert torch.equal(judge.read(enlarged)[0], labels)
+    assert torch.equal(classifier.read(enlarged)[0], labels)
     with pytest.raises(ValueError, match="uint8"):
-        judge.read(images.float())
+        classifier.read(images.float())
 
 
-def test_labels_go_back_and_forth(judge: Judge) -> None:
+def test_labels_go_back_and_forth(classifier: Classifier) -> None:
     scene = Scene((RED, BLUE), "row", "grey")
-    labels = judge.encode(asdict(scene))
-    assert Scene.from_attributes(judge.decode(labels)) == scene
+    config = classifier.config
+    labels = encode(asdict(scene), config)
+    assert Scene.from_attributes(decode(labels, config)) == scene
     with pytest.raises(ValueError, match="at most 2"):
-        judge.encode(asdict(Scene((RED, BLUE, RED), "two above one", "grey")))
+        encode(asdict(Scene((RED, BLUE, RED), "two above one", "grey")), config)
     with pytest.raises(ValueError, match="'pink'"):
-        judge.encode(asdict(Scene((RED, BLUE), "row", "pink")))
+        encode(asdict(Scene((RED, BLUE), "row", "pink")), config)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +149,13 @@ def test_labels_go_back_and_forth(judge: Judge) -> None:
         (Scene((replace(RED, color="green"), BLUE), "row", "grey"), ["color"]),
         (Scene((replace(RED, color="blue"), replace(BLUE, color="red")), "row", "grey"), ["color"]),
         (Scene((RED, replace(BLUE, shape="triangle")), "row", "grey"), ["shape"]),
-        (Scene((replace(RED, size="large"), BLUE), "row", "grey"), ["size"]),
-        (Scene((replace(RED, size="large"), BLUE), "column", "black"),
-         ["size", "relation", "background"]),
+        (Scene((LARGE, BLUE), "row", "grey"), ["size"]),
+        (Scene((LARGE, BLUE), "column", "black"), ["size", "relation", "background"]),
     ],
-)  # fmt: skip
-def test_verdict_names_exactly_the_planted_error(
-    judge: Judge, clip: SceneClip, shown: Scene, wrong: list[str]
-) -> None:
+)
+def test_verdict_names_exactly_the_planted_error(shown: Scene, wrong: list[str]) -> None:
     asked = Scene((RED, BLUE), "row", "grey")
-    scores, verdicts = score(judge, clip, [shown] * 4, [asked] * 4)
+    scores, verdicts = score([shown] * 4, [asked] * 4)
     for verdict in verdicts:
         assert verdict["wrong"] == wrong
         assert verdict["right"] == (not wrong)
@@ -154,17 +167,15 @@ def test_verdict_names_exactly_the_planted_error(
 
 
 def test_things_alike_may_swap_places() -> None:
-    config = JudgeConfig()
-    judge = Judge(config)
     twins = Scene((RED, RED), "row", "grey")
-    labels = torch.tensor([judge.encode(asdict(twins))])
+    labels = torch.tensor([encode(asdict(twins), ClassifierConfig())])
     assert all(float(v) == 1 for v in compare(labels, labels).values())
 
 
 def test_unread_things_agree_with_nothing() -> None:
-    judge = Judge(JudgeConfig())
-    truth = torch.tensor([judge.encode(asdict(Scene((RED, BLUE), "row", "grey")))])
-    none = torch.tensor([[len(o) for o in judge.config.heads]])
+    config = ClassifierConfig()
+    truth = torch.tensor([encode(asdict(Scene((RED, BLUE), "row", "grey")), config)])
+    none = torch.tensor([[len(o) for o in config.heads]])
     assert all(float(v) == 0 for v in compare(none, truth).values())
     # only the second asked thing is there, read in the first slot: it counts, its place does not
     one = none.clone()
@@ -174,69 +185,82 @@ def test_unread_things_agree_with_nothing() -> None:
 
 
 def test_fewer_things_than_slots() -> None:
-    judge = Judge(JudgeConfig(max_objects=4))
+    config = ClassifierConfig(max_objects=4)
     rng = np.random.default_rng(0)
     asked = [sample_scene(rng, 4) for _ in range(50)]
-    truth = torch.tensor([judge.encode(asdict(s)) for s in asked])
+    truth = torch.tensor([encode(asdict(s), config) for s in asked])
     assert all((v == 1).all() for v in compare(truth, truth).values())
     swapped = [replace(s, things=s.things[::-1]) for s in asked]
-    parts = compare(torch.tensor([judge.encode(asdict(s)) for s in swapped]), truth)
+    parts = compare(torch.tensor([encode(asdict(s), config) for s in swapped]), truth)
     for index, (a, b) in enumerate(zip(asked, swapped, strict=True)):
         assert parts["color"][index] == parts["shape"][index] == parts["size"][index] == 1
         assert parts["relation"][index] == (a.things == b.things)
 
 
 def test_best_assignment_equals_a_plain_search() -> None:
-    judge = Judge(JudgeConfig(max_objects=3))
+    config = ClassifierConfig(max_objects=3)
     rng = np.random.default_rng(1)
     asked, read = ([sample_scene(rng, 3) for _ in range(60)] for _ in range(2))
-    parts = compare(*(torch.tensor([judge.encode(asdict(s)) for s in side])
-                      for side in (read, asked)))  # fmt: skip
+    groups = (torch.tensor([encode(asdict(s), config) for s in g]) for g in (read, asked))
+    parts = compare(*groups)
     for index, (r, a) in enumerate(zip(read, asked, strict=True)):
         things = [*r.things, *[None] * (3 - len(r.things))]
-        most = max(
-            sum(getattr(x, k) == getattr(y, k) for x, y in zip(order, a.things, strict=False)
-                if x for k in ("color", "shape", "size"))
-            for order in itertools.permutations(things)
-        )  # fmt: skip
-        ours = sum(float(parts[k][index]) for k in ("color", "shape", "size")) * len(a.things)
+
+        def agreeing(order: tuple, wanted: tuple = a.things) -> int:
+            pairs = [(x, y) for x, y in zip(order, wanted, strict=False) if x]
+            return sum(getattr(x, k) == getattr(y, k) for x, y in pairs for k in KEYS)
+
+        most = max(map(agreeing, itertools.permutations(things)))
+        ours = sum(float(parts[k][index]) for k in KEYS) * len(a.things)
         assert ours == pytest.approx(most)
 
 
-def test_real_pictures_score_at_the_floor(judge: Judge, clip: SceneClip) -> None:
-    _, others, _ = fresh_scenes(400, JudgeConfig(), seed=32)
+def test_real_pictures_score_at_the_floor() -> None:
+    _, others, _ = fresh_scenes(400, ClassifierConfig(), seed=32)
     shown = [Scene.from_attributes(a) for a in others[::2]]
-    scores, _ = score(judge, clip, shown, shown)
+    scores, _ = score(shown, shown)
     assert scores["eval/scene_accuracy"]["value"] >= 0.98
     fd, floor = scores["eval/fd_scenes"], scores["eval/fd_scenes_floor"]
     assert fd["n"] == floor["n"] == 200
     assert fd["value"] < 2 * floor["value"]
     assert fd["low"] < fd["value"] < fd["high"]
-    assert scores["eval/clip_scenes"]["value"] == pytest.approx(
-        scores["eval/clip_scenes_real"]["value"], abs=0.03
-    )
-    assert "judge" in fd["model"] and "CLIP" in scores["eval/clip_scenes"]["model"]
+    real = scores["eval/clip_scenes_real"]["value"]
+    assert scores["eval/clip_scenes"]["value"] == pytest.approx(real, abs=0.03)
+    assert "classifier" in fd["model"] and "CLIP" in scores["eval/clip_scenes"]["model"]
+    assert fd["reference"] == "200 real pictures of other captions"
+    assert all(score["pictures"] == "drawn" for score in scores.values())
 
 
-def test_scores_fall_with_the_pictures(judge: Judge, clip: SceneClip) -> None:
+def test_without_real_pictures_there_is_no_score_that_needs_them() -> None:
+    prompts = [{"attributes": asdict(s), "prompt": ""} for s in [Scene((RED, BLUE), "row", "grey")]]
+    made = measure()(pictures([Scene((RED, BLUE), "row", "grey")]), prompts, 0)
+    options = {"prefix": "eval", "resamples": 5, "seed": 0, "about": {}}
+    scores, verdicts = score_scenes(made, prompts, None, **options)
+    names = ["scene_accuracy", *(f"scene_accuracy/{p}" for p in PARTS), "clip_scenes"]
+    assert list(scores) == [f"eval/{n}" for n in names] and verdicts[0]["right"]
+
+
+def test_scores_fall_with_the_pictures() -> None:
     rng = np.random.default_rng(12)
     asked = [sample_scene(rng) for _ in range(100)]
-    good, _ = score(judge, clip, asked, asked)
-    one_color = [Scene(tuple(replace(t, color="red") for t in s.things), "row", "black")
-                 for s in asked]  # fmt: skip
-    bad, _ = score(judge, clip, one_color, asked)
+    good, _ = score(asked, asked)
+    reds = [tuple(replace(t, color="red") for t in s.things) for s in asked]
+    one_color = [Scene(things, "row", "black") for things in reds]
+    bad, _ = score(one_color, asked)
     assert bad["eval/scene_accuracy"]["high"] < good["eval/scene_accuracy"]["low"]
     assert bad["eval/fd_scenes"]["low"] > 5 * good["eval/fd_scenes"]["value"]
     assert bad["eval/clip_scenes"]["high"] < good["eval/clip_scenes"]["low"]
 
 
-def test_scores_refuse_lists_that_do_not_belong_together(judge: Judge, clip: SceneClip) -> None:
-    images, attributes, captions = fresh()
-    real = {"judge": judge, "clip": clip, "real_images": images, "real_captions": captions}
+def test_scores_refuse_lists_that_do_not_belong_together() -> None:
+    asked = [{"attributes": a, "prompt": c} for a, c in zip(*fresh()[1:], strict=True)]
+    options = {"prefix": "eval", "resamples": 5, "seed": 0, "about": {}}
+    made = measure()(fresh()[0][:3], asked[:3], 0)
     with pytest.raises(ValueError, match="do not belong together"):
-        score_scenes(images[:3], attributes[:2], captions[:3], **real)
+        score_scenes(made, asked[:2], None, **options)
+    one = measure()(fresh()[0][:1], asked[:1], 0)
     with pytest.raises(ValueError, match="at least 2 generated"):
-        score_scenes(images[:1], attributes[:1], captions[:1], **real)
+        score_scenes(one, asked[:1], reference(), **options)
 
 
 def test_clip_finds_the_own_caption(clip: SceneClip) -> None:
@@ -264,12 +288,12 @@ def test_clip_sees_which_thing_stands_where(clip: SceneClip) -> None:
 
 def test_training_captions_name_the_second_thing_first_as_often_as_told() -> None:
     rng = np.random.default_rng(16)
-    for share in (0, 0.2, 1):
+    for back in (0, 0.2, 1):
         turned = 0
         for _ in range(300):
-            words = training_caption(Scene((RED, BLUE), "row", "grey"), rng, share).split()
+            words = training_caption(Scene((RED, BLUE), "row", "grey"), rng, back).split()
             turned += words.index("red") > words.index("blue")
-        assert turned / 300 == pytest.approx(share, abs=0.07)
+        assert turned / 300 == pytest.approx(back, abs=0.07)
     assert "below" in training_caption(Scene((RED, BLUE, RED), "two above one", "grey"), rng, 0)
 
 
@@ -289,6 +313,7 @@ def test_clip_knows_every_word_of_every_caption(clip: SceneClip) -> None:
 
 
 def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
+    # eval.classifier was eval.judge when these were made; another command would be another hash
     made_by = {"clip": "eval.judge", "judge": "eval.judge", "lpips": "eval.perceptual"}
     files = {f.name.split("-")[0]: f for f in WEIGHTS.glob("*.safetensors")}
     assert files.keys() == made_by.keys()
@@ -299,34 +324,38 @@ def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
 
 
 def test_training_is_a_matter_of_the_settings(tmp_path: Path) -> None:
-    config = JudgeConfig(max_objects=3, width=4, steps=3, batch_size=8)
-    first, second = (train_judge(config, quiet=True) for _ in range(2))
+    config = ClassifierConfig(max_objects=3, width=4, steps=3, batch_size=8)
+    first, second = (train_classifier(config, quiet=True) for _ in range(2))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    save_judge(first, tmp_path / "judge.safetensors")
-    again = read_judge(tmp_path / "judge.safetensors")
+    save_classifier(first, tmp_path / "classifier.safetensors")
+    again = read_classifier(tmp_path / "classifier.safetensors")
     assert again.config == config and "3 objects" in again.name
     images = fresh(20)[0]
     torch.testing.assert_close(again.read(images)[1], first.read(images)[1], rtol=2e-2, atol=2e-2)
 
 
-def test_a_judge_that_is_not_shipped_is_trained_once(
+def test_a_classifier_that_does_not_ship_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eval import judge as training
+    from eval import classifier as training
 
     trained = []
 
-    def train(config: JudgeConfig) -> Judge:
+    def train(config: ClassifierConfig) -> Classifier:
         trained.append(config)
-        return Judge(config)
+        return Classifier(config)
 
-    monkeypatch.setattr(training, "train_judge", train)
-    names = {load_judge(64, 3, tmp_path).name for _ in range(2)}
+    monkeypatch.setattr(training, "train_classifier", train)
+    names = {load_classifier(64, 3, tmp_path).name for _ in range(2)}
     assert len(names) == len(trained) == 1
     assert trained[0].resolution == 64 and trained[0].max_objects == 3
-    assert load_judge(32, 2, tmp_path).name != names.pop()
+    rows = SceneRows.of(64, 3)
+    assert rows.classifier is None and rows.load_classifier("cpu", tmp_path).name in names
+    assert load_classifier(32, 2, tmp_path).name != names.pop()
     assert len(trained) == 1
+    with pytest.raises(ValueError, match=r"judge-64px-3objects\.safetensors does not ship"):
+        load_classifier(64, 3)
 
 
 def test_clip_comes_back_from_its_file(clip: SceneClip, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.config import ConfigError, UserError, load
+from experiments.pictures import load_png
 from safetensors.torch import load_file
 
 from data.tokens import TokenData
 from data.webdata import WebData, prepare
 from experiments import sample, stages
-from experiments.config import ConfigError, UserError, load
-from experiments.pictures import load_png
 from experiments.store import Store
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.registry import load_generator, load_tokenizer

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.config import load
 
 from experiments import average, stages
-from experiments.config import load
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.registry import load_generator
 

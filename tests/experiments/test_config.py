@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from experiments.config import (
     RUNS,
     ConfigError,
@@ -22,6 +19,9 @@ from experiments.config import (
     stage_key,
     to_yaml,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
 from experiments.settings import file_pairs, fill, parse_overrides
 
 ALL_SCALES = [(paper, scale) for paper in RUNS for scale in scales(paper)]

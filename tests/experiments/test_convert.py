@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.pictures import load_png
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import file_hash
 from experiments import sample
 from experiments.convert import READERS, main
-from experiments.pictures import load_png
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.muse.config import UViTConfig
 from lightning_modules.muse.uvit import UViT

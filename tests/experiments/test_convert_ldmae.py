@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.pictures import load_png
 
 from experiments import sample
 from experiments.convert import main
-from experiments.pictures import load_png
 from lightning_modules.ldmae.config import DiTConfig, ViTConfig
 from lightning_modules.ldmae.network import DiT
 from lightning_modules.ldmae.vmae import VMAE

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-
 from experiments.config import RUNS, UserError, load, scales
+
 from experiments.run import main, parse
 from experiments.store import Store
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from data.scenes import scenes
-from experiments import sample, stages
 from experiments.config import ConfigError, UserError, load
 from experiments.pictures import load_png
 from experiments.upscale import PairData, high_data
+
+from data.scenes import scenes
+from experiments import sample, stages
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.muse.module import MuseModule
 from lightning_modules.registry import load_generator, load_tokenizer

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.config import ConfigError, load
 from torch import Tensor
 
 from experiments import sample, stages
-from experiments.config import ConfigError, load
 from experiments.store import Store
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.registry import load_generator

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.pictures import load_png
 from PIL import Image
 
-from experiments.pictures import load_png
 from experiments.sample import main
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.paella.module import PaellaModule

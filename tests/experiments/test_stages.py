@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.config import UserError, load, resolved
+from experiments.pictures import load_png
+from experiments.training import RESUME, curves
 from torch import Tensor
 
 from data.photos import photos
 from data.select import holdout_share
 from data.shards import write_shards
 from experiments import sample, stages
-from experiments.config import UserError, load, resolved
-from experiments.pictures import load_png
 from experiments.run import main
 from experiments.store import Store
-from experiments.training import RESUME, curves
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.registry import load_generator, load_tokenizer
 

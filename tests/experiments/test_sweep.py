@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from experiments.config import ConfigError, load
 
-from experiments import sweep, tables
-from experiments.config import RUNS, ConfigError, load
-from experiments.points import KNOWN, PROGRAM, Point, Sweep, make_points, read_sweep
-from experiments.reported import REPORTED, Table, every_reported, load_reported
+from experiments import sweep
+from experiments.points import KNOWN, PROGRAM, make_points, read_sweep
 from experiments.run import parse
 
 ROOT = Path(__file__).parents[2]
@@ -222,86 +221,6 @@ def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, cap
         rows = list(csv.DictReader(f))
     assert "none.pth" in rows[0]["error"] and rows[0]["eval/psnr"] == ""
     assert rows[1]["error"] == "" and float(rows[1]["eval/psnr"]) > 0
-
-
-def points_of(scores: list[dict], settings: list[dict], tmp_path: Path) -> list[Point]:
-    config = load("vqgan", "micro")
-    return [
-        Point(s, [], "vqgan", "micro", config, tmp_path / str(i), found)
-        for i, (s, found) in enumerate(zip(settings, scores, strict=True))
-    ]
-
-
-def test_scans_have_a_table_and_a_chart(tmp_path: Path) -> None:
-    def scores(x: float) -> dict:
-        values = {"eval/a": x, "eval/a/noise=0.1": 2 * x, "eval/a/noise=0.05": 1.5 * x}
-        return {k: {"value": v, "low": v - 1, "high": v + 1, "n": 5} for k, v in values.items()}
-
-    read = Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
-    points = points_of([scores(1.0), scores(3.0)], [{"kind": "x"}, {"kind": "y"}], tmp_path)
-    ((key, values),) = tables.scan_tables(points).items()
-    assert key == ("eval/a", "noise") and list(values) == [0.0, 0.05, 0.1]
-    heads, rows = tables.scan_rows(points, "eval/a", values)
-    assert heads == ["a", "0", "0.05", "0.1"]
-    assert rows[1] == ["kind=y", "3 (2 to 4)", "4.5 (3.5 to 5.5)", "6 (5 to 7)"]
-    made = tables.write_results(read, points, tmp_path, "command", [], [])
-    assert [p.name for p in made] == ["table.csv", "table.html", "picture.png", "a-noise.png"]
-
-
-def test_published_numbers_stand_beside_measured_ones(tmp_path: Path) -> None:
-    table = Table(
-        columns={"PSNR": "eval/a", "gFID": None}, rows={"x": {"PSNR": 9.5, "gFID": 4.0}},
-        setting="kind", sweep="s",
-    )  # fmt: skip
-    read = Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
-    scores = [{"eval/a": {"value": v}, "eval/b": {"value": 1}} for v in (1.0, 2.0)]
-    points = points_of(scores, [{"kind": "x"}, {"kind": "y"}], tmp_path)
-    grid = tables.make_grid(read, points)
-    assert grid.columns == ["eval/a"] and list(grid.same) == ["eval/b"]
-    heads, rows = tables.rows_of(grid, points, [table])
-    # fewer points than columns: a column for each point
-    assert heads == ["kind", "x", "y"]
-    lowest = Sweep("s", "eval/a", True, [], {})
-    assert tables.best(read, points) is points[1] and tables.best(lowest, points) is points[0]
-    assert tables.best(Sweep("s", "eval/none", True, [], {}), points) is None
-    assert rows == [["a", "1", "2"], ["PSNR, published", "9.5", ""], ["gFID, published", "4", ""]]
-    more = points_of([scores[0]] * 4, [{"kind": k} for k in "xyzw"], tmp_path)
-    heads, rows = tables.rows_of(grid, more, [table])
-    assert heads == ["kind", "a", "PSNR, published", "gFID, published"]
-    assert rows[0] == ["x", "1", "9.5", "4"] and rows[1] == ["y", "1", "", ""]
-
-
-# Published numbers ----
-
-
-@pytest.mark.parametrize("path", sorted(REPORTED.glob("*.yaml")), ids=lambda p: p.stem)
-def test_published_numbers_say_where_they_come_from(path: Path) -> None:
-    reported = load_reported(path)
-    assert path.stem in RUNS and reported.tables
-    for table in reported.tables.values():
-        assert table.title and table.source and table.protocol and table.rows
-    for claim in reported.claims:
-        assert claim.claim and claim.source
-
-
-def test_published_rows_are_points_of_their_sweep() -> None:
-    known = {path.stem: read_sweep(path) for path in FILES}
-    for name, table in every_reported().tables.items():
-        if table.sweep in known:
-            values = known[table.sweep].values[table.setting or ""]
-            assert {str(v) for v in values} >= table.rows.keys(), name
-
-
-def test_wrong_published_numbers_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    for text, said in [
-        ("tables: {a: {evidence: hearsay}}", "evidence must be one of"),
-        ("tables: {a: {columns: {X: null}, rows: {r: {Y: 1.0}}}}", "no column 'Y'"),
-        ("tables: {a: {colums: {}}}", "has no setting 'colums'"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=said):
-            load_reported(path)
 
 
 def test_help(capsys) -> None:

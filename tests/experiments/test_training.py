@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from experiments.config import TrainerConfig, UserError, load
+from experiments.training import RESUME, WholeCheckpoints, curves, device_of, fit, wandb_logger
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from experiments import progress, training
-from experiments.config import TrainerConfig, UserError, load
 from experiments.progress import Counter, clock
-from experiments.training import RESUME, WholeCheckpoints, curves, device_of, fit, wandb_logger
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 ROOT = Path(__file__).parents[2]

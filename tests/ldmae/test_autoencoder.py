@@ -89,7 +89,7 @@ def test_images_to_normalised_latents_and_back(kind: str, tmp_path: Path) -> Non
 
     raw = auto.decode_raw(mean).clamp(-1, 1)
     assert torch.equal(auto.encode(images), mean)  # as long as nothing was measured
-    auto.measure([images, pictures(2, seed=1)], torch.Generator().manual_seed(3))
+    auto.measure([images, pictures(2, seed=1)], 5, torch.Generator().manual_seed(3))
     latents = auto.encode(images)
     assert not torch.equal(latents, mean)
     torch.testing.assert_close(auto.denormalise(latents), mean)
@@ -108,25 +108,38 @@ def test_images_to_normalised_latents_and_back(kind: str, tmp_path: Path) -> Non
 
 
 def test_measured_latents_have_mean_0_and_deviation_1() -> None:
-    auto = module()
-    batches = [pictures(4, seed=i) for i in range(3)]
-    auto.measure(batches, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for images in batches:
-        moments = auto.moments(images)
-        noise = torch.randn(4, 3, 4, 4, generator=generator)
+    auto, images = module(), pictures(10)
+    auto.measure(images.split(4), 10, torch.Generator().manual_seed(0))
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for moments in auto.moments(images).split(1):
+        noise = torch.randn(1, 3, 4, 4, generator=generator)
         drawn.append(auto.normalise(auto.sample_posterior(moments, noise)))
-    mean, std = channel_statistics(drawn)
+    mean, std = (v.float() for v in channel_statistics(drawn))
     torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, torch.ones(3), atol=1e-5, rtol=0)
 
-    dead = module("ae")
+
+def test_statistics_are_those_of_so_many_pictures_in_batches_of_any_size() -> None:
+    # 27 numbers per picture: no multiple of the 16 that torch.randn draws together
+    auto, images = module().double(), pictures(12, size=12).double()
+    found = []
+    for batches in (images[:10].split(10), images[:10].split(1), images.split(4)):
+        auto.measure(batches, 10, torch.Generator().manual_seed(0))
+        found.append(torch.stack([auto.latent_mean, auto.latent_std]))
+    assert auto.training
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-12)
+    auto.measure(images.split(4), 11, torch.Generator().manual_seed(0))
+    assert (auto.latent_mean - found[0][0]).abs().max() > 1e-6
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    dead, generator = module("ae"), torch.Generator()
     torch.nn.init.zeros_(dead.network.encoder.conv_out.weight)
     with pytest.raises(ValueError, match="channel 0 of the latents never changes"):
-        dead.measure(batches, generator)
-    with pytest.raises(ValueError, match="at least two positions"):
-        auto.measure([], generator)
+        dead.measure([pictures(4)], 4, generator)
+    with pytest.raises(ValueError, match="statistics of 9 pictures need 5 more than there are"):
+        module().measure([pictures(4)], 9, generator)
 
 
 @pytest.mark.parametrize("kind", ["vmae", "dae", "sdvae"])
@@ -189,8 +202,8 @@ def test_the_end_of_a_training_shows_the_decoder_whole_images() -> None:
     found = []
     for seen in (4, 5):
         auto.batches_seen = seen
-        chance = auto.draw(images, torch.Generator().manual_seed(0))
-        found.append((chance, auto(images, chance)))
+        noise = auto.draw(images, torch.Generator().manual_seed(0))
+        found.append((noise, auto(images, noise)))
     (early, masked), (late, whole) = found
     assert early.mask is not None and early.posterior is not None and masked.hidden is not None
     assert late.mask is None and late.posterior is None and whole.hidden is None
@@ -229,7 +242,7 @@ def test_a_frozen_encoder_keeps_its_latents(tmp_path: Path) -> None:
 
 def test_the_second_stage_starts_from_the_first_at_another_size(tmp_path: Path) -> None:
     first = module()
-    first.measure([pictures(3)], torch.Generator().manual_seed(0))
+    first.measure([pictures(3)], 3, torch.Generator().manual_seed(0))
     save_weights(tmp_path / "first.safetensors", *first.export())
     objective = {"mask_ratio": 0.0, "masked_weight": 0.0, "kl_weight": 0.0, "sample": False}
     start = str(tmp_path / "first.safetensors")
@@ -239,9 +252,9 @@ def test_the_second_stage_starts_from_the_first_at_another_size(tmp_path: Path) 
     torch.testing.assert_close(second.encode(images), first.encode(images))
     assert second.network.pos_embed.shape == (1, 64, 8)
 
-    chance = second.draw(images, torch.Generator().manual_seed(0))
-    assert chance.mask is None and chance.posterior is None
-    made = second(images, chance)
+    noise = second.draw(images, torch.Generator().manual_seed(0))
+    assert noise.mask is None and noise.posterior is None
+    made = second(images, noise)
     torch.testing.assert_close(made.images.clamp(-1, 1), second.decode(second.encode(images)))
     loss, terms = second.loss(images, made)
     torch.testing.assert_close(loss, (made.images - images).square().mean())
@@ -257,12 +270,12 @@ def test_noise_reaches_the_input_of_dae_alone(tmp_path: Path) -> None:
     images = pictures()
     for kind in ("ae", "dae"):
         auto = module(kind).eval()
-        chance = auto.draw(images, torch.Generator().manual_seed(0))
+        noise = auto.draw(images, torch.Generator().manual_seed(0))
         noisy = images + 0.25 * torch.randn(
             images.shape, generator=torch.Generator().manual_seed(0)
         )
         expected = auto.network.moments(noisy if kind == "dae" else images)
-        torch.testing.assert_close(auto(images, chance).mean, expected)
+        torch.testing.assert_close(auto(images, noise).mean, expected)
 
 
 def test_lpips_comes_from_a_file_and_stays_out_of_checkpoints(

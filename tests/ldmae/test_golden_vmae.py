@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.pictures import to_uint8
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.images import adm_crop, to_tensor
-from experiments.pictures import to_uint8
 from lightning_modules.common.checkpoint import load_strict
-from lightning_modules.ldmae.autoencoder import AutoencoderModule, Chance
+from lightning_modules.ldmae.autoencoder import AutoencoderModule, TrainingNoise
 from lightning_modules.ldmae.config import ViTConfig
 from lightning_modules.ldmae.convert import convert_vmae
 from lightning_modules.ldmae.losses import channel_statistics, normal_kl, split_moments, variance_kl
@@ -112,7 +112,7 @@ def test_training_losses_and_gradients(golden, name):
         )
         module._lpips = [stub]
         seen = recorded(module)
-        chance = Chance(mask=io[f"{run}.mask_noise"], posterior=io[f"{run}.posterior_noise"])
+        chance = TrainingNoise(mask=io[f"{run}.mask_noise"], posterior=io[f"{run}.posterior_noise"])
         made = module(io["images"], chance)
         for layer, value in seen.items():
             check(value, f"{run}.{layer}")
@@ -223,8 +223,8 @@ def test_inference(golden):
     assert int(difference.max()) <= allowed and float(difference.float().mean()) < 0.01
 
     found, std = channel_statistics(sample.split(1))
-    check(found.view(1, -1, 1, 1), "stats_mean")
-    check(std.view(1, -1, 1, 1), "stats_std")
+    check(found.float().view(1, -1, 1, 1), "stats_mean")
+    check(std.float().view(1, -1, 1, 1), "stats_std")
     module.set_statistics(io["stats_mean"], io["stats_std"])
     check(module.normalise(sample), "normalised")
     check(module.denormalise(io["normalised"]), "sample")

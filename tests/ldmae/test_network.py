@@ -178,7 +178,7 @@ def test_half_precision(settings: dict[str, Any]) -> None:
         ({"hidden_size": 770}, "hidden_size must be a multiple of 4 and of num_heads"),
         ({"hidden_size": 24, "num_heads": 4}, "a multiple of 4 num_heads with use_rope"),
         ({"patch_size": 3}, "input_size must be a multiple of patch_size"),
-        ({"class_dropout_prob": 1.5}, "class_dropout_prob must be between 0 and 1"),
+        ({"class_dropout_prob": 1.5}, "class_dropout_prob must be from 0 to 1"),
         ({"depth": 0}, "depth must be at least 1"),
     ],
 )

@@ -1,19 +1,19 @@
 """The VMAE that ships with the project: small, and what it makes of scenes is read right."""
 
 import torch
-
 from eval.judge import load_judge
 from eval.judge_data import fresh_scenes
 from eval.judge_network import JudgeConfig, encode
+
 from experiments import stages
-from lightning_modules.registry import load_tokenizer
+from lightning_modules.registry import load_first_stage
 
 FILE = stages.SHIPPED["autoencoder"] / "tiny.safetensors"
 
 
 def test_the_shipped_vmae_keeps_what_scenes_show() -> None:
     assert FILE.stat().st_size <= 1_500_000
-    vmae = load_tokenizer(FILE, paper="autoencoder")
+    vmae = load_first_stage(FILE, paper="autoencoder")
     images, shown, _ = fresh_scenes(200, JudgeConfig(), seed=8)
     with torch.no_grad():
         latents = vmae.encode(images.float() / 127.5 - 1)

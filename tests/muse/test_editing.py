@@ -6,18 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_modules.common.request import Request
 from lightning_modules.muse import editing
 from lightning_modules.muse.module import MuseModule
+from tests.tiny_generators import MUSE, Greys, K, source, tiny
 
-K, MASK = 8, 8
-SMALL = {"num_codes": K, "hidden": 16, "mlp": 32, "layers": 1, "heads": 2, "max_side": 4,
-         "text_width": 16, "dropout": 0.0}  # fmt: skip
-
-
-def source(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+MASK = K
 
 
 # Windows ----
@@ -112,7 +108,7 @@ def test_rewriting_draws_among_the_likeliest():
     start = torch.zeros(4, 8, 8, dtype=torch.int64)
 
     def predict(x: Tensor, weight: float, keep: Tensor) -> Tensor:
-        logits = torch.tensor([0.0, 3.0, 2.9, 2.8, 2.7, 0.0, 0.0, 0.0])
+        logits = torch.tensor([0.0, 3.0, 2.9, 2.8, 2.7] + [0.0] * (K - 5))
         return logits.expand(int(keep.sum()), K)
 
     network = Wish(0)
@@ -128,39 +124,14 @@ def test_rewriting_draws_among_the_likeliest():
 # Through the stages ----
 
 
-class Greys(nn.Module):
-    """A tokenizer without learning: a picture of 2x2 squares of K greys."""
-
-    num_codes, factor = K, 2
-
-    def encode(self, images: Tensor) -> Tensor:
-        return ((images[:, 0, ::2, ::2] + 1) / 2 * (K - 1)).round().long()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        grey = tokens.float() / (K - 1) * 2 - 1
-        return grey[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
-
-
 @pytest.fixture(params=[False, True], ids=["base", "superres"])
 def module(request: pytest.FixtureRequest) -> MuseModule:
     """A base of random weights for 4x4 tokens, with or without super-resolution to 8x8."""
-    high = {**SMALL, "low_num_codes": K, "low_layers": 1, "low_max_side": 4, "block": 2,
-            "max_side": 8}  # fmt: skip
-    config: dict[str, Any] = {
-        "paper": "muse", "grid": [4, 4], "num_codes": K, "model": SMALL,
-        "text": {"name": "bytes", "width": 16, "buckets": 64},
-        "sampling": {"steps": 3, "superres": {"steps": 2}, "edit": {"iterations": 5}},
-    }  # fmt: skip
-    if request.param:
-        config["superres"] = {"enabled": True, "model": high}
-        config["high"] = {"grid": [8, 8], "num_codes": K}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = MuseModule(config)
-        for p in made.parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, std=0.3)
-    return made.attach(Greys()).eval()
+    high = {**MUSE, "low_num_codes": K, "low_layers": 1, "low_max_side": 4, "block": 2}
+    further = {"superres": {"enabled": True, "model": high},
+               "high": {"grid": [8, 8], "num_codes": K}}  # fmt: skip
+    sampling = {"steps": 3, "superres": {"steps": 2}, "edit": {"iterations": 5}}
+    return tiny("muse", 0.3, sampling=sampling, **(further if request.param else {}))
 
 
 def pictures(n: int, height: int, width: int) -> Tensor:
@@ -170,32 +141,32 @@ def pictures(n: int, height: int, width: int) -> Tensor:
 
 
 def test_inpainting_keeps_the_known_pixels(module: MuseModule) -> None:
-    side = 4 * module.factor
+    side = 4 * module.pixels_per_token
     start = pictures(2, side, side)
-    cells = side // module.mask_factor
+    cells = side // module.pixels_per_cell
     mask = torch.zeros(2, cells, cells, dtype=torch.bool)
     mask[0, : cells // 2], mask[1, 0, 1] = True, True
-    out = module.sample(["a", "b"], seeds=[1, 2], start=start, mask=mask)
-    f = module.mask_factor
+    out = module.sample(Request(["a", "b"], [1, 2], start=start, mask=mask))
+    f = module.pixels_per_cell
     hidden = mask.repeat_interleave(f, 1).repeat_interleave(f, 2)[:, None].expand_as(out)
     assert torch.equal(out[~hidden], start[~hidden])
     assert not torch.equal(out, start)
 
 
 def test_the_base_generates_every_token_that_the_mask_touches(module: MuseModule) -> None:
-    side, states = 4 * module.factor, []
-    cells = side // module.mask_factor
+    side, states = 4 * module.pixels_per_token, []
+    cells = side // module.pixels_per_cell
     mask = torch.zeros(1, cells, cells, dtype=torch.bool)
     mask[0, 0, 1] = True  # with super-resolution a quarter of the base's token (0, 0)
-    module.sample(["a"], seeds=[1], start=pictures(1, side, side), mask=mask,
-                  on_step=lambda i, before, after: states.append(before))  # fmt: skip
+    asked = Request(["a"], [1], start=pictures(1, side, side), mask=mask)
+    module.sample(asked, on_step=lambda i, before, after: states.append(before))
     place = (0, 0) if module.superres is not None else (0, 1)
     assert (states[0][0] == MASK).nonzero().tolist() == [list(place)]
 
 
 @pytest.mark.parametrize("where", ["left", "right", "all around"])
 def test_outpainting_beyond_the_trained_size(where: str, module: MuseModule) -> None:
-    side, f = 4 * module.factor, module.mask_factor
+    side, f = 4 * module.pixels_per_token, module.pixels_per_cell
     inner = pictures(2, side, side)
     left, right, top, bottom = {"left": (side, 0, 0, 0), "right": (0, side // 2, 0, 0),
                                 "all around": (8, 8, 8, 16)}[where]  # fmt: skip
@@ -203,32 +174,31 @@ def test_outpainting_beyond_the_trained_size(where: str, module: MuseModule) -> 
     known = torch.zeros(canvas.shape[-2:], dtype=torch.bool)
     known[top : top + side, left : left + side] = True
     mask = ~known[::f, ::f].expand(2, -1, -1)
-    out = module.sample(["a", "b"], seeds=[1, 2], start=canvas, mask=mask)
+    out = module.sample(Request(["a", "b"], [1, 2], start=canvas, mask=mask))
     assert out.shape == canvas.shape
     assert torch.equal(out[..., known], canvas[..., known])
-    again = module.sample(["b"], seeds=[2], start=canvas[1:], mask=mask[1:])
+    again = module.sample(Request(["b"], [2], start=canvas[1:], mask=mask[1:]))
     assert torch.equal(again[0], out[1])  # whatever else is in the batch
 
 
 def test_larger_pictures_from_text(module: MuseModule) -> None:
-    out = module.sample(["a"], seeds=[1], grid=(4, 7))
-    assert out.shape == (1, 3, 4 * module.factor, 7 * module.factor)
+    out = module.sample(Request(["a"], [1], grid=(4, 7)))
+    assert out.shape == (1, 3, 4 * module.pixels_per_token, 7 * module.pixels_per_token)
 
 
 def test_editing_without_a_mask(module: MuseModule) -> None:
-    side = 4 * module.factor
+    side = 4 * module.pixels_per_token
     start, low = pictures(2, side, side), []
-    edited = module.pictures(["a", "b"], seeds=[1, 2], start=start, rewrite_all=True,
-                             on_step=lambda i, a, b: low.append(b))["base"]  # fmt: skip
-    assert len(low) == 5 and torch.equal(module.tokenizer.decode(low[-1]), edited)
+    asked = Request(["a", "b"], [1, 2], start=start, rewrite=True)
+    both = module.sample(asked, on_step=lambda i, before, after: low.append(after))
     small = start[..., ::2, ::2] if module.superres is not None else start
+    edited = module.first_stage.decode(low[-1])
     unchanged = (edited == small).float().mean()
-    assert 0.6 < float(unchanged) < 1  # at most 5 of 16 tokens are drawn, one at a time
-    alone = module.sample(["b"], seeds=[2], start=start[1:], rewrite_all=True)
-    both = module.sample(["a", "b"], seeds=[1, 2], start=start, rewrite_all=True)
+    assert len(low) == 5 and 0.6 < float(unchanged) < 1  # at most 5 of 16 tokens, one at a time
+    assert (edited.shape == both.shape) == (module.superres is None)
+    alone = module.sample(Request(["b"], [2], start=start[1:], rewrite=True))
     assert torch.equal(alone[0], both[1])
-    none = module.pictures(["a", "b"], seeds=[1, 2], start=start, rewrite_all=True,
-                           edit={"iterations": 0})["base"]  # fmt: skip
-    assert torch.equal(none, small)
-    with pytest.raises(ValueError, match="needs start"):
-        module.sample(["a"], seeds=[0], rewrite_all=True)
+    tokens = module.first_stage.encode(small)
+    none = module.settings({"edit": {"iterations": 0}})
+    asked = Request(["a", "b"], [1, 2], start=tokens, rewrite=True)
+    assert torch.equal(module.sample_tokens(asked, none), tokens)

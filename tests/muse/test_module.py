@@ -10,48 +10,34 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.common.text import Condition
+from lightning_modules.common.request import Request
 from lightning_modules.muse import process
 from lightning_modules.muse.module import MuseModule, SuperResModule
+from tests.tiny_generators import (
+    BATCHES,
+    BYTES,
+    CAPTIONS,
+    GRID,
+    MUSE,
+    Greys,
+    K,
+    Stop,
+    batch,
+    exact,
+    same,
+    source,
+    tiny,
+)
 
-K, GRID, HIGH = 12, (4, 4), (8, 8)
-MODEL = {"num_codes": K, "hidden": 16, "mlp": 32, "layers": 2, "heads": 2, "max_side": 8,
-         "text_width": 16, "dropout": 0.1}  # fmt: skip
-UVIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 24, "in_channels": 8, "block_out_channels": 8, "block_num_heads": 2,
-        "num_res_blocks": 1, "vocab_size": K + 2, "codebook_size": K, "encoder_hidden_size": 16,
-        "cond_embed_dim": 12, "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20}  # fmt: skip
-SUPERRES = {**MODEL, "low_num_codes": K, "low_layers": 1, "low_max_side": 8, "block": 2,
+HIGH = (8, 8)
+SUPERRES = {**MUSE, "low_num_codes": K, "low_layers": 1, "low_max_side": 8, "block": 2,
             "max_side": 16}  # fmt: skip
-BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
-SAMPLING = {"steps": 4, "guidance_start": 1.0, "guidance_end": 3.0, "superres": {"steps": 3}}
-CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
-BATCHES = 3
+SEEDS = [1, 2, 3, 4]
 
 Make = Callable[..., MuseModule]
-
-
-class Colours(nn.Module):
-    """A tokenizer without learning: a picture of 2x2 squares of K greys. Its weights are a trap."""
-
-    num_codes, factor = K, 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trap = nn.Parameter(torch.zeros(1))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return ((images[:, 0, ::2, ::2] + 1) / 2 * (K - 1)).round().long()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        grey = tokens.to(self.trap.dtype) / (K - 1) * 2 - 1
-        return grey[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
-
-    def codebook(self) -> Tensor:
-        return torch.linspace(-1, 1, K, dtype=self.trap.dtype)[:, None]
 
 
 @pytest.fixture(scope="session")
@@ -74,32 +60,23 @@ def make(clip_folder: str) -> Make:
     """Make a module of one kind; keyword arguments extend its sections."""
     clip = {"name": "clip", "path": clip_folder, "projected": True, "hidden_state": -2,
             "unit_norm": False}  # fmt: skip
-    kinds: dict[str, dict[str, Any]] = {
-        "muse": {"network": "muse", "model": MODEL, "text": BYTES},
-        "learned": {"network": "muse", "model": {**MODEL, "null_text": "learned"}, "text": BYTES},
-        "empty": {"network": "muse", "model": {**MODEL, "null_text": "empty"}, "text": BYTES},
-        "critic": {"network": "muse", "model": MODEL, "text": BYTES, "critic": {"layers": 1}},
-        "uvit": {"network": "uvit", "uvit": UVIT, "text": clip},
-        "superres": {"network": "muse", "model": MODEL, "text": BYTES,
-                     "superres": {"enabled": True, "model": SUPERRES},
-                     "high": {"grid": [*HIGH], "num_codes": K}},
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "muse": ("muse", {}),
+        "learned": ("muse learned", {}),
+        "empty": ("muse", {"model": {"null_text": "empty"}}),
+        "critic": ("muse critic", {}),
+        "uvit": ("muse uvit", {"text": clip, "uvit": {"cond_embed_dim": 12}}),
+        "superres": ("muse", {"superres": {"enabled": True, "model": SUPERRES},
+                              "high": {"grid": [*HIGH], "num_codes": K},
+                              "sampling": {"superres": {"steps": 3}}}),
     }  # fmt: skip
 
-    def build(kind: str = "muse", random: float | None = None, **sections: Any) -> MuseModule:
-        config: dict[str, Any] = {"paper": "muse", "seed": 5, "grid": [*GRID], "num_codes": K,
-                                  "sampling": SAMPLING, **kinds[kind]}  # fmt: skip
-        for name, section in sections.items():
-            both = isinstance(section, dict) and name in config
-            config[name] = {**config[name], **section} if both else section
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            module = MuseModule(config)
-            if random:  # the initialisation begins with next to no dependence on anything
-                for p in module.parameters():
-                    if p.ndim > 1:
-                        nn.init.normal_(p, std=random)
-        module.attach(Colours())
-        return module.eval()
+    def build(kind: str = "muse", random: float = 0.0, **sections: Any) -> MuseModule:
+        name, own = kinds[kind]
+        for key, section in sections.items():
+            both = isinstance(section, dict) and key in own
+            own = {**own, key: {**own[key], **section} if both else section}
+        return tiny(name, random, **own)
 
     return build
 
@@ -108,139 +85,108 @@ def make(clip_folder: str) -> Make:
 def upscaler(make: Make) -> Callable[..., SuperResModule]:
     """Make the super-resolution stage alone, on top of a base of random weights."""
 
-    def build(random: float | None = None, **superres: Any) -> SuperResModule:
+    def build(random: float = 0.0, **superres: Any) -> SuperResModule:
         base = make(random=0.3)
         whole = make("superres", random, superres={"enabled": True, "model": SUPERRES, **superres})
         assert whole.superres is not None
-        return whole.superres.attach_low(base.tokenizer, base)
+        return whole.superres.attach(base.first_stage, low=base.first_stage, base=base)
 
     return build
-
-
-def exact(module: MuseModule) -> MuseModule:
-    """The module in float64, so that different orders of summing draw no other token."""
-    module.double().attach(Colours().double())
-    for part in (module, module.superres):
-        if part is not None:
-            _exact_text(part)
-    return module
-
-
-def _exact_text(part: Any) -> None:
-    encode = part.encode_text
-
-    def double(captions: list[str]) -> Condition:
-        c = encode(captions)
-        return Condition(c.tokens.double(), c.mask, None if c.pooled is None else c.pooled.double())
-
-    part.encode_text = double
 
 
 KINDS = ["muse", "learned", "empty", "critic", "uvit"]
 
 
-def batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(K, (n, *GRID), generator=generator)
-    return {"tokens": tokens, "caption": [CAPTIONS[i % 4] for i in range(n)]}
-
-
 def high_batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
-    low = batch(seed, n)
+    low = batch("muse", seed, n)
     high = low["tokens"].repeat_interleave(2, 1).repeat_interleave(2, 2)
     return {"tokens": high, "low": low["tokens"], "caption": low["caption"]}
 
 
-def source(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def fit(module: Any, epochs: int, ckpt: Path | None = None, make_batch: Any = batch,
+def fit(module: SuperResModule, epochs: int, ckpt: Path | None = None,
         callbacks: list[L.Callback] | None = None) -> L.Trainer:  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,
     )  # fmt: skip
-    batches: Any = [make_batch(i) for i in range(BATCHES)]
+    batches: Any = [high_batch(i) for i in range(BATCHES)]
     loader: Any = DataLoader(batches, batch_size=None)
     trainer.fit(module.train(), loader, loader, ckpt_path=ckpt)
     return trainer
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-class Stop(L.Callback):
-    """Ends a training after so many epochs, with the schedule of the whole one."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
 # Save, reload, resume ----
 
 
-@pytest.mark.parametrize("kind", ["critic", "superres"])
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    kind: str, make: Make, upscaler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_stage_equals_an_uninterrupted_one(
+    upscaler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     optim = {"lr": 1e-2, "ema": 0.9, "warmup_steps": 2, "schedule": "cosine"}
-
-    def fresh() -> Any:
-        if kind == "superres":
-            return upscaler(optim=optim, low="predicted")
-        return make(kind, optim=optim)
-
-    batches = high_batch if kind == "superres" else batch
-    whole, half, resumed = fresh(), fresh(), fresh()
-    fit(whole, 4, make_batch=batches)
-    fit(half, 4, make_batch=batches, callbacks=[Stop(2)]).save_checkpoint(tmp_path / "half.ckpt")
+    whole, half, resumed = (upscaler(optim=optim, low="predicted") for _ in range(3))
+    fit(whole, 4)
+    fit(half, 4, callbacks=[Stop(2)]).save_checkpoint(tmp_path / "half.ckpt")
     torch.manual_seed(99)
-    trainer = fit(resumed, 4, tmp_path / "half.ckpt", batches)
-    assert trainer.global_step == 4 * BATCHES
+    assert fit(resumed, 4, tmp_path / "half.ckpt").global_step == 4 * BATCHES
     assert same(whole.state_dict(), resumed.state_dict())
     assert not same(whole.state_dict(), half.state_dict())
-    assert whole.average is not None and resumed.average is not None
     assert same(whole.average.shadow, resumed.average.shadow)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "superres"])
-def test_reloads_with_safe_loading(
-    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_both_stages_reload_with_safe_loading(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    module = make(kind, random=0.3)
-    module.sample(CAPTIONS[:1], seeds=[0])  # loads the frozen encoder
+    module = make("superres", random=0.3)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = MuseModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Colours()).eval()
+    again = MuseModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Greys()).eval()
     assert same(module.state_dict(), again.state_dict())
-    rooms = {"network", "text_encoder", "critic", "superres"}
-    assert {name.partition(".")[0] for name in module.state_dict()} <= rooms
-    one, two = (m.sample(CAPTIONS, seeds=[1, 2, 3, 4]) for m in (module, again))
+    rooms = {"network", "text_encoder", "superres"}
+    assert {name.partition(".")[0] for name in module.state_dict()} == rooms
+    one, two = (m.sample(Request(CAPTIONS, SEEDS)) for m in (module, again))
     assert torch.equal(one, two)
 
 
 def test_the_stages_put_together_are_what_was_trained(make: Make, upscaler: Any) -> None:
-    """The checkpoint of a run: the base's tensors, and the stage's under superres."""
-    base, stage = make(random=0.3), upscaler(random=0.3)
-    whole = make("superres")
-    state = {**base.state_dict(), **{f"superres.{k}": v for k, v in stage.state_dict().items()}}
-    assert whole.state_dict().keys() == state.keys()
-    whole.load_state_dict(state)
-    tokens = base.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4])
-    high = stage.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], low=tokens)
-    made = whole.pictures(CAPTIONS, seeds=[1, 2, 3, 4])
-    assert list(made) == ["base", "superres"]
-    assert torch.equal(made["base"], base.tokenizer.decode(tokens))
-    assert torch.equal(made["superres"], stage.tokenizer.decode(high))
-    assert made["superres"].shape == (4, 3, 16, 16)
+    """From two files, or from one in which the second's tensors are called superres.*."""
+    base = make(random=0.3, sampling={"superres": {"steps": 3}})
+    stage = upscaler(random=0.3)
+    own, part = base.export(), stage.export()
+    joined = {**own[0], **{f"superres.{k}": v for k, v in part[0].items()}}
+    settings = {**own[1], **{k: part[1][k] for k in ("superres", "high")}}
+    tokens = base.sample_tokens(Request(CAPTIONS, SEEDS))
+    high = stage.sample_tokens(Request(CAPTIONS, SEEDS, low=tokens))
+    for state, config, parts in ((*own, {"superres": part}), (joined, settings, {})):
+        whole = MuseModule.assemble(state, config, parts, "x").attach(Greys()).eval()
+        assert whole.superres is not None and same(whole.superres.state_dict(), part[0])
+        assert torch.equal(whole.sample_tokens(Request(CAPTIONS, SEEDS)), tokens)
+        made = whole.sample(Request(CAPTIONS, SEEDS))
+        assert torch.equal(made, stage.first_stage.decode(high)) and made.shape == (4, 3, 16, 16)
+
+
+def test_without_its_part_a_checkpoint_is_the_base_alone(make: Make) -> None:
+    """Whatever the settings say: they name what is trained."""
+    state, config = make(random=0.3).export()
+    settings = {**make("superres").export()[1], "seed": config["seed"]}
+    alone = MuseModule.assemble(state, settings, {}, "x").attach(Greys()).eval()
+    assert alone.superres is None and alone.config.superres.enabled
+    assert alone.sample(Request(CAPTIONS, SEEDS)).shape == (4, 3, 8, 8)
+    with pytest.raises(ValueError, match="x: MuseModule has no part prior"):
+        MuseModule.assemble(state, settings, {"prior": ({}, {})}, "x")
+
+
+def test_the_first_stage_of_high_res_tokens(make: Make) -> None:
+    other = Greys()
+    for key in ("first_stage", "tokenizer"):  # the latter in older files
+        named = {"file": "high.safetensors", "sha256": "0"}
+        module = make("superres", high={"grid": [*HIGH], "num_codes": K, key: named})
+        assert module.further_first_stages() == {"high": named}
+    module.attach(Greys(), high=other)
+    assert module.superres is not None and module.superres.first_stage is other
+    assert module.final_first_stage is other is not module.first_stage
+    assert make("superres").further_first_stages() == make().further_first_stages() == {}
 
 
 # The loss ----
@@ -255,7 +201,7 @@ def test_the_loss_is_the_masked_cross_entropy(
     objective = {"label_smoothing": 0.2, "text_drop": 0.0, "reduction": reduction,
                  "visible_weight": visible, "visible_law": "rate", "min_rate": 0.2}  # fmt: skip
     module = make(kind, random=0.3, objective=objective)
-    given, network = batch(n=6), module.network
+    given, network = batch("muse", n=6), module.network
     loss, scalars = module.loss(given, source())
     tokens, chance = given["tokens"], source()
     rates = torch.cos(torch.rand(6, generator=chance) * torch.pi / 2).clamp(min=0.2)
@@ -291,20 +237,12 @@ def test_rectangles_are_masked_as_often_as_asked(share: float, make: Make) -> No
     assert float(boxes[several].float().mean()) == pytest.approx(share, abs=0.1)
 
 
-def test_all_chance_is_the_generators(make: Make) -> None:
-    module = make("critic", random=0.3)
-    before = torch.get_rng_state()
-    one, two = (module.loss(batch(), source(7))[0] for _ in range(2))
-    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(one, module.loss(batch(), source(8))[0])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drop", [0.0, 0.5, 1.0])
 def test_every_parameter_gets_a_gradient(kind: str, drop: float, make: Make) -> None:
     """Whatever is hidden: DDP waits for the gradient of a parameter that was not used."""
     module = make(kind, random=0.3, objective={"text_drop": drop})
-    module.loss(batch(), source())[0].backward()
+    module.loss(batch("muse"), source())[0].backward()
     assert [n for n, p in module.named_parameters() if p.grad is None] == []
 
 
@@ -312,7 +250,7 @@ def test_every_parameter_gets_a_gradient(kind: str, drop: float, make: Make) -> 
 def test_a_dropped_caption_leaves_no_trace(kind: str, make: Make) -> None:
     def loss(drop: float, captions: list[str]) -> Tensor:
         module = make(kind, random=0.3, objective={"text_drop": drop})
-        return module.loss({**batch(), "caption": captions}, source())[0]
+        return module.loss({**batch("muse"), "caption": captions}, source())[0]
 
     others = CAPTIONS[::-1]
     torch.testing.assert_close(loss(1.0, CAPTIONS), loss(1.0, others))
@@ -326,16 +264,16 @@ def test_the_dropped_caption_of_training_is_that_of_guidance(kind: str, make: Ma
     x = torch.full((4, *GRID), module.network.mask_id)
     keep = torch.ones_like(x, dtype=torch.bool)
     x[:, 0] = 1  # not all alike
-    trained = module.side(CAPTIONS, torch.ones(4, dtype=torch.bool))
-    guided = module.side(None)
-    rows = [module.network.mixed_rows(x, [side], [1.0], keep) for side in (trained, guided)]
+    trained = module.condition(CAPTIONS, torch.ones(4, dtype=torch.bool))
+    guided = module.condition(None)
+    rows = [module.network.mixed_rows(x, [c], [1.0], keep) for c in (trained, guided)]
     torch.testing.assert_close(*rows)
 
 
 def test_overfits_one_batch_and_draws_it(make: Make) -> None:
     """A few captions, a few grids: the loss falls, and each caption gives its grid back."""
-    module = make(model={**MODEL, "dropout": 0.0, "hidden": 32}).train()
-    given = {**batch(), "caption": CAPTIONS}
+    module = make(model={**MUSE, "dropout": 0.0, "hidden": 32}).train()
+    given = {**batch("muse"), "caption": CAPTIONS}
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
     losses = []
     for i in range(160):
@@ -347,14 +285,15 @@ def test_overfits_one_batch_and_draws_it(make: Make) -> None:
     assert losses[0] == pytest.approx(math.log(K), abs=0.1)
     assert sum(losses[-20:]) / 20 < 0.3 * losses[0]
     shown, sure = CAPTIONS[:2] + CAPTIONS[3:], {"guidance_end": 1.5, "temperature_start": 0.5}
-    drawn = module.eval().sample_tokens(shown, seeds=[0, 1, 2], temperature_end=0.3, **sure)
+    settings = module.settings({**sure, "temperature_end": 0.3})
+    drawn = module.eval().sample_tokens(Request(shown, [0, 1, 2]), settings)
     wanted = given["tokens"][[0, 1, 3]]  # type: ignore[index]
     assert (drawn == wanted).float().mean() > 0.8
 
 
 def test_the_critic_learns_what_is_drawn(make: Make) -> None:
     """Pictures of one and the same token; a generator that knows nothing draws others."""
-    module = make("critic", model={**MODEL, "dropout": 0.0, "hidden": 32}).train()
+    module = make("critic", model={**MUSE, "dropout": 0.0, "hidden": 32}).train()
     module.network.requires_grad_(False)
     critic: Any = module.critic
     optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2)
@@ -367,44 +306,30 @@ def test_the_critic_learns_what_is_drawn(make: Make) -> None:
     assert scalars["critic"] < 0.3
     tokens = torch.full((1, *GRID), 3)
     tokens[0, 1, 2] = 7
-    scores = module.eval()._scores(critic, tokens, module._critic_side([""]))
+    scores = module.eval().critic_of([""])(tokens)
     assert int(scores.flatten().argmin()) == 6
 
 
 # Sampling ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pictures_do_not_depend_on_their_batch(kind: str, make: Make) -> None:
-    order = {"order": "critic", "frozen": False} if kind == "critic" else {"order": "halton"}
-    for sampling in ({}, order):
-        module = exact(make(kind, random=0.3))
-        seeds = [5, 6, 7, 8]
-        together = module.sample_tokens(CAPTIONS, seeds=seeds, **sampling)
-        for i, caption in enumerate(CAPTIONS):
-            alone = module.sample_tokens([caption], seeds=[seeds[i]], **sampling)
-            assert torch.equal(alone[0], together[i])
-        assert len({tuple(t.flatten().tolist()) for t in together}) == 4
-        other = module.sample_tokens(CAPTIONS, seeds=[9, 10, 11, 12], **sampling)
-        assert not torch.equal(other, together)
-
-
 def test_guidance_runs_as_it_is_asked(make: Make) -> None:
-    module, shares = make(random=0.3), []
+    module, used = make(random=0.3), []
     mixed_rows = module.network.mixed_rows
 
-    def record(x: Tensor, sides: Any, weights: Any, keep: Tensor) -> Tensor:
-        shares.append(list(weights))
-        return mixed_rows(x, sides, weights, keep)
+    def record(x: Tensor, conditions: Any, weights: Any, keep: Tensor) -> Tensor:
+        used.append(list(weights))
+        return mixed_rows(x, conditions, weights, keep)
 
     module.network.mixed_rows = record  # type: ignore[method-assign, assignment]
-    module.sample_tokens(CAPTIONS[:1], seeds=[0])
-    assert [len(s) for s in shares] == [1, 2, 2, 2]  # the first step has scale 1
-    assert [s[0] for s in shares] == pytest.approx([1, 5 / 3, 7 / 3, 3])
-    assert all(sum(s) == pytest.approx(1) for s in shares)
-    shares.clear()
-    module.sample_tokens(CAPTIONS[:1], seeds=[0], guidance_start=0.0, guidance_end=0.0)
-    assert shares == [[1.0]] * 4
+    asked = Request(CAPTIONS[:1], [0])
+    module.sample_tokens(asked)
+    assert [len(w) for w in used] == [1, 2, 2, 2]  # the first step has scale 1
+    assert [w[0] for w in used] == pytest.approx([1, 5 / 3, 7 / 3, 3])
+    assert all(sum(w) == pytest.approx(1) for w in used)
+    used.clear()
+    module.sample_tokens(asked, module.settings({"guidance_start": 0.0, "guidance_end": 0.0}))
+    assert used == [[1.0]] * 4
 
 
 @pytest.mark.parametrize("kind", ["muse", "uvit"])
@@ -412,36 +337,36 @@ def test_negative_prompts_and_blends(kind: str, make: Make) -> None:
     module, seeds = exact(make(kind, random=0.3)), [1, 2]
     prompts, others = CAPTIONS[:2], [CAPTIONS[3]] * 2
 
-    def draw(**options: Any) -> Tensor:
-        return module.sample_tokens(prompts, seeds=seeds, **options)
+    def draw(guidance: float | None = None, **options: Any) -> Tensor:
+        scales = {} if guidance is None else {"guidance_start": guidance, "guidance_end": guidance}
+        return module.sample_tokens(Request(prompts, seeds, **options), module.settings(scales))
 
-    unguided = draw(guidance_start=1.0, guidance_end=1.0)
-    same_side = draw(guidance_start=3.0, guidance_end=3.0, negative=prompts)
-    assert torch.equal(unguided, same_side)  # guidance between two equal sides is none
+    # guidance between two equal conditions is none
+    assert torch.equal(draw(1.0), draw(3.0, negative=prompts))
     assert not torch.equal(draw(negative=others), draw())
     assert torch.equal(draw(blend_with=others, blend=0.0), draw())
-    whole = module.sample_tokens(others, seeds=seeds)
+    whole = module.sample_tokens(Request(others, seeds))
     assert torch.equal(draw(blend_with=others, blend=1.0), whole)
 
 
 def test_known_tokens_never_change(make: Make) -> None:
-    module, start = make(random=0.3), batch(3)["tokens"]
+    module, start = make(random=0.3), batch("muse", 3)["tokens"]
     mask = torch.rand(start.shape, generator=source(1)) < 0.4
     for sampling in ({}, {"order": "halton"}, {"frozen": False}, {"first_step": 2}):
-        out = module.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], start=start, mask=mask, **sampling)
+        asked = Request(CAPTIONS, SEEDS, start=start, mask=mask)
+        out = module.sample_tokens(asked, module.settings(sampling))
         assert torch.equal(out[~mask], start[~mask]) and bool((out < K).all())
         assert not torch.equal(out, start)
-    with pytest.raises(ValueError, match="needs the given tokens"):
-        module.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], mask=mask)
 
 
 def test_variations_keep_what_their_first_step_has_opened(make: Make) -> None:
-    module, start = make(random=0.3), batch(3)["tokens"]
-    kept, seeds = [], [1, 2, 3, 4]
+    module, start = make(random=0.3), batch("muse", 3)["tokens"]
+    kept = []
     for first in (1, 2, 3):
         states: list[Tensor] = []
         note = partial(lambda found, i, before, after: found.append(before), states)
-        module.sample_tokens(CAPTIONS, seeds=seeds, start=start, first_step=first, on_step=note)
+        settings = module.settings({"first_step": first})
+        module.sample_tokens(Request(CAPTIONS, SEEDS, start=start), settings, note)
         ratio = process.mask_ratio("cosine", torch.tensor(first / 4))
         assert (states[0] == K).flatten(1).sum(1).tolist() == [round(16 * float(ratio))] * 4
         known = states[0] != K
@@ -455,10 +380,8 @@ def test_settings_of_sections_are_replaced_one_by_one(make: Make) -> None:
     settings = module.settings({"steps": 7, "superres": {"top_k": 2}})
     assert settings.steps == 7 and settings.guidance_end == 3.0
     assert settings.superres.steps == 3 and settings.superres.top_k == 2
-    with pytest.raises(ValueError, match="has no setting 'stepz'"):
-        module.sample_tokens(["a"], seeds=[0], stepz=3)
     with pytest.raises(ValueError, match="trained without one"):
-        module.sample_tokens(["a"], seeds=[0], order="critic")
+        module.sample_tokens(Request(["a"], [0]), module.settings({"order": "critic"}))
 
 
 def test_a_frozen_encoder_reads_the_empty_caption_once(make: Make) -> None:
@@ -466,17 +389,38 @@ def test_a_frozen_encoder_reads_the_empty_caption_once(make: Make) -> None:
     encode = module.encode_text
     module.encode_text = lambda c: (asked.append(c), encode(c))[1]  # type: ignore[method-assign]
     for _ in range(3):
-        module.sample_tokens(CAPTIONS[:1], seeds=[0])
+        module.sample_tokens(Request(CAPTIONS[:1], [0]))
     assert asked.count([""]) == 1 and len(asked) == 4
 
 
-@pytest.mark.parametrize("kind", ["muse", "superres"])
-def test_wrong_codes_are_named(kind: str, make: Make) -> None:
-    with pytest.raises(ValueError, match=r"model.num_codes must be the tokenizer's 13 codes"):
-        make(kind, num_codes=13)
-    if kind == "superres":
-        with pytest.raises(ValueError, match=r"superres.model.low_num_codes must be"):
-            make(kind, num_codes=13, model={**MODEL, "num_codes": 13})
+MISFITS: list[tuple[str, dict[str, Any], str]] = [
+    ("muse", {"num_codes": 13}, r"model\.num_codes must be the tokenizer's 13 codes, got 12"),
+    ("uvit", {"num_codes": 13}, r"uvit\.codebook_size must be the tokenizer's 13 codes, got 12"),
+    ("muse", {"model": {"text_width": 8}}, r"model\.text_width must be text\.width \(16\)"),
+    ("muse", {"model": {"max_side": 3}}, r"model\.max_side must be at least the token grid's 4"),
+    ("uvit", {"uvit": {"cond_embed_dim": 8}, "text": BYTES}, "uvit.cond_embed_dim must be text"),
+    ("uvit", {"text": {"projected": False}}, "add text.name=clip and text.projected=true"),
+    ("uvit", {"critic": {"layers": 1}}, "critic.layers must be 0 with network=uvit"),
+    ("uvit", {"uvit": {"downsample": True}, "grid": [5, 4]}, "data.resolution must be a multiple"),
+    ("superres", {"num_codes": 13, "model": {"num_codes": 13}},
+     r"superres\.model\.low_num_codes must be the tokenizer's 13 codes"),
+    ("superres", {"high": {"num_codes": 13}}, r"superres\.model\.num_codes must be the tokeni"),
+    ("superres", {"high": {"grid": [32, 32]}}, r"superres\.model\.max_side must be at least"),
+    ("superres", {"high": {"grid": [9, 8]}}, "data.resolution must be a multiple of 2, got 9"),
+    ("superres", {"superres": {"model": {**SUPERRES, "low_max_side": 3}}},
+     r"superres\.model\.low_max_side must be at least the token grid's 4, got 3"),
+    ("superres", {"superres": {"model": {**SUPERRES, "text_width": 8}}},
+     r"superres\.model\.text_width must be text\.width \(16\)"),
+    ("superres", {"superres": {"factor": 8}}, r"superres\.model\.max_side must be at least"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "sections", "message"), MISFITS, ids=lambda v: str(v)[:40])
+def test_sections_that_do_not_fit(
+    kind: str, sections: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(kind, **sections)
 
 
 # The super-resolution stage ----
@@ -486,7 +430,7 @@ def test_low_tokens_of_training(upscaler: Any) -> None:
     given = high_batch()
     real = upscaler()
     assert torch.equal(real.low_tokens(given, source()), given["low"])
-    pictures = {"image": Colours().decode(given["tokens"]), "caption": given["caption"]}
+    pictures = {"image": Greys().decode(given["tokens"]), "caption": given["caption"]}
     assert torch.equal(real.low_tokens(pictures, source()), given["low"])
     predicted, many = upscaler(low="predicted", low_rate=1.0), high_batch(n=64)
     low = predicted.low_tokens(many, source())
@@ -500,7 +444,7 @@ def test_low_tokens_of_training(upscaler: Any) -> None:
 def test_the_base_is_not_trained_by_its_super_resolution(upscaler: Any) -> None:
     stage = upscaler(low="predicted", optim={"lr": 1e-2})
     before = {k: v.clone() for k, v in stage._attached["base"].state_dict().items()}
-    trainer = fit(stage, 1, make_batch=high_batch)
+    trainer = fit(stage, 1)
     assert same(before, stage._attached["base"].state_dict())
     assert not any("base" in name for name in stage.state_dict())
     groups = trainer.optimizers[0].param_groups
@@ -526,24 +470,30 @@ def test_learns_to_enlarge(upscaler: Any) -> None:
         loss.backward()
         optimizer.step()
     fresh = high_batch(999)
-    drawn = stage.eval().sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4], low=fresh["low"],
-                                       superres={"guidance_end": 1.0})  # fmt: skip
+    settings = stage.settings({"superres": {"guidance_end": 1.0}})
+    drawn = stage.eval().sample_tokens(Request(CAPTIONS, SEEDS, low=fresh["low"]), settings)
     assert (drawn == fresh["tokens"]).float().mean() > 0.9
 
 
 def test_stages_do_not_depend_on_their_batch(make: Make) -> None:
     module = exact(make("superres", random=0.3))
-    together = module.sample(CAPTIONS, seeds=[1, 2, 3, 4])
+    exact(module.superres)
+    together = module.sample(Request(CAPTIONS, SEEDS))
     for i, caption in enumerate(CAPTIONS):
-        assert torch.equal(module.sample([caption], seeds=[1 + i])[0], together[i])
-    other = module.sample(CAPTIONS, seeds=[1, 2, 3, 4], superres={"steps": 5})
+        assert torch.equal(module.sample(Request([caption], [SEEDS[i]]))[0], together[i])
+    more = module.settings({"superres": {"steps": 5}})
+    other = module.sample(Request(CAPTIONS, SEEDS), more)
     assert not torch.equal(other, together)
 
 
 def test_sizes_of_pictures_masks_and_tokens(make: Make) -> None:
     base, both = make(), make("superres")
-    assert (base.factor, base.mask_factor) == (2, 2)
-    assert (both.factor, both.mask_factor) == (4, 2)
+    assert (base.pixels_per_token, base.pixels_per_cell, base.size_unit) == (2, 2, 2)
+    assert (both.pixels_per_token, both.pixels_per_cell, both.size_unit) == (4, 2, 4)
+    model = {**SUPERRES, "block": 4}
+    coarse = make("superres", superres={"model": model})
+    assert coarse.size_unit == 8  # blocks of 4 high-res tokens of 2 pixels
+    assert make("uvit", uvit={"downsample": True}).size_unit == 4
     assert base.fixed_size and both.fixed_size and not make("uvit").fixed_size
 
 
@@ -557,4 +507,4 @@ def test_a_frozen_encoder_is_held_once(make: Make, clip_folder: str) -> None:
 def test_the_stage_needs_low_tokens(make: Make) -> None:
     stage: Any = make("superres").superres
     with pytest.raises(ValueError, match="needs low"):
-        stage.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4])
+        stage.sample_tokens(Request(CAPTIONS, SEEDS))

@@ -1,4 +1,4 @@
-"""PaellaModule: training, resuming, conditions dropped, and every way to sample."""
+"""PaellaModule: its average, its loss, conditions dropped, and every way to sample."""
 
 import math
 from collections.abc import Callable
@@ -10,46 +10,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.request import Request
 from lightning_modules.common.text import Condition
 from lightning_modules.paella import process
 from lightning_modules.paella.config import SamplingConfig
 from lightning_modules.paella.module import PaellaModule
+from tests.tiny_generators import (
+    BYTES,
+    CAPTIONS,
+    GRID,
+    PAELLA,
+    SAMPLING,
+    Greys,
+    K,
+    exact,
+    fit,
+    same,
+    source,
+)
 
-K, GRID = 12, (4, 4)
-V3 = {"c_in": 8, "c_out": 8, "num_labels": K, "c_r": 8, "patch_size": 1, "c_cond": 16,
-      "c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
-      "clip_embd": 0, "clip_image": False, "byt5_embd": 16, "dropout": 0.1}  # fmt: skip
 V1 = {"num_labels": K, "c_hidden": 16, "c_clip": 12, "c_r": 8, "down_levels": [1, 1],
       "up_levels": [1, 1]}  # fmt: skip
-BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
-SAMPLING = {"steps": 4, "guidance_start": 3.0, "guidance_end": 2.0}
-CAPTIONS = ["a red circle", "one large blue square, right", "", "two things"]
-BATCHES = 3
-
 Make = Callable[..., PaellaModule]
-
-
-class Colours(nn.Module):
-    """A tokenizer without learning: a picture of 2x2 squares of K greys. Its weights are a trap."""
-
-    num_codes, factor = K, 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trap = nn.Parameter(torch.zeros(1))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return ((images[:, 0, ::2, ::2] + 1) / 2 * (K - 1)).round().long()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        grey = tokens.float() / (K - 1) * 2 - 1
-        return grey[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
-
-    def codebook(self) -> Tensor:
-        return torch.linspace(-1, 1, K, dtype=self.trap.dtype)[:, None]
 
 
 @pytest.fixture
@@ -57,18 +41,21 @@ def make(tiny_t5: str, tiny_clip: dict[str, str]) -> Make:
     """Make a module of one kind; keyword arguments extend its sections."""
     frozen = {"name": "byt5", "path": tiny_t5, **tiny_clip}
     kinds: dict[str, dict[str, Any]] = {
-        "v3": {"network": "v3", "model": V3, "text": BYTES},
+        "v3": {"network": "v3", "model": PAELLA, "text": BYTES},
         "full": {
             "network": "v3",
-            "model": {**V3, "clip_embd": 12, "clip_image": True, "clip_seq_len": 2},
+            "model": {**PAELLA, "clip_embd": 12, "clip_image": True, "clip_seq_len": 2},
             "text": frozen,
         },
-        "v1": {"network": "v1", "v1": V1, "text": {**frozen, "name": "open_clip"}},
-    }
+        "v1": {
+            "network": "v1", "v1": V1, "text": {**frozen, "name": "open_clip"},
+            "sampling": {**SAMPLING["paella"], "schedule": "cosine"},
+        },
+    }  # fmt: skip
 
     def build(kind: str = "v3", random: float | None = None, **sections: Any) -> PaellaModule:
         config: dict[str, Any] = {"paper": "paella", "seed": 5, "grid": [*GRID], "num_codes": K,
-                                  "sampling": SAMPLING, **kinds[kind]}  # fmt: skip
+                                  "sampling": SAMPLING["paella"], **kinds[kind]}  # fmt: skip
         for name, section in sections.items():
             both = isinstance(section, dict) and name in config
             config[name] = {**config[name], **section} if both else section
@@ -78,24 +65,9 @@ def make(tiny_t5: str, tiny_clip: dict[str, str]) -> Make:
             if random:  # the released initialisation begins with logits of 0
                 for p in module.parameters():
                     nn.init.normal_(p, std=random)
-        module.attach(Colours())
-        return module.eval()
+        return module.attach(Greys()).eval()
 
     return build
-
-
-def exact(module: PaellaModule) -> PaellaModule:
-    """The module in float64, so that different orders of summing draw no other token."""
-    module.double().attach(Colours().double())
-    encode_text, encode_images = module.encode_text, module.encode_images
-
-    def double(captions: list[str]) -> Condition:
-        c = encode_text(captions)
-        return Condition(c.tokens.double(), c.mask, None if c.pooled is None else c.pooled.double())
-
-    module.encode_text = double  # type: ignore[method-assign]
-    module.encode_images = lambda images: encode_images(images).double()  # type: ignore[method-assign]
-    return module
 
 
 KINDS = ["v3", "full", "v1"]
@@ -108,97 +80,17 @@ def batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
     return {"tokens": tokens, "image": image, "caption": [CAPTIONS[i % 4] for i in range(n)]}
 
 
-def source(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def fit(
+def draw(
     module: PaellaModule,
-    epochs: int,
-    ckpt: Path | None = None,
-    callbacks: list[L.Callback] | None = None,
-    **options: Any,
-) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks, **options,
-    )  # fmt: skip
-    batches: Any = [batch(i) for i in range(BATCHES)]
-    loader: Any = DataLoader(batches, batch_size=None)
-    trainer.fit(module.train(), loader, loader, ckpt_path=ckpt)
-    return trainer
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# Save, reload, resume ----
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    optim = {"lr": 1e-2, "ema": 0.9, "warmup_steps": 2, "schedule": "cosine"}
-    whole = make(kind, optim=optim)
-    fit(whole, 4)
-    half = make(kind, optim=optim)
-    half_way = fit(half, 4, callbacks=[Stop(2)])
-    half_way.save_checkpoint(tmp_path / "half.ckpt")
-    torch.manual_seed(99)
-    resumed = make(kind, optim=optim)
-    trainer = fit(resumed, 4, tmp_path / "half.ckpt")
-    assert trainer.global_step == 4 * BATCHES
-    assert same(whole.state_dict(), resumed.state_dict())
-    assert not same(whole.state_dict(), half.state_dict())
-    assert whole.average is not None and resumed.average is not None
-    assert same(whole.average.shadow, resumed.average.shadow)
-    assert whole.average.updates == resumed.average.updates == 4 * BATCHES
-
-
-class Stop(L.Callback):
-    """Ends a training after so many epochs, with the schedule of the whole one."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_reloads_with_safe_loading(
-    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    module = make(kind, random=0.3)
-    module.sample_tokens(CAPTIONS[:1], seeds=[0])  # loads the frozen encoders
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = PaellaModule.load_from_checkpoint(tmp_path / "x.ckpt").attach(Colours()).eval()
-    assert same(module.state_dict(), again.state_dict())
-    assert again.config == module.config and again.grid == GRID and again.seed == 5
-    one, two = (m.sample_tokens(CAPTIONS, seeds=[1, 2, 3, 4]) for m in (module, again))
-    assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_checkpoint_contains_what_is_frozen(kind: str, make: Make, tmp_path: Path) -> None:
-    module = make(kind, optim={"ema": 0.5})
-    module.encode_text(CAPTIONS)
-    trainer = fit(module, 1)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    rooms = {"network", "text_encoder"} if kind == "v3" else {"network"}
-    for state in (content["state_dict"], content["ema"]["shadow"], module.export()[0]):
-        assert {name.partition(".")[0] for name in state} == rooms
-        assert state.keys() == module.state_dict().keys()
-    trained = sum(len(g["params"]) for g in content["optimizer_states"][0]["param_groups"])
-    assert trained == len(list(module.parameters()))
-    assert content["hyper_parameters"]["config"]["network"] == module.config.network
+    prompts: list[str] = CAPTIONS,
+    seeds: list[int] | None = None,
+    on_step: Any = None,
+    sampling: dict[str, Any] | None = None,
+    **asked: Any,
+) -> Tensor:
+    """Sample tokens with some of the checkpoint's settings replaced."""
+    request = Request(prompts, seeds or [*range(len(prompts))], **asked)
+    return module.sample_tokens(request, module.settings(sampling or {}), on_step)
 
 
 def test_the_average_has_its_own_key_and_is_what_is_exported(make: Make, tmp_path: Path) -> None:
@@ -244,20 +136,20 @@ def test_the_average_has_its_own_key_and_is_what_is_exported(make: Make, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["v3", "v1"])
-@pytest.mark.parametrize("law", ["released", "wuerstchen"])
-def test_the_loss_is_the_papers(kind: str, law: str, make: Make) -> None:
-    objective = {"eta": 0.4, "label_smoothing": 0.2, "text_drop": 0.0, "t_law": law}
+@pytest.mark.parametrize("t_law", ["released", "wuerstchen"])
+def test_the_loss_is_the_papers(kind: str, t_law: str, make: Make) -> None:
+    objective = {"eta": 0.4, "label_smoothing": 0.2, "text_drop": 0.0, "t_law": t_law}
     module = make(kind, random=0.3, objective=objective)
     given = batch(n=6)
     loss, scalars = module.loss(given, source())
-    tokens, chance = given["tokens"], source()
-    time = torch.rand(6, generator=chance)
+    tokens, generator = given["tokens"], source()
+    time = torch.rand(6, generator=generator)
     if kind == "v1":
         t = torch.cos(time * torch.pi / 2)
     else:
-        t = time = process.noise_rate(time, law)  # type: ignore[arg-type]
-    noise = torch.randint(K, tokens.shape, generator=chance)
-    hit = torch.rand(tokens.shape, generator=chance) <= t[:, None, None]
+        t = time = process.noise_rate(time, t_law)  # type: ignore[arg-type]
+    noise = torch.randint(K, tokens.shape, generator=generator)
+    hit = torch.rand(tokens.shape, generator=generator) <= t[:, None, None]
     x = torch.where(hit, noise, tokens)
     text = module.encode_text(given["caption"])
     network: Any = module.network
@@ -273,14 +165,6 @@ def test_the_loss_is_the_papers(kind: str, law: str, make: Make) -> None:
     assert scalars["accuracy"] == (logits.argmax(1) == tokens).float().mean()
 
 
-def test_all_chance_is_the_generators(make: Make) -> None:
-    module = make("full", random=0.3)
-    before = torch.get_rng_state()
-    one, two = (module.loss(batch(), source(7))[0] for _ in range(2))
-    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(one, module.loss(batch(), source(8))[0])
-
-
 def test_validations_can_be_compared(make: Make) -> None:
     """Every validation draws the same noise, whenever it comes."""
     losses = []
@@ -289,15 +173,6 @@ def test_validations_can_be_compared(make: Make) -> None:
         trainer = fit(make(optim={"lr": 1e-9}), 1 + i)
         losses.append(float(trainer.callback_metrics["val/loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_pictures_are_encoded_where_no_cache_gave_tokens(make: Make) -> None:
-    module, given = make(random=0.3), batch()
-    pictures = {"image": module.tokenizer.decode(given["tokens"]), "caption": given["caption"]}
-    assert torch.equal(module.loss(pictures, source())[0], module.loss(given, source())[0])
-    module.attach(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no tokenizer yet: call attach"):
-        module.loss(pictures, source())
 
 
 def test_overfits_one_batch_and_draws_it(make: Make) -> None:
@@ -319,7 +194,7 @@ def test_overfits_one_batch_and_draws_it(make: Make) -> None:
     start, end = losses[0], sum(losses[-20:]) / 20
     assert start == pytest.approx(math.log(K), abs=1e-4)  # all labels alike
     assert end < 0.3 * start
-    drawn = module.eval().sample_tokens(CAPTIONS[:2] + CAPTIONS[3:], seeds=[0, 1, 2])
+    drawn = draw(module.eval(), CAPTIONS[:2] + CAPTIONS[3:])
     wanted = given["tokens"][[0, 1, 3]]  # type: ignore[index]
     assert (drawn == wanted).float().mean() > 0.9
 
@@ -379,15 +254,15 @@ def test_a_hidden_image_equals_no_image(make: Make) -> None:
             (text := module.encode_text(given["caption"])).tokens, text.pooled, None, text.mask
         )
     )
-    module._training_side = without  # type: ignore[method-assign]
+    module._training_condition = without  # type: ignore[method-assign]
     torch.testing.assert_close(loss_of(module, CAPTIONS, batch()["image"]), masked)
 
 
 def test_images_are_hidden_one_by_one(make: Make) -> None:
     module = make("full", random=0.3, objective={"image_drop": 0.5, "text_drop": 0.0})
     given = batch(n=32)
-    side = module._training_side(given, source())
-    mask = side.blocks[0][0].mask
+    condition = module._training_condition(given, source())
+    mask = condition.blocks[0][0].mask
     hidden = ~mask[:, -2:]
     assert torch.equal(hidden[:, 0], hidden[:, 1]) and 6 < hidden[:, 0].sum() < 26
     assert not torch.equal(hidden[:16, 0], hidden[16:, 0])
@@ -404,7 +279,7 @@ def test_every_parameter_gets_a_gradient(kind: str, drop: float, make: Make) -> 
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
-def test_shares_of_what_is_dropped(per: str, make: Make) -> None:
+def test_how_often_each_is_dropped(per: str, make: Make) -> None:
     rates = {"text_drop": 0.3, "pooled_drop": 0.6, "image_drop": 0.8}
     module = make("full", objective={**rates, "drop_per": per})
     asked: list[list[str]] = []
@@ -427,8 +302,8 @@ def test_shares_of_what_is_dropped(per: str, make: Make) -> None:
     for i in range(rounds):
         asked.clear()
         given = {"caption": ["x"] * count, "image": torch.zeros(count, 3, 1, 1)}
-        side = module._training_side(given, source(i))
-        mask = side.blocks[0][0].mask
+        prepared = module._training_condition(given, source(i))
+        mask = prepared.blocks[0][0].mask
         image = torch.zeros(count, dtype=torch.bool) if mask is None else ~mask[:, -1]
         text = torch.tensor([c == "" for c in asked[0]])
         hidden.append(torch.stack([text, pooled[-1][:, 0] == 0, image], dim=1))  # [B, 3]
@@ -443,9 +318,6 @@ def test_shares_of_what_is_dropped(per: str, make: Make) -> None:
 
 
 def test_what_a_condition_lacks_is_said(make: Make) -> None:
-    module = make("full", text={"clip": None})
-    with pytest.raises(ValueError, match=r"text\.clip=None gives no pooled vectors"):
-        module.loss(batch(), source())
     module = make("full")
     with pytest.raises(ValueError, match=r"add data\.cache=false"):
         module.loss({k: v for k, v in batch().items() if k != "image"}, source())
@@ -456,68 +328,49 @@ def test_what_a_condition_lacks_is_said(make: Make) -> None:
 # Sampling ----
 
 
-SAMPLERS: list[dict[str, Any]] = [
-    {},
-    {"mode": "quant", "quant_steps": 2},
-    {"mode": "argmax", "renoise_mode": "prev"},
-    {"typical_mass": 0.5, "renoise_mode": "rand", "schedule": "cosine"},
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", SAMPLERS, ids=lambda s: s.get("mode", s.get("schedule", "-")))
-def test_a_picture_is_its_prompt_and_seed(kind: str, settings: dict[str, Any], make: Make) -> None:
-    module = exact(make(kind, random=0.3))
-    seeds = [3, 1, 4, 1]
-    together = module.sample_tokens(CAPTIONS, seeds=seeds, **settings)
-    assert together.shape == (4, *GRID) and together.min() >= 0 and together.max() < K
+@pytest.mark.parametrize("kind", ["full", "v1"])
+@pytest.mark.parametrize("mode", ["start", "rand"])
+def test_a_picture_is_its_prompt_and_seed(kind: str, mode: str, make: Make) -> None:
+    module, seeds = exact(make(kind, random=0.3)), [3, 1, 4, 1]
+    sampling = {"typical_mass": 0.5, "renoise_mode": mode}
+    together = draw(module, CAPTIONS, seeds, sampling=sampling)
     for i in (1, 3):
-        alone = module.sample_tokens([CAPTIONS[i]], seeds=[seeds[i]], **settings)
+        alone = draw(module, [CAPTIONS[i]], [seeds[i]], sampling=sampling)
         assert torch.equal(alone[0], together[i])
-    turned = module.sample_tokens(CAPTIONS[::-1], seeds=seeds[::-1], **settings)
+    turned = draw(module, CAPTIONS[::-1], seeds[::-1], sampling=sampling)
     assert torch.equal(turned.flip(0), together)
-    other = module.sample_tokens(CAPTIONS, seeds=[5, 6, 7, 8], **settings)
-    assert not torch.equal(other, together)
-    before = torch.get_rng_state()
-    torch.manual_seed(0)
-    assert torch.equal(module.sample_tokens(CAPTIONS, seeds=seeds, **settings), together)
-    torch.set_rng_state(before)
+    assert not torch.equal(draw(module, CAPTIONS, [5, 6, 7, 8], sampling=sampling), together)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", "v1"])
 def test_the_prompt_matters(kind: str, make: Make) -> None:
     module = make(kind, random=0.3)
     prompts = ["a red circle"] * 8 + ["two blue squares"] * 8
-    drawn = module.sample_tokens(prompts, seeds=[*range(8), *range(8)])
+    drawn = draw(module, prompts, [*range(8), *range(8)])
     assert not torch.equal(drawn[:8], drawn[8:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_negative_prompts(kind: str, make: Make) -> None:
     module = exact(make(kind, random=0.3))
-    seeds = [0, 1, 2, 3]
-
-    def draw(**settings: Any) -> Tensor:
-        return module.sample_tokens(CAPTIONS, seeds=seeds, **settings)
-
-    plain = draw()
-    assert not torch.equal(draw(negative=["blur"] * 4), plain)
+    plain = draw(module)
+    assert not torch.equal(draw(module, negative=["blur"] * 4), plain)
     # away from the prompt itself: w f + (1 - w) f = f, the picture without guidance
-    assert torch.equal(draw(negative=CAPTIONS), draw(guidance_start=1.0, guidance_end=1.0))
-    if kind != "v1":  # whose other side is zeros, not the empty caption
-        assert torch.equal(draw(negative=[""] * 4), plain)
+    unguided = draw(module, sampling={"guidance_start": 1.0, "guidance_end": 1.0})
+    assert torch.equal(draw(module, negative=CAPTIONS), unguided)
+    if kind != "v1":  # whose null condition is zeros, not the empty caption
+        assert torch.equal(draw(module, negative=[""] * 4), plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blends_run_from_one_prompt_to_the_other(kind: str, make: Make) -> None:
     module = exact(make(kind, random=0.3))
-    a, b, seeds = ["a red circle"] * 8, ["two blue squares"] * 8, list(range(8))
-    plain = [module.sample_tokens(prompts, seeds=seeds) for prompts in (a, b)]
-    blended = [module.sample_tokens(a, seeds=seeds, blend_with=b, blend=s) for s in (0, 1, 0.5)]
+    a, b = ["a red circle"] * 8, ["two blue squares"] * 8
+    plain = [draw(module, prompts) for prompts in (a, b)]
+    blended = [draw(module, a, blend_with=b, blend=weight) for weight in (0, 1, 0.5)]
     assert torch.equal(blended[0], plain[0]) and torch.equal(blended[1], plain[1])
     assert not torch.equal(blended[0], blended[1])
-    same_again = module.sample_tokens(a, seeds=seeds, blend_with=a, blend=0.3)
-    assert torch.equal(same_again, plain[0])
+    assert torch.equal(draw(module, a, blend_with=a, blend=0.3), plain[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -534,90 +387,85 @@ def test_a_mask_keeps_known_tokens(kind: str, mode: str, make: Make) -> None:
     def note(i: int, x: Tensor, out: Tensor) -> None:
         seen.extend((x, out))
 
-    drawn = module.sample_tokens(
-        CAPTIONS, seeds=[0, 1, 2, 3], start=start, mask=mask, on_step=note, renoise_mode=mode
-    )
+    sampling = {"renoise_mode": mode}
+    drawn = draw(module, on_step=note, sampling=sampling, start=start, mask=mask)
     for tokens in (*seen, drawn):
         assert torch.equal(tokens[mask == 0], start[mask == 0])
     assert not torch.equal(drawn[0], start[0])
-    whole = module.sample_tokens(CAPTIONS[:1], seeds=[0], renoise_mode=mode)
+    whole = draw(module, CAPTIONS[:1], sampling=sampling)
     assert torch.equal(drawn[:1], whole)  # of a picture of which nothing is known
-    with pytest.raises(ValueError, match="mask needs the given tokens"):
-        module.sample_tokens(CAPTIONS, seeds=[0, 1, 2, 3], mask=mask)
 
 
 @pytest.mark.parametrize(("kind", "schedule"), [("v3", "linear"), ("v1", "cosine")])
 def test_a_variation_starts_from_the_picture_noised(kind: str, schedule: str, make: Make) -> None:
     module = make(kind, random=0.3)
     start = torch.randint(K, (2, 32, 32), generator=source())
-    shares = []
+    kept = []
     for first in (1, 4, 7):
         settings = {"steps": 8, "first_step": first, "schedule": schedule}
         inputs: list[Tensor] = []
-        module.sample_tokens(
-            CAPTIONS[:2], seeds=[0, 1], start=start,
-            on_step=lambda i, x, out, inputs=inputs: inputs.append(x), **settings,
-        )  # fmt: skip
+        note = lambda i, x, out, inputs=inputs: inputs.append(x)  # noqa: E731
+        draw(module, CAPTIONS[:2], on_step=note, sampling=settings, start=start)
         assert len(inputs) == 8 - first
         rate = process.start_rate(SamplingConfig(**settings)).item()  # type: ignore[arg-type]
-        shares.append((inputs[0] == start).float().mean().item())
-        assert shares[-1] == pytest.approx(1 - rate * (1 - 1 / K), abs=0.04)
-    assert shares == sorted(shares)
+        kept.append((inputs[0] == start).float().mean().item())
+        assert kept[-1] == pytest.approx(1 - rate * (1 - 1 / K), abs=0.04)
+    assert kept == sorted(kept)
     # the noise is the picture's own, not the batch's
-    one = module.sample_tokens(CAPTIONS[1:2], seeds=[1], start=start[1:], steps=8, first_step=4)
-    two = module.sample_tokens(CAPTIONS[:2], seeds=[0, 1], start=start, steps=8, first_step=4)
+    settings = {"steps": 8, "first_step": 4}
+    one = draw(module, CAPTIONS[1:2], [1], sampling=settings, start=start[1:])
+    two = draw(module, CAPTIONS[:2], sampling=settings, start=start)
     assert (one[0] == two[1]).float().mean() > 0.99  # float32 sums differ by the batch
 
 
-def test_pictures_come_from_pictures(make: Make) -> None:
-    module = make(random=0.3)
-    start = batch(3)["tokens"]
-    pictures = module.tokenizer.decode(start)
-    mask = torch.zeros(4, *GRID)
-    mask[:, :2] = 1
-    arguments: dict[str, Any] = {"seeds": [0, 1, 2, 3], "mask": mask}
-    tokens = module.sample_tokens(CAPTIONS, start=start, **arguments)
-    images = module.sample(CAPTIONS, start=pictures, **arguments)
-    assert torch.equal(images, module.tokenizer.decode(tokens))
-    assert images.shape == (4, 3, 8, 8)
-
-
 def test_image_vectors_and_attention_weights(make: Make) -> None:
-    module = make("full", random=0.3)
-    image = module.encode_images(batch()["image"])
+    module, images = make("full", random=0.3), batch()["image"]
+    image = module.image_condition(images)
+    assert image is not None and torch.equal(image, module.encode_images(images))
     assert image.shape == (4, 12)
-    seeds = [0, 1, 2, 3]
-    plain = module.sample_tokens(CAPTIONS, seeds=seeds)
-    shown = module.sample_tokens(CAPTIONS, seeds=seeds, image_condition=image)
-    assert not torch.equal(plain, shown)
+    shown = draw(module, image_condition=image)
+    assert not torch.equal(draw(module), shown)
     ones, more = (torch.full((2,), w) for w in (1.0, 4.0))
-    weighted = [
-        module.sample_tokens(CAPTIONS, seeds=seeds, image_condition=image, attn_weights=w)
-        for w in (ones, more)
-    ]
+    weighted = [draw(module, image_condition=image, attention=w) for w in (ones, more)]
     assert torch.equal(weighted[0], shown) and not torch.equal(weighted[1], shown)
     v1 = make("v1", random=0.3)
-    by_text = v1.sample_tokens(CAPTIONS, seeds=seeds)
     vectors = v1.encode_text(CAPTIONS).pooled
-    assert torch.equal(by_text, v1.sample_tokens([""] * 4, seeds=seeds, image_condition=vectors))
+    assert torch.equal(draw(v1), draw(v1, [""] * 4, image_condition=vectors))
+    assert v1.image_condition(images) is None and make().image_condition(images) is None
 
 
 def test_another_grid(make: Make) -> None:
     module = make(random=0.3)
-    assert module.sample_tokens(["x"], seeds=[0], grid=(6, 2)).shape == (1, 6, 2)
+    assert module.size_unit == 2 * 2
+    assert draw(module, ["x"], grid=(6, 2)).shape == (1, 6, 2)
     with pytest.raises(ValueError, match="multiple of 2 on both sides, got 5x4"):
-        module.sample_tokens(["x"], seeds=[0], grid=(5, 4))
+        draw(module, ["x"], grid=(5, 4))
 
 
-def test_settings_of_a_call_win_over_the_checkpoints(make: Make) -> None:
-    module = make(random=0.3)
-    steps: list[int] = []
-    module.sample_tokens(["x"], seeds=[0], steps=2, on_step=lambda i, x, out: steps.append(i))
-    assert steps == [0, 1]
-    with pytest.raises(ValueError, match="SamplingConfig has no setting 'step'"):
-        module.sample_tokens(["x"], seeds=[0], step=2)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        module.sample_tokens(["x"], seeds=[0], steps=0)
+@pytest.mark.parametrize(
+    ("kind", "sections", "message"),
+    [
+        ("v3", {"num_codes": 10}, "model.num_labels must be the tokenizer's 10 codes, got 12"),
+        ("v1", {"num_codes": 10}, "v1.num_labels must be the tokenizer's 10 codes, got 12"),
+        ("v3", {"grid": [6, 5]}, r"data.resolution must be a multiple of 2, got 5"),
+        ("v3", {"text": {"width": 8}}, r"model.byt5_embd must be text.width \(8\) with"),
+        ("v3", {"model": {"clip_embd": 4}}, "model.clip_embd must be 0 without a CLIP encoder"),
+        ("full", {"text": {"clip": None}}, "got 12 with text.name=byt5 and text.clip=None"),
+        ("full", {"text": {"name": "t5"}}, "model.clip_embd must be 0 without a CLIP encoder"),
+        ("v1", {"text": BYTES}, "network=v1 needs one CLIP vector per caption: add text=open_clip"),
+        ("v1", {"sampling": {"schedule": "linear"}}, "sampling.schedule must be cosine with"),
+    ],
+)
+def test_sections_that_do_not_fit(
+    kind: str, sections: dict[str, Any], message: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(kind, **sections)
+
+
+def test_a_schedule_of_the_other_network(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"sampling\.schedule must be linear with network=v3"):
+        draw(make(), sampling={"schedule": "cosine"})
 
 
 def test_the_draw_is_the_common_one() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.pictures import load_png
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments import sample
 from experiments.convert import main
-from experiments.pictures import load_png
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.registry import load_generator
@@ -91,16 +91,16 @@ def training_file(
     network: Denoiser,
     average: Denoiser,
     null: bool = False,
-    codec: dict[str, Tensor] | None = None,
+    tokenizer: dict[str, Tensor] | None = None,
     vocabulary: int = 9,
 ) -> dict:
     """What the released solver writes."""
     text = {f"condition_emb.{k}": v for k, v in clip(vocabulary).items()}
     whole = {**diffusion(network, null), **(text if network.config.condition == "text" else {})}
-    codec = codec or {"enc.encoder.conv_in.weight": torch.zeros(1)}
+    tokenizer = tokenizer or {"enc.encoder.conv_in.weight": torch.zeros(1)}
     return {
         "model": {
-            **{f"content_codec.{k}": v for k, v in codec.items()},
+            **{f"content_codec.{k}": v for k, v in tokenizer.items()},
             **{f"transformer.{k}": v for k, v in whole.items()},
         },
         "ema": {**whole, **diffusion(average, null)},
@@ -297,17 +297,17 @@ def test_every_left_over_missing_or_misshapen_key_is_named() -> None:
         convert({"unet": torch.zeros(1)})
 
 
-CODEC = {
+FIRST_STAGE = {
     "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
     "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "gumbel",
 }  # fmt: skip
 IDS = torch.tensor([0, 1, 0, 0, 2, 3, 0, 0, 4, 0, 0, 5])
 
 
-def codec() -> tuple[VQGANModule, dict[str, Tensor]]:
+def tokenizer() -> tuple[VQGANModule, dict[str, Tensor]]:
     """A tokenizer of 12 codes, and its tensors as encoder and decoder of an official file."""
     torch.manual_seed(4)
-    module = VQGANModule({"model": CODEC, "objective": {"disc_weight": 0.0}})
+    module = VQGANModule({"model": FIRST_STAGE, "objective": {"disc_weight": 0.0}})
     state, halves = module.export()[0], {}
     for key, value in state.items():
         if key.startswith(("encoder.", "quant_conv.", "quantize.")):
@@ -325,7 +325,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., D
     def write(null: bool = False, **changes) -> Denoiser:
         changes = {"condition_dim": WIDTH, "spatial_size": [4, 4], **changes}
         network = ours(**changes)
-        file = training_file(network, network, null, codec()[1], vocabulary=49408)
+        file = training_file(network, network, null, tokenizer()[1], vocabulary=49408)
         torch.save(file, "official.pth")
         torch.save(IDS, "taming_vqvae_6.pt")
         return network
@@ -364,11 +364,11 @@ def test_a_text_file_samples_with_what_came_with_it(
     module = load_generator("x.safetensors")
     same(network, module.network.state_dict())
     assert module.config.schedule.mask_rate == pytest.approx(0.9)
-    assert module.tokenizer.num_codes == 6 and module.grid == (4, 4)
+    assert module.first_stage.num_codes == 6 and module.grid == (4, 4)
     assert torch.equal(module.loss_count, torch.full((5,), 3.0))
-    module.tokenizer.autoencoder.quantize.config.sample_tokens = False
+    module.first_stage.autoencoder.quantize.config.sample_tokens = False
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    assert torch.equal(module.tokenizer.encode(images), IDS[codec()[0].encode(images)])
+    assert torch.equal(module.first_stage.encode(images), IDS[tokenizer()[0].encode(images)])
     cat, dog = pictures("a cat", "a dog")
     assert cat.shape == (3, 8, 8) and not torch.equal(cat, dog)
     moved = tmp_path / "elsewhere"
@@ -464,7 +464,7 @@ def test_a_whole_hugging_face_folder_samples(
         (folder / name).write_text(json.dumps(content))
     save_file({"embeddings": torch.randn(4, 16)}, folder / HF_NULL / "model.safetensors")
     taming = VQGANModule(
-        {"model": {**CODEC, "quantizer": "nearest"}, "objective": {"disc_weight": 0.0}}
+        {"model": {**FIRST_STAGE, "quantizer": "nearest"}, "objective": {"disc_weight": 0.0}}
     )
     save_file(taming.export()[0], folder / "vqvae" / "model.safetensors")
     (folder / "vqvae" / "config.json").write_text(json.dumps({"norm_num_groups": 4}))

@@ -7,9 +7,9 @@ from torch import nn
 from lightning_modules.common.settings import build, plain
 from lightning_modules.vqgan.config import (
     PRESETS,
+    AdversarialOptimConfig,
     ModelConfig,
     ObjectiveConfig,
-    PlayersConfig,
     VQGANConfig,
 )
 from lightning_modules.vqgan.network import NETWORKS
@@ -75,8 +75,8 @@ def test_every_preset_is_tested_and_survives_plain_containers() -> None:
         (ModelConfig, {"decay": 1.0}, "decay"),
         (ModelConfig, {"temperature": 0.0}, "temperature"),
         (ObjectiveConfig, {"disc_start": -1}, "disc_start must be at least 0, got -1"),
-        (PlayersConfig, {"lr": 0.0}, "lr must be positive"),
-        (PlayersConfig, {"betas": [0.9]}, "betas"),
+        (AdversarialOptimConfig, {"lr": 0.0}, "lr must be positive"),
+        (AdversarialOptimConfig, {"betas": [0.9]}, "betas"),
     ],
 )
 def test_settings_out_of_range_are_named(cls: type, settings: dict, said: str) -> None:

@@ -9,16 +9,14 @@ from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from experiments import stages
-from experiments.config import UserError, load
-from lightning_modules.common.checkpoint import file_hash, load_weights, save_weights
+from data.files import file_hash
+from lightning_modules.common.checkpoint import load_weights, save_weights
+from lightning_modules.common.request import Request
 from lightning_modules.muse.module import MuseModule
-from lightning_modules.registry import generator_file, load_generator, load_tokenizer
+from lightning_modules.registry import load_first_stage, load_generator
 from lightning_modules.vqgan.module import VQGANModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory", "ignore:Your `IterableDataset`", "ignore:Found", "ignore:You def"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Found", "ignore:You def")
 TAMING = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
           "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "ema",
           "restart_after": 2}  # fmt: skip
@@ -66,11 +64,11 @@ def finetuned(path: Path, model: dict[str, Any]) -> VQGANModule:
 @pytest.mark.parametrize("wider", [False, True])
 def test_only_the_decoder_is_trained(first: tuple[str, Path], wider: bool, tmp_path: Path) -> None:
     kind, path = first
-    before = load_tokenizer(path)
+    before = load_first_stage(path)
     module = finetuned(path, (WIDER if wider else SAME)[kind])
     new = tmp_path / "new.safetensors"
     save_weights(new, *module.export())
-    after = load_tokenizer(new)
+    after = load_first_stage(new)
     x = images(8, seed=9)
     assert torch.equal(after.encode(x), before.encode(x))
     assert torch.equal(after.codebook(), before.codebook())
@@ -88,7 +86,7 @@ def test_a_decoder_as_wide_is_trained_further(first: tuple[str, Path]) -> None:
     kind, path = first
     module = make(SAME[kind], finetune=str(path))
     module.adopt(load_weights(path)[0], file_hash(path))
-    before = load_tokenizer(path)
+    before = load_first_stage(path)
     tokens = before.encode(images())
     assert torch.equal(module.eval().decode(tokens), before.decode(tokens))
 
@@ -118,31 +116,13 @@ def test_generators_take_the_new_decoder(first: tuple[str, Path], tmp_path: Path
         {"paper": "muse", "grid": [8, 8], "num_codes": 12, "model": model,
          "text": {"name": "bytes", "width": 8, "buckets": 16}}
     )  # fmt: skip
-    save_weights(tmp_path / "g.safetensors", *generator_file(generator, path, path.name))
+    state, config = generator.export()
+    named = {"file": path.name, "sha256": file_hash(path)}
+    save_weights(tmp_path / "g.safetensors", state, {**config, "first_stage": named})
     plain, finer = (load_generator(tmp_path / "g.safetensors", t) for t in (path, new))
-    one, two = (m.sample_tokens(["a"], seeds=[0]) for m in (plain, finer))
-    assert torch.equal(one, two)
-    assert not torch.equal(plain.sample(["a"], seeds=[0]), finer.sample(["a"], seeds=[0]))
+    asked = Request(["a"], [0])
+    assert torch.equal(plain.sample_tokens(asked), finer.sample_tokens(asked))
+    assert not torch.equal(plain.sample(asked), finer.sample(asked))
     # a file fine-tuned twice still says whose tokens it has
-    assert load_tokenizer(new).tokens_of == file_hash(path)
-    assert load_tokenizer(new).export()[1]["tokens_of"] == file_hash(path)
-
-
-def test_a_run_of_the_mode(tmp_path: Path) -> None:
-    words = ["logger=csv", f"cache={tmp_path / 'cache'}"]
-
-    def go(name: str, *more: str) -> Path:
-        config = load("vqgan", "micro", [*words, *more])
-        stages.run("vqgan", "micro", config, tmp_path / name, command="x", say=lambda line: None)
-        return tmp_path / name / "tokenizer.safetensors"
-
-    original = go("a")
-    wider = ["model.decoder_ch=32", "model.decoder_res_blocks=4"]
-    finer = go("b", f"finetune={original}", *wider)
-    x = images(4)
-    assert torch.equal(load_tokenizer(original).encode(x), load_tokenizer(finer).encode(x))
-    assert load_tokenizer(finer).tokens_of == file_hash(original)
-    with pytest.raises(UserError, match="finetune: there is no file none"):
-        stages.plan("vqgan", load("vqgan", "micro", ["finetune=none.safetensors"]))
-    with pytest.raises(UserError, match="does not fit"):
-        go("c", f"finetune={original}", "model.ch=8")
+    assert load_first_stage(new).same_tokens_as == file_hash(path)
+    assert load_first_stage(new).export()[1]["tokens_of"] == file_hash(path)

@@ -150,10 +150,10 @@ def test_schedules_follow_batches_and_not_optimizer_steps(tmp_path: Path) -> Non
     trained, t = fit(tmp_path, 1, module(optim=optim, objective={"disc_start": 0}))
     assert t.global_step == 2 * BATCHES  # Lightning's count, which nothing here may use
     seen = []
-    players = trained.players()
+    optimizers = trained.optimizer_list()
     for trained.batches_seen in (0, 1, 2, 4, 6, 100):
-        trained._set_schedules(players)
-        seen.append([p.param_groups[0]["lr"] for p in players])
+        trained._set_schedules(optimizers)
+        seen.append([p.param_groups[0]["lr"] for p in optimizers])
     rates = torch.tensor(seen)
     torch.testing.assert_close(rates[:, 0], torch.tensor([0.05, 0.1, 0.1, 0.075, 0.05, 0.05]))
     torch.testing.assert_close(rates[:, 1], rates[:, 0] / 10)

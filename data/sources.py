@@ -1,0 +1,98 @@
+"""The samples of one split: scenes and digits are written as shards, those of a user are found."""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from data.digits import digits
+from data.scenes import scenes
+from data.shards import Sample, expand_shards, image_keys, write_shards
+from data.view import ShardList
+
+PER_SHARD = 250  # small, so that a few workers and ranks never lack a shard
+LISTED = "shards.json"
+
+
+def write_embedded(
+    folder: Path, name: str, split: str, size: int, seed: int, resolution: int, max_objects: int
+) -> ShardList:
+    """Write a split of scenes or digits; one that stands complete in the folder is kept.
+
+    Args:
+        folder: of these settings alone.
+        name: scenes or digits.
+        split: one of `data.scenes.SPLITS`; digits have train and val.
+        size: number of samples; of digits at most those that there are.
+        seed: of the data set.
+        resolution: width and height in pixels.
+        max_objects: most things in a scene.
+
+    Raises:
+        ValueError: an unknown name or split.
+    """
+    listed = folder / LISTED
+    if listed.exists():
+        written = ShardList.load(listed)
+        if all(map(os.path.exists, written.paths)):
+            return written
+    samples: Iterator[Sample]
+    if name == "digits":
+        samples = islice(digits(split, resolution=resolution, seed=seed), size)
+    elif name == "scenes":
+        samples = scenes(split, size, seed=seed, resolution=resolution, max_objects=max_objects)
+    else:
+        raise ValueError(f"embedded data are scenes or digits, not {name!r}")
+    written = ShardList(tuple(write_shards(samples, folder, PER_SHARD)))
+    written.save(listed)
+    return written
+
+
+def find_shards(
+    shards: str | Sequence[str],
+    val_shards: str | Sequence[str] | None,
+    split: str,
+    limit: int | None = None,
+) -> ShardList:
+    """List a user's shards of a split; without `val_shards` some keys of `shards` are validation.
+
+    Args:
+        shards: pattern of the training shards, see `expand_shards`.
+        val_shards: pattern of the validation shards.
+        split: train or val.
+        limit: at most so many samples.
+
+    Raises:
+        ValueError: another split, a pattern that matches nothing, or shards in which validation
+            cannot be told apart by key.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"shards have the splits train, val, not {split!r}")
+    if val_shards is not None:
+        return ShardList(
+            tuple(expand_shards(shards if split == "train" else val_shards)), limit=limit
+        )
+    paths = tuple(expand_shards(shards))
+    return ShardList(paths, holdout_share(paths), split == "val", limit)
+
+
+def holdout_share(paths: Sequence[str]) -> float:
+    """Return which share of the keys is validation: 2 %, more where that is fewer than 16 samples.
+
+    Raises:
+        ValueError: all images have one key.
+    """
+    keys: set[str] = set()
+    images = 0
+    for path in paths:
+        for key in image_keys(path):
+            keys.add(key)
+            images += 1
+        if len(keys) >= 800:
+            break
+    if images > 1 and len(keys) == 1:
+        raise ValueError(
+            f"all {images} images of {paths[0]} ... have the key {keys.pop()!r}, the file name up "
+            "to its first dot, so validation cannot be told apart: rename them, or set val_shards"
+        )
+    return min(0.5, max(0.02, 16 / max(1, len(keys))))

@@ -1,0 +1,114 @@
+"""Frechet distance in the features of the scenes' classifier, beside the floor of real pictures.
+
+The reference is a set of real pictures that shares no caption with what is scored: a generator
+that is asked for the very pictures of the reference comes closer to it than other real ones do,
+and its distance falls below the floor. Even rows of the reference are what is compared with; odd
+rows give the floor. Both sides are cut to one n, since the distance falls with n.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.classifier_network import KIND, WEIGHTS, ClassifierConfig, read_classifier, weight_name
+from eval.frechet import frechet_score
+from eval.interval import Score
+from eval.metric import Metric
+from eval.rows import Measure, Measured
+
+SHOWN = {
+    "fd_scenes": Metric(
+        "FD scenes", "Frechet distance in the features of the scenes' classifier", better="lower"
+    ),
+    "fd_scenes_floor": Metric("FD scenes, floor", "real pictures against real pictures"),
+}
+OTHERS = "real pictures of other captions"  # than those of the pictures that are scored
+ABOUT = (
+    "features of a classifier that learnt drawn scenes only, of pictures averaged to 32 px: "
+    "they compare runs on one data set, and say little of what the pictures show"
+)
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features of pictures of which nothing is known: those of the scenes' classifier.
+
+    Rows: features [N, 64] float32.
+    """
+
+    classifier: Path = WEIGHTS / weight_name(KIND, ClassifierConfig())
+    """Weights of the classifier."""
+
+    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        classifier = read_classifier(self.classifier).to(device)
+
+        def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+            features = classifier.read(images)[1].numpy()
+            return Measured({"features": features}, models={"features": classifier.name})
+
+        return measure
+
+
+def score_features(
+    made: Measured,
+    asked: Sequence[Mapping[str, Any]],
+    reference: Measured | None,
+    *,
+    prefix: str,
+    resamples: int,
+    seed: int,
+    about: Mapping[str, Any],
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """Score pictures of which nothing but their features is known.
+
+    Args:
+        made: rows of `FeatureRows`.
+        asked: of no influence.
+        reference: rows of real pictures of other captions; without them there are no scores.
+        prefix, resamples, seed, about: see `eval.scorers.Scorer`.
+
+    Returns:
+        `prefix`/fd_scenes, /fd_scenes_floor, and an empty verdict per picture.
+    """
+    what = {"resamples": resamples, "seed": seed, "about": ABOUT, **about}
+    scores = {} if reference is None else frechet_scores(made, reference, prefix, **what)
+    return scores, [{} for _ in range(len(made))]
+
+
+def frechet_scores(
+    made: Measured, reference: Measured, prefix: str, *, resamples: int, seed: int, **about: Any
+) -> dict[str, Score]:
+    """Return `prefix`/fd_scenes and its floor /fd_scenes_floor, by the rule of this module.
+
+    Args:
+        made: features [N, d] of generated pictures, N >= 2.
+        reference: features [M, d] of real ones, M >= 4.
+        prefix: put before the names.
+        resamples: bootstrap draws of a mean; a fifth of it is taken here.
+        seed: seed of the bootstrap.
+        about: stored beside the scores.
+
+    Raises:
+        ValueError: too few pictures, or features of different networks.
+    """
+    if len(made) < 2 or len(reference) < 4:
+        raise ValueError(
+            "a Frechet distance needs at least 2 generated and 4 real pictures, "
+            f"got {len(made)} and {len(reference)}"
+        )
+    model = made.models["features"]
+    if reference.models["features"] != model:
+        raise ValueError(f"features of {model} and {reference.models['features']} do not compare")
+    base, floor = reference.rows["features"][0::2], reference.rows["features"][1::2]
+    n = min(len(made), len(floor))
+    what: dict[str, Any] = {"resamples": max(2, resamples // 5), "seed": seed, "model": model}
+    what |= {"reference": f"{len(base)} {OTHERS}", **about}
+    return {
+        f"{prefix}/fd_scenes": frechet_score(made.rows["features"][:n], base, **what),
+        f"{prefix}/fd_scenes_floor": frechet_score(floor[:n], base, **what),
+    }

@@ -1,0 +1,54 @@
+"""Every score by name: how it is made of rows, and how it is shown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from eval import digits, edits, features, latents, reconstruction, scenes
+from eval.interval import Score
+from eval.metric import Metric
+from eval.rows import Measured
+
+
+class Scorer(Protocol):
+    """Rows to scores."""
+
+    def __call__(
+        self,
+        made: Measured,
+        asked: Sequence[Mapping[str, Any]],
+        reference: Measured | None,
+        *,
+        prefix: str,
+        resamples: int,
+        seed: int,
+        about: Mapping[str, Any],
+    ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+        """Return the scores by name, and of every picture what is right and wrong in it.
+
+        Args:
+            made: rows of what is scored, made by the extractor of the same module.
+            asked: what was asked of each picture.
+            reference: rows of real pictures that share no caption with what is scored.
+            prefix: put before the names.
+            resamples: bootstrap draws of the intervals.
+            seed: seed of the bootstrap.
+            about: stored beside every score.
+        """
+        ...
+
+
+SCORERS: dict[str, Scorer] = {
+    "scenes": scenes.score_scenes,
+    "digits": digits.score_digits,
+    "features": features.score_features,
+    "reconstruction": reconstruction.score_reconstruction,
+    "edits": edits.score_edits,
+}
+METRICS: dict[str, Metric] = {
+    **scenes.SHOWN,
+    **edits.SHOWN,
+    **digits.SHOWN,
+    **features.SHOWN,
+    **reconstruction.SHOWN,
+    **latents.SHOWN,
+}

@@ -1,0 +1,159 @@
+"""What every command shares: errors in one line, signals, the console, the grammar of its words."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from experiments.pipeline.ranks import is_leader
+from experiments.settings import ConfigError, UserError, pick
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong word as a ConfigError: one line, no usage.
+
+    Words that are no options are `key=value` settings, anywhere on the line.
+    """
+
+    def __init__(self, command: str, description: str = "", epilog: str = "") -> None:
+        super().__init__(
+            prog=command,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.add_argument("--help", "-h", action="store_true", help="this text")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise ConfigError(message)
+
+    def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Split a command line into its options and the other words.
+
+        Raises:
+            ConfigError: an unknown option; names the nearest.
+        """
+        args, words = self.parse_known_args(argv)
+        options = [o for action in self._actions for o in action.option_strings]
+        for word in words:
+            if word.startswith("-") and "=" not in word:
+                pick("option", word, options)
+        return args, words
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into a KeyboardInterrupt and remembers which it was."""
+
+    def __init__(self) -> None:
+        """Install the handlers."""
+        self.received: int | None = None
+        self.process = os.getpid()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt at the first signal, end at once at the second."""
+        # data workers inherit the handler with the fork; they just end
+        if os.getpid() != self.process or self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def command(
+    run: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str],
+    interrupted: str = "interrupted; the same command resumes",
+) -> int:
+    """Run a command; errors that a person can put right become one line.
+
+    Args:
+        run: does what the words ask for; returns an exit code, or None for 0.
+        argv: the words.
+        interrupted: what is said after Ctrl-C or SIGTERM.
+
+    Returns:
+        The exit code: 0, 1 failed, 2 refused, 130 or 143 interrupted.
+    """
+    signals = Signals()
+    try:
+        return run(argv) or 0
+    except ConfigError as error:
+        return _end(f"error: {error}", 2)
+    except UserError as error:
+        return _end(f"error: {error}", 1)
+    except (KeyboardInterrupt, SystemExit):
+        if signals.received is None:
+            raise
+        # Lightning turns a KeyboardInterrupt in its loops into exit code 1
+        return _end(interrupted, 128 + signals.received)
+    finally:
+        signals.restore()
+
+
+def _end(line: str, code: int) -> int:
+    if is_leader():
+        print(line, file=sys.stderr)
+    return code
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def speaker() -> Callable[[str], None]:
+    """Return the function that prints one line of progress; silent on all ranks but 0."""
+    if not is_leader():
+        return lambda line: None
+    screen = console()
+
+    def say(line: str) -> None:
+        text = Text(line)
+        text.highlight_regex(r"^\[\d+/\d+\] [\w ]+:?", "bold")
+        text.highlight_regex(r"\breused\b", "green")
+        screen.print(text, soft_wrap=True)
+
+    return say
+
+
+def console() -> Console:
+    """Make a console that cuts nothing off when its output goes to a file."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def columns(rows: Mapping[str, str]) -> list[str]:
+    """Lay names and texts out in two columns."""
+    width = max((len(key) for key in rows), default=0)
+    return [f"  {key:<{width}}  {text}".rstrip() for key, text in rows.items()]
+
+
+def prepare_torch() -> None:
+    """Make torch swift on a CPU, and keep Lightning's remarks and hints off the screen."""
+    # threads that wait for each other should not do so by spinning for long: beside any other
+    # process a training on all cores would crawl
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    import torch  # seconds of start-up, after all that can be refused
+
+    # a GELU's far tail is full of numbers below 1e-38, with which a CPU is six times slower; here,
+    # before torch makes its threads, which take this over
+    torch.set_flush_denormal(True)
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}.utilities.rank_zero").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

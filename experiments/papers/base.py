@@ -1,0 +1,473 @@
+"""What every paper's run has: its settings, its first stage, and how its stages are put together.
+
+A paper is a dataclass of settings with three things of its own: PRESETS, `check`, and, where the
+usual chain of cache, training and sampling is not all, `drawing`. Nothing outside asks which it is.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from data.config import DataConfig
+from experiments.pipeline.data import Captions, Data, PictureSource
+from experiments.pipeline.encode import Encode, EncodedView
+from experiments.pipeline.first_stage import MEASURED, Given, Statistics
+from experiments.pipeline.generator import Generator
+from experiments.pipeline.loop import Loop, Monitor
+from experiments.pipeline.sample import Sample
+from experiments.pipeline.stage import Machine
+from experiments.pipeline.train import FirstStageRecipe, GeneratorRecipe, Train
+from experiments.settings import ConfigError, resolved
+from lightning_modules.common.checks import at_least
+from lightning_modules.common.interfaces import Geometry
+
+ROOT = Path(__file__).parents[2]
+LPIPS_SCENES = ROOT / "eval" / "weights" / "lpips-32px-2objects.safetensors"
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what machine a module is trained."""
+
+    max_steps: int = 1000
+    """Training batches that each device sees; with accumulate=k there are k batches per update."""
+    epoch_steps: int = 250
+    """Batches per virtual epoch (at most: epochs are equal); checkpoints stand at its borders."""
+    batch_size: int = 64
+    """Samples per batch and device."""
+    accumulate: int = 1
+    """Batches whose gradients are summed before one update."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic; auto is bf16-mixed on CUDA and 32-true elsewhere."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    devices: int = 1
+    """Devices per node."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
+    """How devices work together; auto is ddp where there are several."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    keep_every: int = 0
+    """Virtual epochs between two weights that are kept beside resume.ckpt, as
+    weights-STEP.safetensors for experiments.average; 0 keeps none."""
+    val_batches: int = 4
+    """Batches of the validation loss after every virtual epoch; 0 for none."""
+    log_every: int = 20
+    """Batches between two logged points."""
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+    """Progress display; auto is rich on a terminal and plain lines elsewhere."""
+
+    def __post_init__(self) -> None:
+        names = ("max_steps", "epoch_steps", "batch_size", "accumulate", "devices", "num_nodes")
+        at_least(self, 1, *names, "log_every")
+        at_least(self, 0, "keep_every", "val_batches")
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """Number and length of the virtual epochs; their product is exactly max_steps.
+
+        The length is the largest that divides max_steps and does not exceed epoch_steps; where
+        that is less than half of epoch_steps, the whole training is one epoch.
+        """
+        for length in range(min(self.epoch_steps, self.max_steps), self.epoch_steps // 2, -1):
+            if self.max_steps % length == 0:
+                return self.max_steps // length, length
+        return 1, self.max_steps
+
+    def loop(self, world: int) -> Loop:
+        """Return what of this changes the result, for trainings on `world` devices."""
+        return Loop(*self.epochs, self.batch_size, self.accumulate, self.precision, world)
+
+    def monitor(self) -> Monitor:
+        """Return what is watched."""
+        return Monitor(self.val_batches, self.log_every, self.keep_every)
+
+    def check_adversarial(self, section: str) -> None:
+        """Refuse what a training with a discriminator cannot do.
+
+        Raises:
+            ValueError: in manual optimization Lightning does not accumulate, and would clip scaled
+                gradients.
+        """
+        if self.accumulate != 1:
+            raise ValueError(
+                f"{section}.accumulate must be 1 for a first stage, got {self.accumulate}"
+            )
+        if self.precision == "16-mixed":
+            raise ValueError(
+                f"{section}.precision must not be 16-mixed for a first stage; take bf16-mixed or "
+                "32-true"
+            )
+
+
+@dataclass
+class EvalConfig:
+    """What is sampled and scored."""
+
+    prompts: int = 512
+    """Prompts (or images, for a first stage) of the val split that are scored."""
+    heldout: int = 256
+    """Prompts with attribute combinations that training never shows; 0 where there are none."""
+    batch_size: int = 64
+    """Pictures that are encoded, made or scored at once; across sizes they agree up to rounding."""
+    seed: int = 0
+    """Seed of the pictures: prompt i is drawn with seed + i, of the heldout with 1000000 more."""
+    bootstrap: int = 1000
+    """Resamples behind each score's 95 % interval."""
+    grid: int = 64
+    """Pictures in samples.png."""
+    traces: int = 4
+    """Prompts whose tokens are shown step by step in the report."""
+    edits: int = 0
+    """Scenes of which one half is generated anew for a changed caption, and scored; 0 for none."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "prompts")
+        at_least(self, 1, "batch_size", "bootstrap", "grid")
+        at_least(self, 0, "heldout", "seed", "traces", "edits")
+
+
+@dataclass
+class FirstStageSection:
+    """What stands under a generator: a finished first stage, or the settings that train one."""
+
+    preset: str = "tiny"
+    """File of the first stage's own configs that fills the settings of its training."""
+    ckpt: str | None = "shipped"
+    """shipped (the one that comes with the project), a checkpoint file, or null to train it."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long; the machine's settings are those of the run's own trainer section."""
+
+
+@dataclass(frozen=True)
+class FirstStageKind:
+    """A kind of first stage, as papers name it."""
+
+    section: str
+    """The section of a generator's run that holds it."""
+    paper: str
+    """The paper that trains it alone, and the folder of its YAMLs."""
+    config: type
+    """The settings of its module."""
+    presets: Mapping[str, Mapping[str, Any]]
+    """Section of these -> name -> settings."""
+    measures: Callable[[Any], tuple[int, int | None, int | None]]
+    """Settings of the module -> factor, number of codes, channels of latents."""
+    files: tuple[str, ...] = ()
+    """Settings that name files which its training reads."""
+    statistics: bool = False
+    """Whether the statistics of its latents are those of a run's own pictures."""
+
+
+class Reader(NamedTuple):
+    """What a paper knows of the files of others."""
+
+    read: Callable[..., Any]
+    """Generators: (source, hints) -> Foreign; first stages: (source, hints, aside) -> export."""
+    reads: str
+    """Lines of help: what can be read."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run builds its stages of."""
+
+    paper: str
+    data: Data
+    first_stage: Any
+    """A stage with the file of the first stage."""
+
+
+Draw = Callable[[Captions, int, int], dict[str, Sample]]
+"""Captions, seed of the first and number of traces -> prefix of scores -> their pictures."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a trained paper draws."""
+
+    generator: Generator
+    """The generator with all its parts."""
+    draw: Draw
+    shown: str = "eval"
+    """Prefix of the pictures that a person is shown."""
+    resolution: int | None = None
+    """Width and height of the final pictures, where they are not the data's."""
+
+
+@dataclass
+class RunSettings:
+    """What every paper's run has."""
+
+    FIRST_STAGE: ClassVar[FirstStageKind]
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {}  # section -> name -> its dataclass
+
+    seed: int = 0
+    """Seed of initial weights, data order and noise."""
+    logger: Literal["wandb", "csv"] = "wandb"
+    """Where curves go; wandb writes offline where there is no key or login."""
+    cache: str = "runs/cache"
+    """Folder of stage results, shared by all runs."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The captioned images."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long and on what machine."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is sampled and scored."""
+
+    def check(self) -> None:
+        """Check that the sections fit each other.
+
+        Raises:
+            ValueError: they do not; the message begins with the setting.
+        """
+        at_least(self, 0, "seed")
+        if self.data.name != "digits":  # which has the samples that it has
+            sizes = [("prompts", "val_size"), ("heldout", "heldout_size"), ("edits", "val_size")]
+            for name, size in sizes if self.data.name == "scenes" else sizes[:1]:
+                wanted, there = getattr(self.eval, name), getattr(self.data, size)
+                if wanted > there:
+                    raise ValueError(
+                        f"eval.{name} must be at most data.{size} ({there}), got {wanted}"
+                    )
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files of this paper are read."""
+        raise NotImplementedError
+
+    @property
+    def first_stage(self) -> Any:
+        """The section of the first stage, wherever this run keeps it."""
+        raise NotImplementedError
+
+    @property
+    def world(self) -> int:
+        """Processes that train together."""
+        return self.trainer.devices * self.trainer.num_nodes
+
+    def machine(self, **more: Any) -> Machine:
+        """Return where and how the stages work."""
+        names = ("accelerator", "devices", "num_nodes", "strategy", "compile")
+        return Machine(
+            device=device_of(self.trainer.accelerator),
+            batch_size=self.eval.batch_size,
+            max_skipped=self.data.max_skipped,
+            progress=self.trainer.progress,
+            classifiers=Path(self.cache) / "classifiers",
+            trainer={name: getattr(self.trainer, name) for name in names},
+            **more,
+        )
+
+    def source(self, data: Data, resolution: int | None = None) -> PictureSource:
+        """Return the training pictures as they are read, without a cache."""
+        return PictureSource(
+            data.shards("train", resolution), data.view(resolution), self.data.order()
+        )
+
+    def lpips(self) -> Path | None:
+        """Return the weights of the first stage's perceptual term; `shipped` are those of scenes.
+
+        Raises:
+            ConfigError: there is nothing at that path.
+        """
+        given = self.first_stage.objective.lpips_path
+        if given is None:
+            return None
+        path = LPIPS_SCENES if given == "shipped" else Path(given)
+        if not path.exists():
+            raise ConfigError(f"objective.lpips_path: there is no file or folder {path}")
+        return path
+
+    def first_stage_file(self) -> Path | None:
+        """Return the finished first stage that a run names, None where it is to be trained.
+
+        Raises:
+            ConfigError: the file is not there.
+        """
+        kind, section = self.FIRST_STAGE, self.first_stage
+        if section.ckpt is None:
+            return None
+        folder = ROOT / "lightning_modules" / shipped_folder(kind) / "shipped"
+        shipped = folder / f"{section.preset}.safetensors"
+        path = shipped if section.ckpt == "shipped" else Path(section.ckpt)
+        if not path.is_file():
+            if section.ckpt != "shipped":
+                raise ConfigError(f"{kind.section}.ckpt: there is no file {path}")
+            have = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors")))
+            raise ConfigError(
+                f"{kind.section}.ckpt: none ships for the preset {section.preset} (shipped: "
+                f"{have}); add {kind.section}.ckpt=null to train it"
+            )
+        return path
+
+    def first_stage_stage(self, data: Data) -> Any:
+        """Return the stage that names or trains the first stage."""
+        kind, section, path = self.FIRST_STAGE, self.first_stage, self.first_stage_file()
+        stage: Any = None
+        if path is not None:
+            stage = Given(path, kind.paper)
+        else:
+            plain = resolved(section)
+            own = {f.name: plain[f.name] for f in dataclasses.fields(kind.config)}
+            own["objective"]["lpips_path"] = self.lpips()
+            for name in kind.files:
+                own[name] = existing(name, own[name])
+            recipe = FirstStageRecipe(kind.paper, own)
+            stage = Train(
+                kind.section, recipe, self.source(data), section.trainer.loop(self.world),
+                self.seed, data.shards("val"), section.trainer.monitor(),
+            )  # fmt: skip
+        if not kind.statistics:
+            return stage
+        shards, view = data.shards("train"), dataclasses.replace(data.view(), flip=False)
+        count = MEASURED if shards.size is None else min(MEASURED, shards.size)
+        return Statistics(stage, shards, view, count, self.seed)
+
+    def drawing(self, materials: Materials) -> Drawing | None:
+        """Return what is drawn by the trained generator; None where there is none."""
+        return None
+
+
+@dataclass
+class GeneratorRun(RunSettings):
+    """A generator on top of a first stage."""
+
+    LATER: ClassVar[tuple[str, ...]] = ()  # sections that the generator's training does not read
+
+    @property
+    def first_stage(self) -> Any:
+        """The section of the first stage."""
+        return getattr(self, self.FIRST_STAGE.section)
+
+    def check(self) -> None:
+        """Check that the sections fit each other, and the first stage."""
+        super().check()
+        self.first_stage.trainer.check_adversarial(f"{self.FIRST_STAGE.section}.trainer")
+        geometry = self.geometry()
+        if geometry is not None:
+            self.check_fit(geometry)
+
+    def check_fit(self, first: Geometry) -> None:
+        """Check the paper's sections and the first stage; the module's own settings know how."""
+        raise NotImplementedError
+
+    def geometry(self) -> Geometry | None:
+        """Return the grid of the first stage; None where only its file knows."""
+        measures = measures_of(self.FIRST_STAGE, self.first_stage)
+        return None if measures is None else Geometry.of(self.data.resolution, *measures)
+
+    def reads_text(self) -> bool:
+        """Whether captions are what the generator is conditioned on."""
+        return True
+
+    def trained_settings(self) -> dict[str, Any]:
+        """Return the paper's own sections that its training reads, as plain containers."""
+        shared = {f.name for f in dataclasses.fields(GeneratorRun)}
+        without = {self.FIRST_STAGE.section, "sampling", *shared, *self.LATER}
+        plain = {k: v for k, v in resolved(self).items() if k not in without}
+        plain["text"] = used_text(plain["text"]) if self.reads_text() else {}
+        return plain
+
+    def encoded(
+        self, data: Data, *views: EncodedView, resolution: int | None = None
+    ) -> Encode | PictureSource:
+        """Return what a generator learns from: the cache, or pictures."""
+        if not self.data.cache:
+            return self.source(data, resolution)
+        return Encode(data.shards("train", resolution), data.view(resolution), views)
+
+    def base(self, m: Materials) -> Train:
+        """Return the training of the generator."""
+        name = "tokens" if not self.FIRST_STAGE.statistics else "moments"
+        source = self.encoded(m.data, EncodedView(name, m.first_stage))
+        recipe = GeneratorRecipe(
+            m.paper, self.trained_settings(), m.first_stage, self.data.resolution
+        )
+        loop, monitor = self.trainer.loop(self.world), self.trainer.monitor()
+        return Train("train", recipe, source, loop, self.seed, m.data.shards("val"), monitor)
+
+    def drawing(self, materials: Materials) -> Drawing:
+        """Return what is drawn: one set of pictures, scored as `eval`."""
+        first, name = materials.first_stage, self.FIRST_STAGE.section
+        generator = Generator(self.base(materials), first, name)
+        sampling = resolved(self)["sampling"]
+
+        def draw(captions: Captions, seed: int, traces: int) -> dict[str, Sample]:
+            return {"eval": Sample(generator, captions, sampling, seed, traces)}
+
+        return Drawing(generator, draw)
+
+
+def existing(name: str, path: str | None) -> Path | None:
+    """Return the path that a setting names, None where it names none.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"{name}: there is no file {path}")
+    return None if path is None else Path(path)
+
+
+def shipped_folder(kind: FirstStageKind) -> str:
+    """Return the folder of lightning_modules that holds a kind's module and shipped files."""
+    return kind.config.__module__.split(".")[1]
+
+
+def measures_of(kind: FirstStageKind, section: Any) -> tuple[int, int | None, int | None] | None:
+    """Return factor, codes and channels of the first stage of a section; None where unknown."""
+    if section.ckpt in (None, "shipped"):
+        return kind.measures(section)
+    return measures_of_file(kind, Path(section.ckpt))
+
+
+def measures_of_file(kind: FirstStageKind, path: Path) -> tuple[int, int | None, int | None] | None:
+    """Read the same from a file's settings, without its tensors; None where it has none."""
+    from lightning_modules.common.settings import build
+
+    try:
+        with safe_open(path, "np") as file:
+            config = json.loads((file.metadata() or {})["config"])
+        names = {f.name for f in dataclasses.fields(kind.config)}
+        return kind.measures(build(kind.config, {k: v for k, v in config.items() if k in names}))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None  # it is refused, with its reason, when it is read
+
+
+def used_text(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a text encoder reads; local files as Paths, known by content."""
+    clip = ("clip", "clip_pretrained")
+    names = {
+        "bytes": ("width", "layers", "buckets", "max_length"),
+        "byt5": ("path", "max_length", "mask_padding", *clip),
+        "t5": ("path", "max_length", "mask_padding"),
+        "open_clip": clip,
+        "clip": ("path", "hidden_state", "unit_norm", "projected", "pad_id"),
+    }[text["name"]]
+    used = {"name": text["name"], **{name: text[name] for name in names}}
+    for name in ("path", "clip_pretrained"):
+        if used.get(name) and Path(used[name]).exists():
+            used[name] = Path(used[name])
+    return used
+
+
+def device_of(wanted: str) -> str:
+    """Return where a single process encodes, samples and scores.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted, True):
+        raise ConfigError(f"trainer.accelerator={wanted}: this machine shows none; use cpu or auto")
+    return wanted if wanted != "auto" else next((k for k, v in there.items() if v), "cpu")

@@ -1,0 +1,157 @@
+"""Muse: parallel decoding of masked tokens, and super-resolution on top of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data.files import file_hash
+from experiments.papers.base import (
+    Drawing,
+    Materials,
+    Reader,
+    TrainerConfig,
+    existing,
+    measures_of_file,
+)
+from experiments.papers.vqgan import TOKENIZER, TOKENIZER_PRESETS, TokenRun
+from experiments.pipeline.data import Captions
+from experiments.pipeline.encode import EncodedView
+from experiments.pipeline.first_stage import Given
+from experiments.pipeline.generator import Generator
+from experiments.pipeline.sample import Sample
+from experiments.pipeline.stage import Folders, Stage, plain_paths
+from experiments.pipeline.train import Train, attachable
+from experiments.settings import resolved
+from lightning_modules.common.interfaces import Geometry
+from lightning_modules.muse.config import MODELS, PRESETS, SUPERRES_MODELS, UVIT_MODELS, MuseConfig
+
+
+@dataclass
+class MuseRun(MuseConfig, TokenRun):
+    """Muse: text to tokens by parallel decoding of masked tokens, and super-resolution on top."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("superres", "superres_trainer")
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": MODELS,
+        "uvit": UVIT_MODELS,
+        "superres.model": SUPERRES_MODELS,
+        "sampling": PRESETS,
+        **TOKENIZER_PRESETS,
+    }
+
+    superres_trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long the super-resolution stage is trained; the machine's settings are trainer's."""
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.muse import convert
+
+        return Reader(convert.read, convert.READS)
+
+    @property
+    def high_resolution(self) -> int:
+        """Width and height of the pictures that super-resolution makes."""
+        return self.data.resolution * self.superres.factor
+
+    def check(self) -> None:
+        """Check that the sections fit each other, and super-resolution its own tokenizer."""
+        super().check()
+        path = existing("superres.tokenizer", self.superres.tokenizer)
+        if self.superres.enabled and path is not None:
+            measures = measures_of_file(TOKENIZER, path)
+            if measures is not None:
+                self.superres.check_high(Geometry.of(self.high_resolution, *measures))
+
+    def drawing(self, materials: Materials) -> Drawing:
+        """Return the base's pictures, and those of super-resolution from the same tokens."""
+        if not self.superres.enabled:
+            return super().drawing(materials)
+        m, stage = materials, self.superres
+        base = self.base(m)
+        own = m.first_stage if stage.tokenizer is None else Given(Path(stage.tokenizer), "vqgan")
+        size = self.high_resolution
+        low_view = EncodedView("low", m.first_stage, stage.factor)
+        pairs = self.encoded(m.data, EncodedView("tokens", own), low_view, resolution=size)
+        recipe = SuperResRecipe(
+            m.paper, {**self.trained_settings(), "superres": resolved(stage)}, m.first_stage, own,
+            base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
+        )  # fmt: skip
+        trainer = self.superres_trainer
+        superres = Train(
+            "superres", recipe, pairs, trainer.loop(self.world), self.seed,
+            m.data.shards("val", size), trainer.monitor(),
+        )  # fmt: skip
+        low = Generator(base, m.first_stage)
+        whole = Generator(
+            base, m.first_stage, parts={"superres": superres},
+            further={} if stage.tokenizer is None else {"high": own},
+        )  # fmt: skip
+        sampling = resolved(self)["sampling"]
+        enlarging = {"superres": sampling.pop("superres")}
+
+        def draw(captions: Captions, seed: int, traces: int) -> dict[str, Sample]:
+            small = Sample(low, captions, sampling, seed, traces, keep_tokens=True)
+            large = Sample(whole, captions, enlarging, seed, part="superres", low=small)
+            return {"eval": small, "superres": large}
+
+        return Drawing(whole, draw, "superres", size)
+
+
+@dataclass(frozen=True)
+class SuperResRecipe:
+    """The super-resolution stage: high-res tokens from those of the reduced picture."""
+
+    FILE: ClassVar[str] = "superres.safetensors"
+    ADVERSARIAL: ClassVar[bool] = False
+
+    paper: str
+    settings: Mapping[str, Any]
+    """The paper's sections, superres among them."""
+    low: Stage
+    """A stage with the file of the base's tokenizer."""
+    high: Stage
+    """A stage with the file of this stage's own tokenizer."""
+    base: Train | None
+    """The base, where the low-res tokens are partly its own predictions."""
+    resolution: int
+    """Width and height of the base's pictures."""
+    factor: int
+    """How many times as wide the pictures become."""
+
+    def note(self) -> str:
+        """Say what the low-res tokens are."""
+        if self.base is None:
+            return "super-resolution is trained with the pictures' own low-res tokens"
+        rate = self.settings["superres"]["low_rate"]
+        return (
+            f"super-resolution is trained with low-res tokens of which up to {rate:.0%} are "
+            "predicted by the base"
+        )
+
+    def build(self, inputs: Folders, seed: int) -> Any:
+        """Make the module."""
+        from lightning_modules.muse.module import SuperResModule
+        from lightning_modules.registry import load_generator
+
+        low, geometry = attachable(self.low, self.resolution, inputs)
+        high, own = attachable(self.high, self.resolution * self.factor, inputs)
+        settings = plain_paths(self.settings)
+        config = {"paper": self.paper, "seed": seed, **geometry, "high": own, **settings}
+        base = None
+        if self.base is not None:
+            base = load_generator(self.base.file(inputs), first_stage=self.low.file(inputs))  # type: ignore[attr-defined]
+        return SuperResModule(config).attach(high, low=low, base=base)
+
+    def begin(self, module: Any, inputs: Folders) -> bool:
+        """Train."""
+        return True
+
+    def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the weights to sample with, and the settings with the tokenizer's hash."""
+        state, config = module.export()
+        if self.high != self.low:
+            named = {"sha256": file_hash(self.high.file(inputs))}  # type: ignore[attr-defined]
+            config["high"] = {**config["high"], "first_stage": named}
+        return state, config

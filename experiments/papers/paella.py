@@ -1,0 +1,38 @@
+"""Paella: renoising of a whole picture's tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from experiments.papers.base import Reader
+from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
+from lightning_modules.paella.config import MODELS, PRESETS, PaellaConfig
+
+
+@dataclass
+class PaellaRun(PaellaConfig, TokenRun):
+    """Paella: text to tokens by denoising and renoising a whole picture in a few steps."""
+
+    PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
+        "model": {"paper": MODELS["paper"]},
+        "v1": {"paper": MODELS["v1"]},
+        "sampling": PRESETS,
+        **TOKENIZER_PRESETS,
+    }
+
+    @classmethod
+    def reader(cls) -> Reader:
+        """Return how foreign files are read."""
+        from lightning_modules.paella import convert
+
+        return Reader(convert.read, convert.READS)
+
+    def check(self) -> None:
+        """Check that the sections fit each other."""
+        super().check()
+        model = self.model
+        if self.network == "v3" and model.clip_embd and model.clip_image and self.data.cache:
+            raise ValueError(
+                "data.cache must be false with model.clip_image=true: the cache holds tokens, and "
+                "image vectors are made of pictures"
+            )

@@ -1,0 +1,105 @@
+"""The papers by name, and the checked settings of a run from YAML and `key=value` words."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.papers.autoencoder import AutoencoderRun
+from experiments.papers.base import FirstStageKind, FirstStageSection, GeneratorRun, RunSettings
+from experiments.papers.improved_vqd import ImprovedVQDRun
+from experiments.papers.ldmae import LDMAERun
+from experiments.papers.muse import MuseRun
+from experiments.papers.paella import PaellaRun
+from experiments.papers.vq_diffusion import VQDiffusionRun
+from experiments.papers.vqgan import VQGANRun
+from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PAPERS: dict[str, type[RunSettings]] = {
+    "vqgan": VQGANRun,
+    "paella": PaellaRun,
+    "vq_diffusion": VQDiffusionRun,
+    "improved_vqd": ImprovedVQDRun,
+    "muse": MuseRun,
+    "autoencoder": AutoencoderRun,
+    "ldmae": LDMAERun,
+}
+
+
+def scales(paper: str) -> list[str]:
+    """Names of the paper's scales: the YAML files of configs/<paper>, smallest first."""
+    known = ["micro", "tiny", "small", "paper"]
+    names = [path.stem for path in (CONFIGS / paper).glob("*.yaml")]
+    return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), n))
+
+
+def header(paper: str, scale: str) -> list[str]:
+    """Comment lines at the top of a scale's YAML, without the '#'."""
+    lines = scale_file(paper, scale).read_text(encoding="utf-8").splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.lstrip("#").strip() for line in lines[:end]]
+
+
+def scale_file(paper: str, scale: str) -> Path:
+    """Path of a scale's YAML; `scale` may also be the path of a YAML file.
+
+    Raises:
+        ConfigError: neither a scale of this paper nor a file.
+    """
+    if scale.endswith((".yaml", ".yml")):
+        if not Path(scale).is_file():
+            raise ConfigError(f"--scale {scale}: there is no such file")
+        return Path(scale)
+    return CONFIGS / paper / f"{pick('--scale', scale, scales(paper))}.yaml"
+
+
+def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunSettings:
+    """Make the checked settings of one run.
+
+    Later layers win: defaults of the dataclasses, the first stage's preset, the scale's YAML, the
+    command line.
+
+    Args:
+        paper: a key of PAPERS.
+        scale: a YAML of configs/<paper>, by name, or a path.
+        overrides: words `key=value` or `--key=value`, the last one wins.
+
+    Raises:
+        ConfigError: unknown paper, scale or key; wrong type, range or combination.
+    """
+    cls = PAPERS[pick("--paper", paper, list(PAPERS))]
+    yaml, line = file_pairs(cls, scale_file(paper, scale)), parse_overrides(cls, overrides)
+    preset = []
+    if issubclass(cls, GeneratorRun):
+        preset = _first_stage_preset(cls.FIRST_STAGE, yaml, line)
+    config = fill(cls, [*preset, *yaml, *line])
+    asked = dict(line).get("data.name", config.data.name)
+    if asked != config.data.name:  # shards that are set win over any name
+        shards = config.data.shards
+        raise ConfigError(f"data={asked} and data.shards={shards} exclude each other; set one")
+    return config
+
+
+def _first_stage_preset(
+    kind: FirstStageKind,
+    yaml: Sequence[tuple[str, Any]],
+    line: Sequence[tuple[str, Any]],
+) -> list[tuple[str, Any]]:
+    """Settings of the first stage's section that its preset's YAML gives."""
+    at = kind.section
+    chosen = dict([*yaml, *line])
+    name = chosen.get(f"{at}.preset", FirstStageSection.preset)
+    name = pick(f"{at}.preset", str(name), scales(kind.paper))
+    ckpt = chosen.get(f"{at}.ckpt", FirstStageSection.ckpt)
+    given = (f"{at}.preset", f"{at}.ckpt")
+    idle = [k for k, _ in line if k.startswith(f"{at}.") and k not in given]
+    if ckpt is not None and idle:
+        raise ConfigError(
+            f"{idle[0]} has no effect while {at}.ckpt={ckpt} is taken as it is; "
+            f"add {at}.ckpt=null to train the {at}"
+        )
+    # of the YAML of a run, what its first stage's section has too
+    section = (*(f.name for f in dataclasses.fields(kind.config)), "trainer")
+    pairs = file_pairs(PAPERS[kind.paper], CONFIGS / kind.paper / f"{name}.yaml")
+    return [(f"{at}.{k}", v) for k, v in pairs if k.partition(".")[0] in section]

@@ -1,0 +1,235 @@
+"""The data of a run: shards of each split, their captions, and their pictures one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.config import DataConfig
+from data.files import write_json
+from data.view import Order, ShardList, View
+from experiments.pipeline.stage import Folders, Log, Machine, Stage
+from experiments.settings import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Asked = dict[str, Any]
+"""What is known of a picture: key, prompt, split, and label and attributes where there are any."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Data that the project draws or ships."""
+
+    name: str
+    resolution: int
+    seed: int
+    max_objects: int
+
+
+class FileStamp(NamedTuple):
+    """A shard, known by place, size and time: a shard that was replaced is another one."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class OwnShards:
+    """Shards of the user; without validation shards some keys of the training ones are held out."""
+
+    train: tuple[FileStamp, ...]
+    val: tuple[FileStamp, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Shards(Stage):
+    """The shards of one split: drawn here, or found."""
+
+    source: Embedded | OwnShards
+    split: str
+    size: int | None = None
+    """Samples, at most."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return f"data-{self.split}"
+
+    def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Write the tars, or list the user's."""
+        from data.sources import find_shards, write_embedded
+
+        source = self.source
+        if isinstance(source, Embedded):
+            assert self.size is not None
+            shards = write_embedded(
+                folder, source.name, self.split, self.size, source.seed, source.resolution,
+                source.max_objects,
+            )  # fmt: skip
+        else:
+            val = None if source.val is None else [stamp.path for stamp in source.val]
+            train = [stamp.path for stamp in source.train]
+            shards = find_shards(train, val, self.split, self.size)
+            shards.save(folder / "shards.json")
+        return {"shards": len(shards.paths)}
+
+    def shards(self, inputs: Folders) -> ShardList:
+        """Return what the stage found."""
+        return ShardList.load(inputs[self] / "shards.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Captions(Stage):
+    """What samples of a split say; no picture is decoded for it."""
+
+    shards: Shards
+    view: View
+    count: int
+    """Samples, at most."""
+    first: int = 0
+    """Samples that are passed over."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return f"captions-{self.shards.split}"
+
+    def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Read them."""
+        from data.select import captions
+
+        found = captions(
+            self.shards.shards(inputs), self.view, first=self.first, limit=self.count,
+            max_skipped=machine.max_skipped,
+        )  # fmt: skip
+        rows = [{"split": self.shards.split, "prompt": row.pop("caption"), **row} for row in found]
+        write_json(folder / "captions.json", rows)
+        return {"samples": len(rows)}
+
+    def rows(self, inputs: Folders) -> list[Asked]:
+        """Return what the samples say, in order."""
+        return json.loads((inputs[self] / "captions.json").read_text())
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of some captions, decoded as validation sees them."""
+
+    captions: Captions
+
+    def rows(self, inputs: Folders) -> list[Asked]:
+        """Return what is known of the pictures, in order."""
+        return self.captions.rows(inputs)
+
+    def reader(
+        self, inputs: Folders, machine: Machine
+    ) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
+        """Return what reads pictures [first, last): uint8 [B, 3, H, W], and what is known of them.
+
+        Each is decoded once where the calls go upwards; one that cannot be decoded is left out.
+        """
+        import numpy as np
+        import torch
+
+        from data.select import decoded, encoded
+        from data.shards import SkipCounter, apply
+
+        c, rows = self.captions, self.captions.rows(inputs)
+        shards, skips = c.shards.shards(inputs), SkipCounter(machine.max_skipped)
+
+        def stream(first: int) -> Iterator[Asked]:
+            found = encoded(shards, c.view, skips, first=c.first + first, limit=len(rows) - first)
+            return ({**sample, "index": i} for i, sample in enumerate(found, first))
+
+        position, samples = 0, stream(0)
+
+        def read(first: int, last: int) -> tuple[Tensor, list[Asked]]:
+            nonlocal position, samples
+            if first < position:
+                samples = stream(first)
+            else:
+                next(islice(samples, first - position, first - position), None)
+            position = last
+            batch = islice(samples, last - first)
+            good = list(apply(lambda s: {**decoded(s, c.view), "index": s["index"]}, batch, skips))
+            if not good:
+                raise ValueError(f"no picture of {c.shards.split} can be decoded: {skips.counts}")
+            pixels = torch.from_numpy(np.stack([s["pixels"] for s in good]))  # [B, H, W, 3]
+            asked = [{**rows[s["index"]], "index": s["index"]} for s in good]
+            return pixels.permute(0, 3, 1, 2).contiguous(), asked
+
+        return read
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Training on pictures that are decoded, and encoded, in every step."""
+
+    shards: Shards
+    view: View
+    order: Order
+
+
+@dataclass(frozen=True)
+class Data:
+    """The shards of a run, split by split; the size of one changes no other."""
+
+    config: DataConfig
+    prompts: int
+    """Captions of val that are asked; as many references are twice."""
+    heldout: int
+    """The same of heldout."""
+
+    def shards(self, split: str, resolution: int | None = None) -> Shards:
+        """Return the shards of train, val, heldout, or of the references of the last two."""
+        c = self.config
+        sizes = {
+            "train": c.train_size, "val": c.val_size, "heldout": c.heldout_size,
+            "reference": 2 * self.prompts, "heldout_reference": 2 * self.heldout,
+        }  # fmt: skip
+        if c.name != "shards":
+            source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
+            return Shards(source, split, sizes[split])
+        return Shards(self._own(), split, None if split == "train" else sizes[split])
+
+    def _own(self) -> OwnShards:
+        val = self.config.val_shards
+        train = _stamps("data.shards", self.config.shards or "")
+        return OwnShards(train, None if val is None else _stamps("data.val_shards", val))
+
+    def view(self, resolution: int | None = None) -> View:
+        """Return how training sees a sample."""
+        view = self.config.view()
+        return view if resolution is None else replace(view, resolution=resolution)
+
+    def captions(self, split: str, count: int, resolution: int | None = None) -> Captions:
+        """Return the first captions of a split; its pictures are seen as validation sees them."""
+        return Captions(self.shards(split, resolution), self.view(resolution), count)
+
+    def reference(self, split: str) -> Captions:
+        """Return samples that share no caption with the first ones of a split."""
+        if self.config.name == "shards":
+            asked = self.prompts
+            return Captions(self.shards(split), self.view(), 2 * asked, first=asked)
+        name = "reference" if split == "val" else f"{split}_reference"
+        shards = self.shards(name)
+        assert shards.size is not None
+        return Captions(shards, self.view(), shards.size)
+
+
+def _stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+    from data.shards import expand_shards
+
+    try:
+        paths = [os.path.abspath(path) for path in expand_shards(pattern)]
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+    return tuple(FileStamp(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths)

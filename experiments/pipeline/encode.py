@@ -1,0 +1,92 @@
+"""The training shards encoded once: to tokens or moments, in one pass for all that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.files import file_hash
+from data.view import View
+from experiments.pipeline.data import Shards
+from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncodedView:
+    """One way to encode a picture."""
+
+    name: str
+    """Under which batches have it; the first view of a cache is `tokens` or `moments`."""
+    first_stage: Stage
+    """A stage with the file of a first stage."""
+    reduce: int = 1
+    """Factor by which pictures are reduced before, by area averaging."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encode(SplitStage):
+    """A cache of what first stages make of the training pictures; a part is a shard."""
+
+    shards: Shards
+    view: View
+    views: tuple[EncodedView, ...]
+
+    def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
+        """Name the file of every shard."""
+        return [f"{i:05d}.safetensors" for i in range(len(self.shards.shards(inputs).paths))]
+
+    def open(
+        self, folder: Path, inputs: Folders, machine: Machine, log: Log
+    ) -> Callable[[int], None]:
+        """Load the first stages."""
+        from data.tokens import Encoder, encode_shard
+        from lightning_modules.registry import load_first_stage
+
+        shards = self.shards.shards(inputs)
+        encoders = {}
+        for view in self.views:
+            module = load_first_stage(view.first_stage.file(inputs), machine.device)  # type: ignore[attr-defined]
+            codes = getattr(module, "num_codes", None)
+            encode = module.encode if codes else module.moments
+            encoders[view.name] = Encoder(_reduced(encode, view.reduce), codes)
+
+        def make(i: int) -> None:
+            encode_shard(
+                folder / f"{i:05d}.safetensors", shards.paths[i], shards, self.view, encoders,
+                batch_size=machine.batch_size, device=machine.device,
+                max_skipped=machine.max_skipped, stamp=self.key,
+            )  # fmt: skip
+
+        return make
+
+    def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Write cache.json."""
+        from data.tokens import finish_cache
+        from lightning_modules.registry import load_first_stage
+
+        stage = self.views[0].first_stage
+        file = stage.file(inputs)  # type: ignore[attr-defined]
+        made_with = {
+            "tokenizer": file_hash(file),
+            "num_codes": getattr(load_first_stage(file), "num_codes", None),
+        }
+        count = len(self.parts(inputs, machine))
+        return finish_cache(folder, count, made_with, machine.max_skipped)
+
+
+def _reduced(encode: Callable[[Tensor], Tensor], factor: int) -> Callable:
+    """Let an encoder see smaller pictures."""
+    if factor == 1:
+        return encode
+
+    def small(images: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        return encode(F.interpolate(images, scale_factor=1 / factor, mode="area"))
+
+    return small

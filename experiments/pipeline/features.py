@@ -1,0 +1,78 @@
+"""Rows per picture: what a classifier, a feature network or a first stage says of each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.files import write_json
+from experiments.pipeline.data import Asked, Pictures
+from experiments.pipeline.edit import Edits
+from experiments.pipeline.sample import Sample
+from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Features(SplitStage):
+    """What an extractor of eval/ makes of pictures, batch by batch; no set is ever in memory."""
+
+    images: Sample | Pictures | Edits
+    extractor: Any
+    """A frozen dataclass of eval/, see `eval.rows.Extractor`."""
+    first_stage: Stage | None = None
+    """A stage with the file of a first stage, for extractors that reconstruct."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        source = self.images
+        what = source.captions.shards.split if isinstance(source, Pictures) else source.name
+        return f"features-{what}"
+
+    def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
+        """Name the file of every batch."""
+        count, size = len(self.images.rows(inputs)), machine.batch_size
+        return [f"rows-{size}-{i:05d}.npz" for i in range(-(-count // size))]
+
+    def open(
+        self, folder: Path, inputs: Folders, machine: Machine, log: Log
+    ) -> Callable[[int], None]:
+        """Load the extractor."""
+        import numpy as np
+
+        from eval.rows import save_measured
+        from lightning_modules.registry import load_first_stage
+
+        first_stage = None
+        if self.first_stage is not None:
+            first_stage = load_first_stage(self.first_stage.file(inputs), machine.device)  # type: ignore[attr-defined]
+        extract = self.extractor.load(
+            machine.device, folder=machine.classifiers, first_stage=first_stage
+        )
+        read = self.images.reader(inputs, machine)
+        names, size = self.parts(inputs, machine), machine.batch_size
+
+        def make(i: int) -> None:
+            images, asked = read(i * size, (i + 1) * size)
+            measured = extract(images, asked, i * size)
+            measured.rows["index"] = np.array([row["index"] for row in asked], np.int64)
+            save_measured(folder / names[i], measured)
+
+        return make
+
+    def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Say which files hold the rows, in order."""
+        names = list(self.parts(inputs, machine))
+        write_json(folder / "rows.json", names)
+        return {"batches": len(names)}
+
+    def measured(self, inputs: Folders) -> tuple[Any, list[Asked]]:
+        """Return all rows, and what was asked of the pictures they are of."""
+        import json
+
+        from eval.rows import load_measured
+
+        folder = inputs[self]
+        found = load_measured([folder / n for n in json.loads((folder / "rows.json").read_text())])
+        rows = self.images.rows(inputs)
+        return found, [rows[i] for i in found.rows["index"].tolist()]

@@ -1,0 +1,210 @@
+"""One training through Lightning: virtual epochs, a checkpoint at each border, resumable."""
+
+import csv
+import signal
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from data.files import atomic
+from experiments.pipeline.loop import Loop, Monitor
+from experiments.pipeline.stage import Log, Machine, Say
+from experiments.progress import Counter
+from lightning_modules.common.checkpoint import save_weights
+
+RESUME = "resume.ckpt"
+
+# DDP doubts the layout of channels-last gradients; it copies them, which is what is meant here
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints that appear whole or not at all.
+
+    Lightning's own writer moves them from the system's folder for temporary files, which is a copy
+    where that lies on another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write beside the target, then rename."""
+        with atomic(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class PlainSignals(Callback):
+    """Leaves SIGTERM to the handler that was there before the trainer.
+
+    Lightning's own waits for the other ranks inside the signal, where they may wait for this one.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it back; the trainer registered its own just before."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+
+class KeepWeights(Callback):
+    """Writes the weights of every few epochs, as a series to average over."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write those of the epoch that ended, where it is time."""
+        if (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
+            name = f"weights-{trainer.global_step:08d}.safetensors"
+            save_weights(
+                self.folder / name, pl_module.state_dict(), dict(pl_module.hparams["config"])
+            )
+
+
+class TrainingProgress(Callback):
+    """Counts the batches of a training over all virtual epochs.
+
+    Args:
+        what: name of the stage.
+        total: batches of the whole training.
+        write: gets the plain lines.
+        style: see `Counter`.
+    """
+
+    def __init__(self, what: str, total: int, write: Say, style: str) -> None:
+        self.what, self.total, self.write, self.style = what, total, write, style
+        self.counter: Counter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count where the training begins or resumes."""
+        if trainer.is_global_zero:
+            done = trainer.fit_loop.total_batch_idx + 1
+            self.counter = Counter(self.what, self.total, self.write, self.style, done)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Count a batch."""
+        if self.counter is not None:
+            done = trainer.fit_loop.total_batch_idx + 1
+            loss = trainer.logged_metrics.get("train/loss")
+            self.counter.update(done, "" if loss is None else f"loss {float(loss):.3f}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        if self.counter is not None:
+            self.counter.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        """Take the bar away."""
+        self.on_train_end(trainer, pl_module)
+
+
+def fit(
+    module: LightningModule,
+    data: LightningDataModule,
+    loop: Loop,
+    folder: Path,
+    *,
+    what: str,
+    machine: Machine,
+    log: Log,
+    monitor: Monitor | None = None,
+    adversarial: bool = False,
+) -> None:
+    """Train `module` in place; what an interrupted call left in `folder` is taken up again.
+
+    Budgets are counted in batches: virtual epochs of equally many, never Lightning's steps, of
+    which a GAN makes two per batch.
+
+    Args:
+        module: what is trained.
+        data: gives virtual epochs of `loop.length` batches.
+        loop: how long.
+        folder: receives resume.ckpt at every border of an epoch, and the curves.
+        what: name of the stage, for the progress and its logger.
+        machine: on what.
+        log: gets lines of progress.
+        monitor: what is watched.
+        adversarial: the module optimizes by hand with parameters that one optimizer leaves unused.
+    """
+    monitor = monitor or Monitor()
+    options = dict(machine.trainer)
+    if options.pop("compile", False):
+        module.compile()
+    strategy = options.pop("strategy", "auto")
+    if strategy == "auto" and loop.world > 1:
+        strategy = "ddp"
+    if strategy == "ddp" and adversarial:
+        strategy = "ddp_find_unused_parameters_true"
+    precision: Any = loop.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if machine.device == "cuda" else "32-true"
+    attempt = len(list((folder / "log").glob("*/metrics.csv")))
+    loggers: list[Logger] = [CSVLogger(folder, "log", f"{attempt:03d}")]
+    if what in machine.loggers:
+        loggers.append(machine.loggers[what])
+    checkpoint = ModelCheckpoint(
+        folder,
+        RESUME.removesuffix(".ckpt"),
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    kept = [KeepWeights(folder, monitor.keep_every)] if monitor.keep_every else []
+    trainer = Trainer(
+        max_epochs=loop.epochs,
+        limit_train_batches=loop.length,
+        limit_val_batches=monitor.val_batches,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        accumulate_grad_batches=loop.accumulate,
+        strategy=strategy,
+        precision=precision,
+        log_every_n_steps=monitor.log_every,
+        logger=loggers,
+        callbacks=[
+            checkpoint,
+            TrainingProgress(what, loop.epochs * loop.length, log.say, log.style),
+            PlainSignals(),
+            *kept,
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        plugins=[WholeCheckpoints()],
+        **options,
+    )
+    resume = folder / RESUME
+    trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the logged curves of a training from the CSVs of all its attempts.
+
+    Where a later attempt repeats the steps after a border, its values replace the earlier ones.
+
+    Returns:
+        {"train/loss": [(step, value), ...], "val/loss": ..., ...}.
+    """
+    values: dict[str, dict[int, float]] = {}
+    for path in sorted((folder / "log").glob("*/metrics.csv")):
+        with open(path, newline="") as f:
+            for row in csv.DictReader(f):
+                step = int(row.pop("step"))
+                for name, value in row.items():
+                    if value and name != "epoch":
+                        values.setdefault(name, {})[step] = float(value)
+    return {name: sorted(points.items()) for name, points in values.items()}

@@ -1,0 +1,131 @@
+"""The stages of a run, from its settings; light, nothing is started."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from data.config import DataConfig
+from eval.digits import DigitRows
+from eval.edits import EditRows
+from eval.features import FeatureRows
+from eval.latents import LEVELS
+from eval.reconstruction import ReconstructionRows
+from eval.scenes import SceneRows
+from experiments.papers.base import Drawing, Materials, RunSettings
+from experiments.pipeline.data import Data, Pictures
+from experiments.pipeline.edit import Edits
+from experiments.pipeline.features import Features
+from experiments.pipeline.sample import Sample
+from experiments.pipeline.score import Score, Scored
+from experiments.pipeline.stage import Stage, order
+from experiments.settings import pick, resolved
+
+HELDOUT = 1_000_000  # added to the seeds of held-out prompts, so that no two pictures share one
+
+
+class Scoring(NamedTuple):
+    """How pictures of one kind of data are scored."""
+
+    scorer: str
+    extractor: Callable[[DataConfig], Any]
+    reference: bool = True
+    """Whether there are real pictures of other captions to compare with."""
+
+
+SCORINGS: dict[str, Scoring] = {
+    "scenes": Scoring("scenes", lambda data: SceneRows.of(data.resolution, data.max_objects)),
+    "digits": Scoring("digits", lambda data: DigitRows(), reference=False),
+    "shards": Scoring("features", lambda data: FeatureRows()),
+}
+SPLITS = {"val": "", "heldout": "/heldout"}  # what is asked -> end of its scores' prefix
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run makes."""
+
+    first_stage: Any
+    """A stage with the file of the first stage."""
+    score: Score
+    reconstructions: Features
+    """Of the first stage, with the pairs that the page shows."""
+    drawing: Drawing | None = None
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """Prefix of scores -> pictures; the last of each split are the final ones."""
+    edits: Edits | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages, what is needed first."""
+        return order([self.score])
+
+
+def plan(paper: str, run: RunSettings) -> Plan:
+    """Return the stages of a run.
+
+    Args:
+        paper: a key of PAPERS.
+        run: its checked settings.
+
+    Raises:
+        ConfigError: a file that the settings name is not there.
+    """
+    e, data = run.eval, Data(run.data, run.eval.prompts, run.eval.heldout)
+    scoring = SCORINGS[run.data.name]
+    extractor = scoring.extractor(run.data)
+    first = run.first_stage_stage(data)
+    drawing = run.drawing(Materials(paper, data, first))
+    scenes = extractor if isinstance(extractor, SceneRows) else None
+    alone = drawing is None
+    continuous = run.FIRST_STAGE.statistics
+    rows = ReconstructionRows(
+        lpips=run.lpips(), scenes=scenes, show=max(1, e.grid // 2), seed=e.seed,
+        levels=LEVELS if alone and continuous else (),
+        compress=alone and continuous and scenes is not None,
+    )  # fmt: skip
+    real = Features(Pictures(data.captions("val", e.prompts)), rows, first)
+    own = Scored("reconstruction", "eval" if alone else run.FIRST_STAGE.section, real)
+    if drawing is None:
+        return Plan(first, Score((own,), e.bootstrap, e.seed), real)
+    samples: dict[str, Sample] = {}
+    sets: list[Scored] = []
+    asked = {"val": e.prompts, "heldout": e.heldout if run.data.name == "scenes" else 0}
+    for split, end in SPLITS.items():
+        if not asked[split]:
+            continue
+        reference = None
+        if scoring.reference:
+            reference = Features(Pictures(data.reference(split)), extractor)
+        seed, traces = (e.seed, e.traces) if split == "val" else (e.seed + HELDOUT, 0)
+        drawn = drawing.draw(data.captions(split, asked[split]), seed, traces)
+        for prefix, sample in drawn.items():
+            samples[f"{prefix}{end}"] = sample
+            about = {} if not sample.part else reduction(run.data.resolution)
+            made = Features(sample, extractor)
+            sets.append(Scored(scoring.scorer, f"{prefix}{end}", made, reference, about))
+    edits = None
+    if e.edits and scenes is not None:
+        size = drawing.resolution or run.data.resolution
+        captions = data.captions("val", run.data.val_size, size)
+        sampling = resolved(run)["sampling"]
+        edits = Edits(drawing.generator, captions, e.edits, sampling, e.seed)
+        sets.append(Scored("edits", "edit", Features(edits, EditRows(scenes))))
+    return Plan(first, Score((*sets, own), e.bootstrap, e.seed), real, drawing, samples, edits)
+
+
+def reduction(resolution: int) -> dict[str, str]:
+    """Say that larger pictures are scored at the data's size."""
+    return {"pictures": f"reduced to {resolution} px by area averaging"}
+
+
+def chosen(stages: list[Stage], until: str | None) -> list[Stage]:
+    """Return the stages up to the last one of that name, all without a name.
+
+    Raises:
+        ConfigError: the run has no stage of that name.
+    """
+    if until is None:
+        return stages
+    names = [stage.name for stage in stages]
+    pick("--until", until, list(dict.fromkeys(names)))
+    return stages[: len(names) - names[::-1].index(until)]

@@ -1,0 +1,181 @@
+"""The store: one folder per stage and key, locked while in work, marked when done.
+
+Who works. The leader (rank 0) does the stages of RANKS `leader` and marks all; the other ranks
+wait for the marker, or take part as soon as their leader has begun: of `all` in one training,
+of `split` by claiming parts that nobody has claimed.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from data.files import write_json
+from experiments.pipeline.ranks import is_leader, launch
+from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
+
+PAUSE = 0.2  # seconds between two looks at what others do
+
+
+class Store:
+    """Stage folders `root/<name>-<key>/`; a result stands once `done.json` is in its folder.
+
+    Args:
+        root: the folder of all stage folders; nothing is written before the first stage runs.
+        leader: whether this process decides; default: rank 0 does.
+    """
+
+    def __init__(self, root: Path | str, leader: bool | None = None) -> None:
+        self.root = Path(root)
+        self.folders = Folders(self.root)
+        self.leader = is_leader() if leader is None else leader
+
+    def done(self, stage: Stage) -> dict[str, Any] | None:
+        """Read the marker of a finished stage; None where the result does not stand."""
+        try:
+            return json.loads((self.folders[stage] / "done.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def run(self, stages: Sequence[Stage], machine: Machine, log: Log) -> set[Stage]:
+        """Make the results of stages, in order, where they do not stand.
+
+        A stage that was interrupted keeps its folder, and goes on with what it finds there.
+
+        Returns:
+            Those that were reused.
+
+        Raises:
+            SystemExit: the leader of this launch ended before a stage was done.
+        """
+        reused = set()
+        for number, stage in enumerate(stages, 1):
+            head = f"[{number}/{len(stages)}] {stage.name}"
+            if not self.leader:
+                if self._follow(stage):
+                    self._work(stage, machine, log)
+            elif self._reuse(stage, head, log):
+                reused.add(stage)
+            else:
+                self._lead(stage, head, machine, log)
+        return reused
+
+    def remember(self, out: Path, stages: Sequence[Stage]) -> None:
+        """Note which stages the run in the folder `out` was made of, for `experiments.store`."""
+        place = os.path.abspath(out)
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+        folders = [stage.folder for stage in stages]
+        write_json(self.root / "runs" / f"{name}.json", {"out": place, "stages": folders})
+
+    def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
+        folder = self.folders[stage]
+        with self.locked(stage, head, log):
+            if self._reuse(stage, head, log):  # another run finished it while this one waited
+                return
+            log.say(f"{head}: {'continues' if folder.exists() else 'runs'} in {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+            begun = time.monotonic()
+            write_json(folder / "running.json", {"pid": os.getpid(), "launch": launch()})
+            try:
+                what = self._work(stage, machine, log)
+            finally:
+                (folder / "running.json").unlink(missing_ok=True)
+            seconds = round(time.monotonic() - begun, 2)
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
+            write_json(folder / "done.json", {**marker, "what": what, "fields": stage.content})
+            log.say(f"{head}: done in {duration(seconds)}")
+
+    def _work(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
+        folder = self.folders[stage]
+        if not isinstance(stage, SplitStage):
+            return stage.run(folder, self.folders, machine, log)
+        self._share(stage, machine, log)
+        return stage.finish(folder, self.folders, machine, log) if self.leader else {}
+
+    def _share(self, stage: SplitStage, machine: Machine, log: Log) -> None:
+        """Make the parts that nobody else makes; the leader leaves when all are done."""
+        folder = self.folders[stage]
+        names = stage.parts(self.folders, machine)
+        missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
+        counter = log.counter(stage.name, len(names), len(names) - len(missing))
+        make = stage.open(folder, self.folders, machine, log) if missing else None
+        try:
+            while missing and make is not None:
+                made = 0
+                for i in missing:
+                    # the lock belongs to the operating system, so that of a killed process is free
+                    lock = FileLock(folder / f".{names[i]}.lock")
+                    with suppress(Timeout), lock.acquire(timeout=0):
+                        if not (folder / names[i]).exists():
+                            make(i)
+                            made += 1
+                            counter.update(counter.done + 1)
+                missing = [i for i in missing if not (folder / names[i]).exists()]
+                if not self.leader:
+                    break
+                if missing and not made:
+                    time.sleep(PAUSE)
+        finally:
+            counter.close()
+        if self.leader:
+            for lock_file in folder.glob(".*.lock"):
+                lock_file.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, stage: Stage, head: str, log: Log) -> Iterator[None]:
+        """Hold the stage's lock; another run that asks for it says that it waits."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / f".{stage.folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.say(f"{head}: waits for another run that works on the same stage")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _reuse(self, stage: Stage, head: str, log: Log) -> bool:
+        marker = self.done(stage)
+        if marker is not None:
+            log.say(f"{head}: reused from {self.folders[stage]} ({marker['when']})")
+        return marker is not None
+
+    def _follow(self, stage: Stage) -> bool:
+        """Wait as a follower; True when the leader began work in which every rank takes part."""
+        parent = os.getppid()
+        while self.done(stage) is None:
+            if stage.RANKS != "leader" and self._begun_by_my_leader(stage):
+                return True
+            if os.getppid() != parent:
+                raise SystemExit(1)  # rank 0 ended, and said why
+            time.sleep(PAUSE)
+        return False
+
+    def _begun_by_my_leader(self, stage: Stage) -> bool:
+        """Tell the leader's mark from one that a killed launch left behind."""
+        try:
+            mark = json.loads((self.folders[stage] / "running.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        # Lightning's own launcher starts the followers as children of the leader, in the middle of
+        # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
+        return mark["pid"] == os.getppid() or (bool(launch()) and mark["launch"] == launch())
+
+
+def duration(seconds: float) -> str:
+    """Return seconds, or minutes and hours, in words."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,194 @@
+"""One training: a recipe that builds a module, what it learns from, and how long."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from data.files import file_hash
+from experiments.pipeline.data import PictureSource, Shards
+from experiments.pipeline.encode import Encode
+from experiments.pipeline.loop import Loop, Monitor
+from experiments.pipeline.stage import (
+    UNKEYED,
+    Folders,
+    Log,
+    Machine,
+    Stage,
+    plain_paths,
+)
+
+
+class Recipe(Protocol):
+    """What is trained. A frozen dataclass: its fields are part of the stage's key."""
+
+    FILE: ClassVar[str]
+    ADVERSARIAL: ClassVar[bool]
+
+    def note(self) -> str:
+        """Say what a reader must know besides the settings; mostly nothing."""
+        ...
+
+    def build(self, inputs: Folders, seed: int) -> Any:
+        """Make the module, all noise of which comes from torch's seeded generator."""
+        ...
+
+    def begin(self, module: Any, inputs: Folders) -> bool:
+        """Take over weights to start from; False where nothing is to be trained."""
+        ...
+
+    def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the tensors and the plain settings of the file that is kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class FirstStageRecipe:
+    """A tokenizer or an autoencoder."""
+
+    FILE: ClassVar[str] = "first_stage.safetensors"
+    ADVERSARIAL: ClassVar[bool] = True
+
+    paper: str
+    settings: Mapping[str, Any]
+    """Its sections; a Path where a setting names a file."""
+
+    def note(self) -> str:
+        """Say that the perceptual term is off, where it is for want of weights."""
+        objective = self.settings["objective"]
+        off = objective["perceptual_weight"] and objective["lpips_path"] is None
+        return "perceptual term off: objective.lpips_path names no LPIPS weights" if off else ""
+
+    def build(self, inputs: Folders, seed: int) -> Any:
+        """Make the module."""
+        from lightning_modules.registry import FIRST_STAGES
+
+        return FIRST_STAGES[self.paper]({"seed": seed, **plain_paths(self.settings)})
+
+    def begin(self, module: Any, inputs: Folders) -> bool:
+        """Train."""
+        return True
+
+    def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a file of it holds."""
+        return module.export()
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe:
+    """A paper's generator on a first stage."""
+
+    FILE: ClassVar[str] = "checkpoint.safetensors"
+    ADVERSARIAL: ClassVar[bool] = False
+
+    paper: str
+    settings: Mapping[str, Any]
+    """The paper's sections that training depends on."""
+    first_stage: Stage
+    """A stage with the file of a first stage."""
+    resolution: int
+    """Width and height of the pictures."""
+
+    def note(self) -> str:
+        """Say nothing."""
+        return ""
+
+    def build(self, inputs: Folders, seed: int) -> Any:
+        """Make the module."""
+        from lightning_modules.registry import GENERATORS
+
+        first, geometry = attachable(self.first_stage, self.resolution, inputs)
+        config = {"paper": self.paper, "seed": seed, **geometry, **plain_paths(self.settings)}
+        return GENERATORS[self.paper](config).attach(first)
+
+    def begin(self, module: Any, inputs: Folders) -> bool:
+        """Start from another checkpoint, where one is named."""
+        return module.begin(file_hash(self.first_stage.file(inputs)))  # type: ignore[attr-defined]
+
+    def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the weights to sample with, and the settings with the first stage's hash."""
+        state, config = module.export()
+        file = self.first_stage.file(inputs)  # type: ignore[attr-defined]
+        return state, {**config, "first_stage": {"sha256": file_hash(file)}}
+
+
+@dataclass(frozen=True, eq=False)
+class Train(Stage):
+    """One Lightning training, by all ranks."""
+
+    RANKS: ClassVar[Any] = "all"
+
+    what: str
+    """Name of what is trained."""
+    recipe: Any
+    source: Encode | PictureSource
+    loop: Loop
+    seed: int
+    """Of initial weights, order of the samples, and noise."""
+    val: Shards | None = field(default=None, metadata=UNKEYED)
+    """What the validation loss is watched on; changes no weight."""
+    monitor: Monitor = field(default=Monitor(), metadata=UNKEYED)
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return self.what
+
+    def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Train, and write the weights that are used from here on."""
+        from lightning import seed_everything
+
+        from experiments.pipeline.fit import fit
+        from experiments.pipeline.ranks import is_leader
+        from lightning_modules.common.checkpoint import save_weights
+
+        seed_everything(self.seed % 2**32, verbose=False)
+        recipe = self.recipe
+        if recipe.note():
+            log.note(recipe.note())
+        module = recipe.build(inputs, self.seed)
+        data = self._data(inputs, machine)
+        if recipe.begin(module, inputs):
+            fit(
+                module, data, self.loop, folder, what=self.what, machine=machine, log=log,
+                monitor=self.monitor, adversarial=recipe.ADVERSARIAL,
+            )  # fmt: skip
+        if is_leader():
+            save_weights(folder / recipe.FILE, *recipe.export(module, inputs))
+        skipped = {} if isinstance(self.source, Encode) else {"skipped": data.skipped}
+        return {"parameters": sum(p.numel() for p in module.parameters()), **skipped}
+
+    def _data(self, inputs: Folders, machine: Machine) -> Any:
+        from data.tokens import TokenData
+        from data.view import Order
+        from data.webdata import WebData
+
+        source, loop = self.source, self.loop
+        shared = {
+            "batch_size": loop.batch_size, "seed": self.seed, "epoch_batches": loop.length,
+        }  # fmt: skip
+        val = None if self.val is None else self.val.shards(inputs)
+        order = Order(workers=0, shuffle_buffer=0) if isinstance(source, Encode) else source.order
+        web = WebData(
+            source.shards.shards(inputs), val, source.view, order, **shared,
+            val_batches=self.monitor.val_batches, max_skipped=machine.max_skipped,
+        )  # fmt: skip
+        return TokenData(inputs[source], **shared, val=web) if isinstance(source, Encode) else web
+
+    def file(self, inputs: Folders) -> Path:
+        """Path of the weights."""
+        return inputs[self] / self.recipe.FILE
+
+
+def attachable(stage: Stage, resolution: int, inputs: Folders) -> tuple[Any, dict[str, Any]]:
+    """Return a first stage, and what a generator's plain settings say of it."""
+    from lightning_modules.common.interfaces import Geometry
+    from lightning_modules.registry import load_first_stage
+
+    first = load_first_stage(stage.file(inputs))  # type: ignore[attr-defined]
+    codes, channels = getattr(first, "num_codes", None), getattr(first, "channels", None)
+    geometry = Geometry.of(resolution, first.factor, codes, None if codes else channels)
+    settings = {
+        "grid": list(geometry.grid), "num_codes": codes, "channels": geometry.channels,
+    }  # fmt: skip
+    return first, settings

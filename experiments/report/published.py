@@ -1,0 +1,106 @@
+"""Published numbers, experiments/reported/<paper>.yaml, to stand beside measured ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from omegaconf import OmegaConf
+
+from lightning_modules.common.settings import build
+
+REPORTED = Path(__file__).parents[1] / "reported"
+Evidence = Literal["paper", "code", "secondary"]
+
+
+@dataclass
+class Table:
+    """One published table."""
+
+    title: str = ""
+    """What it shows."""
+    source: str = ""
+    """Where it stands in the paper."""
+    evidence: Evidence = "secondary"
+    """Where the numbers were read: the paper itself, the released code, or a summary of either."""
+    protocol: str = ""
+    """How they were measured."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Published score -> the measured one that it stands beside; null has none."""
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Value of `setting` -> published score -> number."""
+    sweep: str | None = None
+    """Name of the sweep that measures these rows."""
+    setting: str | None = None
+    """The setting whose values are the rows of that sweep."""
+
+
+@dataclass
+class Claim:
+    """What a paper says without numbers that could be read."""
+
+    claim: str = ""
+    """The words."""
+    source: str = ""
+    """Where they stand in the paper."""
+    evidence: Evidence = "secondary"
+    """As of a table."""
+    sweep: str | None = None
+    """Name of the sweep that measures it."""
+    score: str | None = None
+    """The measured score that it speaks of."""
+
+
+@dataclass
+class Published:
+    """Everything that is known of the results of a paper, or of those that a sweep measures."""
+
+    tables: dict[str, Table] = field(default_factory=dict)
+    """Name -> table."""
+    claims: list[Claim] = field(default_factory=list)
+    """Statements without numbers."""
+
+    def of_sweep(self, name: str) -> "Published":
+        """Return what a sweep measures."""
+        tables = {key: table for key, table in self.tables.items() if table.sweep == name}
+        return Published(tables, [claim for claim in self.claims if claim.sweep == name])
+
+    def provenance(self) -> Iterator[str]:
+        """Tell in a line each where the numbers and claims come from."""
+        for table in self.tables.values():
+            yield (
+                f"published: {table.title}; {table.source}; evidence: {table.evidence}; "
+                f"{table.protocol}. Another data set and size: compare the order, not the numbers."
+            )
+        for claim in self.claims:
+            yield f"published: {claim.claim} {claim.source}; evidence: {claim.evidence}"
+
+
+def load_published(path: Path) -> Published:
+    """Read a file of published numbers.
+
+    Raises:
+        ValueError: an unknown key or mark of evidence, or a row with a score that is no column.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    tables = {name: build(Table, table) for name, table in content.get("tables", {}).items()}
+    claims = [build(Claim, claim) for claim in content.get("claims", [])]
+    for evidence in [*(t.evidence for t in tables.values()), *(c.evidence for c in claims)]:
+        if evidence not in get_args(Evidence):
+            known = ", ".join(get_args(Evidence))
+            raise ValueError(f"{path}: evidence must be one of {known}, got {evidence}")
+    for name, table in tables.items():
+        strange = {score for row in table.rows.values() for score in row} - table.columns.keys()
+        if strange:
+            raise ValueError(f"{path}: {name} has no column {sorted(strange)[0]!r}")
+    return Published(tables, claims)
+
+
+def all_published() -> Published:
+    """Return the published numbers of all papers."""
+    found = Published()
+    for path in sorted(REPORTED.glob("*.yaml")):
+        one = load_published(path)
+        found.tables |= {f"{path.stem}/{name}": table for name, table in one.tables.items()}
+        found.claims += one.claims
+    return found
