@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.files import atomic
-from data.files import file_hash as file_hash  # until its last importer takes it from there
 
 
 def save_weights(path: Path | str, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.pictures import load_png
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments import sample
-from experiments.convert import main
+from experiments.cli import command
+from experiments.convert import run
+from experiments.report.pictures import load_png
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.registry import load_generator
@@ -31,6 +32,11 @@ SIZES = {
     "condition_dim": 16,
 }
 WIDTH = 64
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    return command(run, words)
 
 
 def ours(**changes) -> Denoiser:
@@ -343,7 +349,9 @@ def pictures(*prompts: str, ckpt: str = "x.safetensors", **changes: str) -> list
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     settings = [f"{k.replace('_', '.', 1)}={v}" for k, v in changes.items()]
     out = f"out{len(list(Path().iterdir()))}"
-    assert sample.main(["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
+    assert (
+        command(sample.run, ["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
+    )
     return [load_png(f"{out}/{i:05d}.png")[0] for i in range(len(prompts))]
 
 
