@@ -13,12 +13,12 @@ PAPERS = sorted(p.name for p in MODULES.iterdir() if (p / "config.py").exists())
 PAPERS.remove("common")
 
 # what the files of a room may import besides their own room; a prefix stands for all below it
-COMMON, DATA = "lightning_modules.common", "data"
+COMMON, DATA, FILES = "lightning_modules.common", "data", "data.files"
 ALLOWED = {
     "data": [],
-    "lightning_modules/common": [],
-    "lightning_modules": [COMMON, *(f"lightning_modules.{paper}" for paper in PAPERS)],
-    **{f"lightning_modules/{paper}": [COMMON] for paper in PAPERS},
+    "lightning_modules/common": [FILES],  # atomic writing and hashes serve every room
+    "lightning_modules": [FILES, COMMON, *(f"lightning_modules.{paper}" for paper in PAPERS)],
+    **{f"lightning_modules/{paper}": [FILES, COMMON] for paper in PAPERS},
     "eval": [DATA, "lightning_modules"],
     "experiments": [DATA, "eval", "lightning_modules"],
 }

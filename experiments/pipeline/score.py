@@ -10,6 +10,8 @@ from data.files import write_json
 from experiments.pipeline.features import Features
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
 
+LEAST = 4  # pictures of a reference, half of which give the floor
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -43,7 +45,11 @@ class Score(Stage):
         verdicts: dict[str, Any] = {}
         for one in self.sets:
             made, asked = one.made.measured(inputs)
-            reference = None if one.reference is None else one.reference.measured(inputs)[0]
+            reference = None
+            if one.reference is not None and len(one.reference.images.rows(inputs)) >= LEAST:
+                reference = one.reference.measured(inputs)[0]
+            elif one.reference is not None:
+                log.note(f"{one.prefix}: too few real pictures of other captions for a distance")
             found, read = SCORERS[one.scorer](
                 made, asked, reference, prefix=one.prefix, resamples=self.resamples,
                 seed=self.seed, about=dict(one.about),

@@ -49,9 +49,10 @@ class GeneratorModule(LightningModule):
         self.config: Any = build(
             self.config_class, {k: v for k, v in config.items() if k in fields}
         )
-        self.config.check_fit(Geometry.from_config(config))
+        self.geometry = Geometry.from_config(config)
+        self.config.check_fit(self.geometry)
         self.seed: int = config.get("seed", 0)
-        self.grid: tuple[int, int] = tuple(config["grid"])
+        self.grid: tuple[int, int] = self.geometry.grid
         self.optim: OptimConfig = self.config.optim
         text: TextConfig = self.config.text
         encoder = TEXT_ENCODERS[text.name](text)

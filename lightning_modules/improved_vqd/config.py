@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_modules.common.checks import at_least, within
 from lightning_modules.common.interfaces import Geometry
@@ -139,14 +139,14 @@ class ImprovedVQDConfig(plain.VQDiffusionConfig):
         """Number of classes that can be asked for; a learned null is one more."""
         return self.model.class_number - (self.null_condition.name == "learned")
 
-    def check_fit(self, first: Geometry) -> None:
-        """Check that the sections fit each other and the first stage.
+    def check_sampling(self, sampling: Any, first: Geometry) -> None:
+        """Check that this model can be sampled in this way.
 
         Raises:
-            ValueError: the first setting that does not.
+            ValueError: it cannot; the message begins with the setting.
         """
-        super().check_fit(first)
-        if self.sampling.order != "diffusion" and self.sampling.reveal == "released":
+        super().check_sampling(sampling, first)
+        if sampling.order != "diffusion" and sampling.reveal == "released":
             try:
                 check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)
             except ValueError as error:

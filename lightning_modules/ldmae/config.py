@@ -221,9 +221,8 @@ class LDMAEConfig:
                 f"classes must name all of model.num_classes ({count}) or none, "
                 f"got {len(self.classes)}",
             )
-        self.check_sampling(self.sampling)
 
-    def check_sampling(self, sampling: SamplingConfig) -> None:
+    def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
         """Check that this model can be sampled in this way.
 
         Raises:

@@ -207,7 +207,7 @@ class LDMAEModule(GeneratorModule):
         """
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
-        self.config.check_sampling(settings)
+        self.config.check_sampling(settings, self.geometry)
         own = self._condition(request)
         null = self._null_condition(request.negative) if settings.guidance != 1 else None
 

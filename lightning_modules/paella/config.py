@@ -281,9 +281,8 @@ class PaellaConfig:
                 f"model.clip_embd must be 0 without a CLIP encoder, got {model.clip_embd} with "
                 f"text.name={text.name} and text.clip={text.clip}",
             )
-        self.check_sampling(self.sampling)
 
-    def check_sampling(self, sampling: SamplingConfig) -> None:
+    def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
         """Check that this network can be sampled in this way.
 
         Raises:

@@ -161,7 +161,7 @@ class PaellaModule(GeneratorModule):
         """
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
-        self.config.check_sampling(settings)
+        self.config.check_sampling(settings, self.geometry)
         loop, grid = process.loop_settings(settings), request.grid_or(self.grid)
         noise = process.sample_noise(
             request.seeds,

@@ -186,11 +186,6 @@ class VQDiffusionConfig:
         """
         model, text = self.model, self.text
         first.check_codes("model.num_codes", model.num_codes)
-        if self.sampling.steps > model.diffusion_steps:
-            raise ValueError(
-                f"sampling.steps must be at most model.diffusion_steps ({model.diffusion_steps}), "
-                f"got {self.sampling.steps}"
-            )
         if model.condition == "text" and text.name == "bytes" and model.condition_dim != text.width:
             raise ValueError(
                 f"model.condition_dim must be text.width ({text.width}) with text.name=bytes, "
@@ -206,6 +201,19 @@ class VQDiffusionConfig:
             raise ValueError(
                 f"model.spatial_size must have places for {height}x{width} tokens, "
                 f"got {model.spatial_size}"
+            )
+
+    def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
+        """Check that this model can be sampled in this way.
+
+        Raises:
+            ValueError: it cannot; the message begins with the setting.
+        """
+        most = self.model.diffusion_steps
+        if sampling.steps > most:
+            raise ValueError(
+                f"sampling.steps must be at most model.diffusion_steps ({most}), "
+                f"got {sampling.steps}"
             )
 
 

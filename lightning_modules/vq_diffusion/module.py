@@ -191,6 +191,7 @@ class VQDiffusionModule(GeneratorModule):
         """
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
+        self.config.check_sampling(settings, self.geometry)
         grid, seeds = request.grid_or(self.grid), request.seeds
         conditions, weights = [self._condition(request.prompts, request.labels)], [1.0]
         if request.blend_with is not None:
