@@ -91,7 +91,8 @@ def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
     known = read_settings(network / "config.json")
     tensors, model = convert(load_foreign(network), {**known, **section(hints, "uvit")})
     settings: Settings = [("network", "uvit"), *((f"uvit.{k}", v) for k, v in model.items())]
-    settings += [("superres.enabled", False), ("critic.layers", 0), ("text.name", "clip")]
+    settings += [("superres.enabled", False), ("superres.tokenizer", None), ("critic.layers", 0)]
+    settings += [("text.name", "clip")]
     settings += [("text.hidden_state", -2), ("text.unit_norm", False), ("text.projected", True)]
     decoding = plain(PRESETS["amused"])
     defaults = [(f"sampling.{k}", v) for k, v in decoding.items() if not isinstance(v, dict)]

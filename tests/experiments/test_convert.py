@@ -207,8 +207,8 @@ def test_codes_that_occur_in_a_cache_are_kept(
     cache = Path("cache")
     cache.mkdir()
     tokens = torch.tensor([[[1, 4], [5, 11]], [[1, 1], [4, 4]]], dtype=torch.int32)
-    save_file({"tokens": tokens[:1]}, cache / "00000.tokens.safetensors")
-    save_file({"tokens": tokens[1:]}, cache / "00001.tokens.safetensors")
+    save_file({"tokens": tokens[:1]}, cache / "00000.safetensors")
+    save_file({"tokens": tokens[1:]}, cache / "00001.safetensors")
     made = {"num_codes": 12, "shards": 2, "tokenizer": file_hash("t.safetensors")}
     (cache / "cache.json").write_text(json.dumps(made))
     words = ("--paper", "vqgan", "--from", "t.safetensors", "--codes", "cache", "--out")
