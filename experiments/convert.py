@@ -275,6 +275,11 @@ def check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec
         module.attach(codec)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
+    resolution = plain["grid"][0] * codec.factor
+    if resolution % module.size_unit:
+        raise ConfigError(
+            f"data.resolution must be a multiple of {module.size_unit}, got {resolution}"
+        )
 
 
 def free(out: Path) -> None:
