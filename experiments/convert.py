@@ -18,6 +18,7 @@ from experiments.papers.registry import PAPERS, scale_file
 from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick, resolved
 from lightning_modules.common.checkpoint import load_strict, save_weights
 from lightning_modules.common.foreign import Foreign, State, read_settings
+from lightning_modules.common.interfaces import Geometry
 from lightning_modules.registry import FIRST_STAGES, GENERATORS
 
 COMMAND = "python -m experiments.convert"
@@ -217,7 +218,7 @@ def convert_generator(
     scale = file_pairs(PAPERS[paper], scale_file(paper, "paper"))
     config = fill(PAPERS[paper], [*scale, *pairs, *hints.items()])
     plain = plain_settings(paper, config, stage.module, found)
-    check(paper, plain, found, source, stage.module)
+    check(config, plain, found, source, stage.module)
     write_first_stage(stage, beside)
     say = speaker()
     if found.text and plain["text"]["path"] == text.name:
@@ -256,7 +257,7 @@ def plain_settings(paper: str, config: Any, module: Any, found: Foreign) -> dict
     }
 
 
-def check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec: Any) -> None:
+def check(config: Any, plain: dict[str, Any], found: Foreign, source: Path, codec: Any) -> None:
     """Check that the tensors fit the module and the first stage, without memory for a second copy.
 
     Raises:
@@ -268,18 +269,18 @@ def check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec
             f"{plain['num_codes']}; they do not belong together, or --codes says which of the "
             "codes it was trained on"
         )
+    height, width = plain["grid"]
+    channels = getattr(codec, "channels", None)
+    geometry = Geometry((height, width), plain["num_codes"], channels, codec.factor)
     try:
+        config.check_fit(geometry)
+        config.check_sampling(config.sampling, geometry)
         with torch.device("meta"):
-            module = GENERATORS[paper](plain)
+            module = GENERATORS[plain["paper"]](plain)
         load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
         module.attach(codec)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
-    resolution = plain["grid"][0] * codec.factor
-    if resolution % module.size_unit:
-        raise ConfigError(
-            f"data.resolution must be a multiple of {module.size_unit}, got {resolution}"
-        )
 
 
 def free(out: Path) -> None:

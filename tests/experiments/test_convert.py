@@ -374,7 +374,7 @@ WRONG: list[tuple[list[str], str]] = [
     ([*with_(), "model.blocks=[2,1]"], "model.blocks is [1, 1]"),
     ([*with_(), "model.nhead=[-1,3]"], "nhead must divide"),
     ([*with_(), "data.resolution=30"], "data.resolution must be a multiple of 4, got 30"),
-    ([*with_(), "data.resolution=20"], "data.resolution must be a multiple of 8, got 20"),
+    ([*with_(), "data.resolution=20"], "data.resolution must be a multiple of 16, got 20"),
     ([*with_(), "tokenizer.model.num_codes=5"], "model.num_codes is 24 in the file, not 5"),
     (with_("--from", "none.pt"), "there is no file none.pt"),
     (with_("--from", "@text.pt"), "text.pt is no checkpoint that can be read safely"),
