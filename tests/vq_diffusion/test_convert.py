@@ -448,6 +448,15 @@ def test_more_tokens_than_positions_are_refused(
     assert "data.resolution=256 gives 128x128 tokens" in capsys.readouterr().err
 
 
+def test_sampling_that_the_grid_does_not_allow_is_refused(
+    official: Callable[..., Denoiser], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    official()
+    assert main(words("improved_vqd", "sampling.reveal=released")) == 2
+    assert "reveal=released knows 1024 tokens" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_a_whole_hugging_face_folder_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
