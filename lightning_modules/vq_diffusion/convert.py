@@ -336,8 +336,13 @@ def _check_text(state: State) -> None:
     strange = sorted(k for k in state if not re.match(CLIP_PARTS, k))
     if strange:
         raise ValueError(f"the text encoder has {len(strange)} left over, first {strange[0]!r}")
-    with torch.device("meta"):
-        openai_clip_text({k: v.to("meta") for k, v in state.items()})
+    for name in ("token_embedding.weight", "positional_embedding", "text_projection"):
+        shape(state, name, 2)
+    try:
+        with torch.device("meta"):
+            openai_clip_text({k: v.to("meta") for k, v in state.items()})
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the text encoder is none of OpenAI's: {error}") from error
 
 
 def _take(state: State, prefix: str) -> State:
