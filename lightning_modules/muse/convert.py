@@ -78,15 +78,7 @@ OPEN_MUSE = (
 
 
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
-    """Read aMUSEd's U-ViT: the folder of its pipeline (diffusers' or open-muse's), or it alone.
-
-    Args:
-        source: folder, or file of the network.
-        hints: settings that a user gave, by dotted keys.
-
-    Raises:
-        ValueError: another file.
-    """
+    """Read aMUSEd's U-ViT: the folder of its pipeline (diffusers' or open-muse's), or it alone."""
     network = source / "transformer" if (source / "transformer").is_dir() else source
     known = read_settings(network / "config.json")
     tensors, model = convert(load_foreign(network), {**known, **section(hints, "uvit")})
