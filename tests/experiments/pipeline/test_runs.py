@@ -427,7 +427,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_share_their_work(tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", [tmp_path / "a", tmp_path / "b"]
-    command = ["--paper", "paella", "logger=csv"]
+    command = ["--paper", "paella", "logger=csv", "eval.heldout=0"]
     with (
         started("", out[0], cache, *command) as one,
         started("", out[1], cache, *command, "sampling.steps=2") as two,
@@ -435,7 +435,7 @@ def test_two_runs_at_once_share_their_work(tmp_path: Path) -> None:
         ends = [end(process) for process in (one, two)]
     assert [code for code, _, _ in ends] == [0, 0], ends
     said = [text for _, text, _ in ends]
-    for stage in STAGES["paella"]:
+    for stage in [*TRAINED, *VAL, "features-val", "score"]:
         both = stage in SAMPLED | {"score"}
         assert sum(f" {stage}: done in" in text for text in said) == 1 + both
         assert sum(f" {stage}: reused" in text for text in said) == 1 - both
@@ -529,7 +529,11 @@ def test_photographs_through_shards(shards: str, tmp_path: Path) -> None:
     run = go("paella", tmp_path / "b", tmp_path / "cache", *words)
     assert run.fate()["tokenizer"] == "reused" and run.fate()["train"] == "runs"
     names = {"tokenizer/psnr", "tokenizer/ssim", "tokenizer/codebook_usage"}
-    assert names <= run.metrics.keys() and not any("scene" in n for n in run.metrics)
+    scores = {"eval/fd_scenes", "eval/fd_scenes_floor"}  # of captions that no classifier reads
+    assert {
+        n for n in run.metrics if n.startswith("eval/")
+    } == scores and names <= run.metrics.keys()
+    assert "say little of what the pictures show" in run.metrics["eval/fd_scenes"]["about"]
 
     # the split by key: what is validated was not trained on, and nothing is lost
     everything = {p["key"] for p in photos(64, 48)}
@@ -542,6 +546,12 @@ def test_photographs_through_shards(shards: str, tmp_path: Path) -> None:
     share = holdout_share(sorted(map(str, Path(shards).parent.glob("*.tar"))))
     assert len(everything - trained) == pytest.approx(share * len(everything), abs=12)
     assert load_png(run.stage("sample-val") / "00000.png")[0].shape == (3, 64, 64)
+
+    # without captions to spare there is no distance, and a word of why; nothing is trained for it
+    few = go("paella", tmp_path / "c", tmp_path / "cache", *words, "data.val_size=12")
+    assert few.fate()["train"] == few.fate()["tokenizer"] == few.fate()["encode"] == "reused"
+    assert not scores & few.metrics.keys()
+    assert any("too few real pictures of other captions" in line for line in few.lines)
 
 
 def test_a_tokenizer_from_a_file(first: Run, tmp_path: Path) -> None:
