@@ -36,7 +36,8 @@ def test_nothing_passes_without_its_case(without_cases: subprocess.CompletedProc
 
 def test_the_option_is_installed_with_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["entry-points"]["pytest11"] == {"pytest_golden": "tests.pytest_golden"}
+    plugin = "tests.pytest_golden"  # its name too, or conftest.py would register it again
+    assert project["project"]["entry-points"]["pytest11"] == {plugin: plugin}
     assert "tests" in project["tool"]["setuptools"]["packages"]["find"]["include"]
 
 
