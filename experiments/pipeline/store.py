@@ -207,7 +207,7 @@ class Store:
 def written(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and sha256 of the files that a stage left, by their names in its folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    kept = [p for p in files if p.name not in ("running.json", "done.json")]
+    kept = [p for p in files if p.name not in ("running.json", "done.json", "resume.ckpt")]
     return {str(p.relative_to(folder)): (p.stat().st_size, file_hash(p)) for p in kept}
 
 
