@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import wandb
 from torch import Tensor
 
 from data.files import file_hash
@@ -30,11 +32,11 @@ from experiments.papers.registry import load
 from experiments.pipeline.fit import RESUME, curves
 from experiments.pipeline.plan import plan
 from experiments.pipeline.publish import Titles
-from experiments.pipeline.runner import execute, wandb_loggers
+from experiments.pipeline.runner import execute, wandb_loggers, wandb_mode
 from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.report.pictures import load_png
-from experiments.settings import UserError
+from experiments.settings import ConfigError, UserError
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.registry import load_first_stage, load_generator
 
@@ -264,7 +266,7 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:
     finally:
         os.environ.update(shown)
     assert code == 0, err
-    assert err == "" and "superres: done" in out
+    assert err == "" and "superres: done" in out and "curves go to W&B offline: " in out
     (offline,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     (path,) = offline.glob("*.wandb")
     stored = path.read_bytes()
@@ -280,11 +282,11 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:
 
 def test_the_trainings_of_a_run_share_one_wandb_run(tmp_path: Path) -> None:
     run = load("muse", "micro", ["logger=csv", f"cache={tmp_path / 'cache'}"])
-    titles, out = Titles("muse", "micro", "words"), tmp_path / "out"
-    assert wandb_loggers(plan("muse", run), run, titles, out) == {}
+    titles, out, said = Titles("muse", "micro", "words"), tmp_path / "out", list[str]()
+    assert wandb_loggers(plan("muse", run), run, titles, out, said.append) == {}
     assert not out.exists()
     run.logger = "wandb"
-    made = wandb_loggers(plan("muse", run), run, titles, out)
+    made = wandb_loggers(plan("muse", run), run, titles, out, said.append)
     assert list(made) == ["train", "superres"]  # the tokenizer's is shared by other runs
     asked = made["train"]._wandb_init
     assert asked["mode"] == "disabled"  # WANDB_MODE of these tests
@@ -293,14 +295,35 @@ def test_the_trainings_of_a_run_share_one_wandb_run(tmp_path: Path) -> None:
     assert made["superres"]._prefix == "superres" and not made["train"]._prefix
     assert made["superres"].experiment is made["train"].experiment
     tokenizer = load("vqgan", "micro", ["logger=wandb"])
-    assert list(wandb_loggers(plan("vqgan", tokenizer), tokenizer, titles, out)) == ["tokenizer"]
+    made = wandb_loggers(plan("vqgan", tokenizer), tokenizer, titles, out, said.append)
+    assert list(made) == ["tokenizer"] and said == []
 
 
 def test_a_sweeps_agent_names_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "x")
     run = load("paella", "micro", ["logger=wandb"])
-    made = wandb_loggers(plan("paella", run), run, Titles("paella", "micro", ""), tmp_path)
+    made = wandb_loggers(plan("paella", run), run, Titles("paella", "micro", ""), tmp_path, print)
     assert made["train"]._wandb_init["name"] is None
+
+
+def test_without_network_or_key_wandb_writes_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ConnectionRefusedError
+
+    said: list[str] = []
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert wandb_mode(said.append) == "offline"
+    assert said == ["      curves go to W&B offline: wandb.example cannot be reached"]
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **options: socket.socket())
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
+    assert wandb_mode(said.append) == "offline" and said[1].endswith("there is no W&B key")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="WANDB_MODE=online: there is no W&B key; leave it out"):
+        wandb_mode(said.append)
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
+    assert wandb_mode(said.append) is None and len(said) == 2
 
 
 def asked_of(run: Run, split: str) -> list[dict[str, Any]]:
@@ -586,6 +609,10 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exists|directory") as raised:
         go("paella", tmp_path / "out", tmp_path / "file" / "cache")
     assert str(tmp_path / "file") in str(raised.value)
+    out = tmp_path / "file" / "out"
+    with pytest.raises(ConfigError, match=f"--out {out} cannot be written: Not a directory"):
+        go("paella", out, tmp_path / "cache")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # no work was done for it
 
 
 def test_pictures_encoded_in_every_step(first: Run, tmp_path: Path) -> None:
