@@ -176,7 +176,7 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     words = [f"cache={cache}", "--out", str(out)]
     assert main([str(small(tmp_path / "s.yaml")), *words]) == 0
     said = capsys.readouterr().out
-    assert said.count("train: runs") == 1 and said.count("sample-val: runs") == 4
+    assert said.count("] train: runs") == 1 and said.count("] sample-val: runs") == 4
     assert "[2/4] s: steps=1 guidance_end=2.0 (about" in said
     assert "in all points: tokenizer/psnr" in said and "best eval/scene_accuracy: steps=" in said
     assert sorted(p.name for p in out.glob("*.*") if p.is_file()) == [
@@ -207,12 +207,13 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     assert listed.count(" stands  ") == 2 and listed.count(" to do  ") == 4
     assert main(again) == 0
     said = capsys.readouterr().out
-    assert said.count("stands in") == 2 and "train: runs" not in said
-    assert said.count("sample-val: runs") == 2  # of the lost one only the folder is made again
+    assert said.count("stands in") == 2 and "] train: runs" not in said
+    assert said.count("] sample-val: runs") == 2  # of the lost one only the folder is made again
     assert (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns == kept
 
 
 def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, capsys) -> None:
+    (tmp_path / "none.pth").write_text("no weights")
     path = write(
         tmp_path / "f.yaml",
         "parameters:\n  paper: {value: vqgan}\n  scale: {value: micro}\n"
@@ -227,6 +228,19 @@ def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, cap
         rows = list(csv.DictReader(f))
     assert "none.pth" in rows[0]["error"] and rows[0]["eval/psnr"] == ""
     assert rows[1]["error"] == "" and float(rows[1]["eval/psnr"]) > 0
+
+
+def test_a_file_that_is_not_there_is_refused_before_any_work(tmp_path: Path, capsys) -> None:
+    path = write(
+        tmp_path / "f.yaml",
+        "parameters:\n  paper: {value: vqgan}\n  scale: {value: micro}\n"
+        f"  objective.lpips_path: {{values: [null, {tmp_path}/gone.pth]}}\n",
+    )
+    out = tmp_path / "out"
+    assert main([str(path), f"cache={tmp_path}/cache", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "gone.pth" in error and error.count("\n") == 1
+    assert not out.exists() and not (tmp_path / "cache").exists()
 
 
 def test_help(capsys) -> None:
