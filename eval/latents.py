@@ -47,7 +47,6 @@ SHOWN = {
     "rho_part": Metric("rho, parts", "the same between the halves of a thing", better="higher"),
 }
 NOISE = "/noise="  # parts the name of rows and scores from the strength of the noise
-LEVELS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)
 NO_SPREAD = 1e-12  # of channels of unit variance: below it, rounding is all that is left
 
 
