@@ -131,7 +131,7 @@ def read_first_stage(
     """Read a tokenizer or autoencoder, of this suite or an official one.
 
     Args:
-        paper: a key of READERS.
+        paper: a key of PAPERS.
         source: file, or diffusers folder.
         hints: what the tensors do not say, by the dotted keys of its settings.
         aside: new ids of its codes, or the statistics of its latents; of a folder of cached tokens
@@ -186,7 +186,7 @@ def convert_generator(
     What the tensors do not say comes from the paper's scale `paper`, then from `hints`.
 
     Args:
-        paper: a key of READERS.
+        paper: a key of PAPERS.
         source: file, or diffusers folder.
         tokenizer: its first stage; None takes the one that came along.
         aside: what `read_first_stage` takes besides.

@@ -1,18 +1,22 @@
 """Official files of LDMAE in, an autoencoder and a generator that draws pictures out."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from experiments.pictures import load_png
 
+from experiments import convert as converting
 from experiments import sample
-from experiments.convert import main
+from experiments.cli import command
+from experiments.report.pictures import load_png
 from lightning_modules.ldmae.config import DiTConfig, ViTConfig
 from lightning_modules.ldmae.network import DiT
 from lightning_modules.ldmae.vmae import VMAE
-from lightning_modules.registry import load_generator, load_tokenizer
+from lightning_modules.registry import load_first_stage, load_generator
+
+converted, sampled = partial(command, converting.run), partial(command, sample.run)
 
 VIT = ViTConfig(32, 8, 24, 1, 12, 24, 1, 12)
 DIT = DiTConfig(input_size=4, in_channels=3, hidden_size=24, depth=1, num_heads=2, num_classes=5)
@@ -42,27 +46,27 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VMAE, DiT
 def test_an_autoencoder_with_its_statistics(
     official: tuple[VMAE, DiT], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*VMAE_WORDS, "--stats", "latents_stats.pt"]) == 0
+    assert converted([*VMAE_WORDS, "--stats", "latents_stats.pt"]) == 0
     count = sum(p.numel() for p in official[0].parameters())
     said = capsys.readouterr().out
     assert f"vmae, {count:,} parameters, 3 channels, f8 -> v.safetensors" in said
     assert "not normalised" not in said
     images = torch.rand(1, 3, 32, 32)
     mean = official[0].moments(images)[:, :3]
-    torch.testing.assert_close(load_tokenizer("v.safetensors").encode(images), (mean - 0.5) / 2)
-    assert main([*VMAE_WORDS[:-1], "w", "vit.num_heads=6"]) == 0
+    torch.testing.assert_close(load_first_stage("v.safetensors").encode(images), (mean - 0.5) / 2)
+    assert converted([*VMAE_WORDS[:-1], "w", "vit.num_heads=6"]) == 0
     assert "not normalised" in capsys.readouterr().out
-    assert load_tokenizer("w.safetensors").config.vit.num_heads == 6
+    assert load_first_stage("w.safetensors").config.vit.num_heads == 6
 
 
 def test_a_generator_with_its_autoencoder(official: tuple[VMAE, DiT]) -> None:
-    assert main([*DIT_WORDS, "--stats", "latents_stats.pt"]) == 0
+    assert converted([*DIT_WORDS, "--stats", "latents_stats.pt"]) == 0
     module = load_generator("d.safetensors")
     for name, value in official[1].state_dict().items():  # the average
         assert torch.equal(module.state_dict()[f"network.{name}"], value), name
     assert module.grid == (4, 4) and module.config.condition == "label"
-    assert torch.equal(module.tokenizer.latent_std, torch.full((3,), 2.0))
-    assert sample.main(["--ckpt", "d.safetensors", "--prompt", "3", "--out", "a"]) == 0
+    assert torch.equal(module.first_stage.latent_std, torch.full((3,), 2.0))
+    assert sampled(["--ckpt", "d.safetensors", "--prompt", "3", "--out", "a"]) == 0
     assert load_png("a/00000.png")[0].shape == (3, 32, 32)
 
 
@@ -85,7 +89,7 @@ def test_wrong_words_are_one_line(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    assert main(words) == 2
+    assert converted(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert not list(tmp_path.glob("*.safetensors"))
@@ -95,5 +99,5 @@ def test_latents_of_another_autoencoder_are_refused(
     official: tuple[VMAE, DiT], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"model": VMAE(VIT, 4).state_dict()}, "vmae.pth")
-    assert main(DIT_WORDS) == 2
+    assert converted(DIT_WORDS) == 2
     assert "model.in_channels must be the autoencoder's 4 channels" in capsys.readouterr().err

@@ -3,16 +3,18 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from experiments.pictures import load_png
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from experiments import convert as converting
 from experiments import sample
-from experiments.convert import main
+from experiments.cli import command
+from experiments.report.pictures import load_png
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.registry import load_generator
@@ -20,6 +22,8 @@ from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.convert import HF_NULL, convert, load
 from lightning_modules.vq_diffusion.network import Denoiser
 from lightning_modules.vqgan.module import VQGANModule
+
+converted, sampled = partial(command, converting.run), partial(command, sample.run)
 
 SIZES = {
     "num_codes": 6,
@@ -304,7 +308,7 @@ def pictures(*prompts: str, ckpt: str = "x.safetensors", **changes: str) -> list
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     settings = [f"{k.replace('_', '.', 1)}={v}" for k, v in changes.items()]
     out = f"out{len(list(Path().iterdir()))}"
-    assert sample.main(["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
+    assert sampled(["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
     return [load_png(f"{out}/{i:05d}.png")[0] for i in range(len(prompts))]
 
 
@@ -319,7 +323,7 @@ def test_a_text_file_samples_with_what_came_with_it(
     official: Callable[..., Denoiser], tmp_path: Path
 ) -> None:
     network = official()
-    assert main(words("vq_diffusion")) == 0
+    assert converted(words("vq_diffusion")) == 0
     names = {"x.safetensors", "x.tokenizer.safetensors", "x.text.safetensors"}
     assert {p.name for p in tmp_path.glob("x*")} == names
     module = load_generator("x.safetensors")
@@ -343,9 +347,9 @@ def test_the_learnable_null_needs_its_paper(
     official: Callable[..., Denoiser], capsys: pytest.CaptureFixture[str]
 ) -> None:
     official(null=True)
-    assert main(words("vq_diffusion")) == 2
+    assert converted(words("vq_diffusion")) == 2
     assert "learnable null: take --paper improved_vqd" in capsys.readouterr().err
-    assert main(words("improved_vqd", "sampling.reveal=schedule")) == 0
+    assert converted(words("improved_vqd", "sampling.reveal=schedule")) == 0
     module = load_generator("x.safetensors")
     null = load("official.pth")[0]["transformer.empty_text_embed"].float()
     assert torch.equal(module.null, null) and module.config.null_condition.name == "learned"
@@ -354,7 +358,7 @@ def test_the_learnable_null_needs_its_paper(
 
 def test_a_plain_file_is_guided_without_training(official: Callable[..., Denoiser]) -> None:
     official()
-    assert main(words("improved_vqd", "sampling.reveal=schedule")) == 0
+    assert converted(words("improved_vqd", "sampling.reveal=schedule")) == 0
     module = load_generator("x.safetensors")
     assert module.null is None and module.config.null_condition.name == "empty"
     check_guidance()
@@ -363,7 +367,7 @@ def test_a_plain_file_is_guided_without_training(official: Callable[..., Denoise
 @pytest.mark.parametrize("learnable", [False, True])
 def test_a_class_file_samples(official: Callable[..., Denoiser], learnable: bool) -> None:
     official(null=learnable, condition="class", class_number=5, mlp_type="conv_mlp")
-    assert main(words("improved_vqd")) == 0
+    assert converted(words("improved_vqd")) == 0
     module = load_generator("x.safetensors")
     assert module.config.num_classes == 5 - learnable
     sampling = module.config.sampling
@@ -378,7 +382,7 @@ def test_codes_that_do_not_fit_are_refused(
 ) -> None:
     official()
     lacking = [w for w in words("vq_diffusion") if w not in ("--codes", "taming_vqvae_6.pt")]
-    assert main(lacking) == 2
+    assert converted(lacking) == 2
     said = capsys.readouterr().err
     assert "trained on 6 codes and the tokenizer has 12" in said and "--codes" in said
     assert not list(tmp_path.glob("x*"))
@@ -408,7 +412,7 @@ def test_a_whole_hugging_face_folder_samples(
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
 
     command = ["--paper", "improved_vqd", "--from", str(folder), "--out", "x", "data.resolution=8"]
-    assert main([*command, "sampling.steps=3", "sampling.reveal=schedule"]) == 0
+    assert converted([*command, "sampling.steps=3", "sampling.reveal=schedule"]) == 0
     module = load_generator("x.safetensors")
     same(network, module.network.state_dict())
     assert module.config.text.path == f"{folder}/text_encoder"
