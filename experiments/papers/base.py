@@ -20,7 +20,7 @@ from experiments.pipeline.first_stage import MEASURED, Given, Statistics
 from experiments.pipeline.generator import Generator
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.sample import Sample
-from experiments.pipeline.stage import Machine
+from experiments.pipeline.stage import FileStage, Machine
 from experiments.pipeline.train import FirstStageRecipe, GeneratorRecipe, Train
 from experiments.settings import ConfigError, resolved
 from lightning_modules.common.checks import at_least
@@ -181,8 +181,7 @@ class Materials:
 
     paper: str
     data: Data
-    first_stage: Any
-    """A stage with the file of the first stage."""
+    first_stage: FileStage
 
 
 Draw = Callable[[Captions, int, int], dict[str, Sample]]
@@ -308,10 +307,10 @@ class RunSettings:
             )
         return path
 
-    def first_stage_stage(self, data: Data) -> Any:
+    def first_stage_stage(self, data: Data) -> FileStage:
         """Return the stage that names or trains the first stage."""
         kind, section, path = self.FIRST_STAGE, self.first_stage, self.first_stage_file()
-        stage: Any = None
+        stage: FileStage
         if path is not None:
             stage = Given(path, kind.paper)
         else:

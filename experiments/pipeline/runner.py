@@ -12,7 +12,6 @@ from experiments.pipeline.publish import Outcome, Titles, publish
 from experiments.pipeline.ranks import end_with_parent
 from experiments.pipeline.stage import Log
 from experiments.pipeline.store import Store
-from experiments.pipeline.train import FirstStageRecipe, Train
 from experiments.settings import UserError, resolved
 
 
@@ -96,9 +95,6 @@ def wandb_loggers(planned: Plan, run: RunSettings, titles: Titles, out: Path) ->
     if mode is None and not wandb.login(prompt=False):
         mode = "offline"
     out.mkdir(parents=True, exist_ok=True)
-    trained = [stage for stage in planned.stages if isinstance(stage, Train)]
-    if planned.drawing is not None:
-        trained = [s for s in trained if not isinstance(s.recipe, FirstStageRecipe)]
     first = WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "tokengrid"),
         name=None if "WANDB_SWEEP_ID" in os.environ else out.name,
@@ -109,7 +105,7 @@ def wandb_loggers(planned: Plan, run: RunSettings, titles: Titles, out: Path) ->
         config=resolved(run),
         mode=mode,  # WandbLogger(offline=True) sets a mode that wandb no longer knows
     )
-    loggers: dict[str, Any] = {stage.what: first for stage in trained[:1]} or {"": first}
-    for stage in trained[1:]:
+    loggers: dict[str, Any] = {planned.trainings[0].what: first}
+    for stage in planned.trainings[1:]:
         loggers[stage.what] = WandbLogger(experiment=first.experiment, prefix=stage.what)
     return loggers
