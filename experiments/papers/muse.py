@@ -26,6 +26,8 @@ from experiments.settings import resolved
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.muse.config import MODELS, PRESETS, SUPERRES_MODELS, UVIT_MODELS, MuseConfig
 
+BASE_TRAINING = ("objective", "optim", "critic")  # sections of the base alone
+
 
 @dataclass
 class MuseRun(MuseConfig, TokenRun):
@@ -75,9 +77,11 @@ class MuseRun(MuseConfig, TokenRun):
         size = self.high_resolution
         low_view = EncodedView("low", m.first_stage, stage.factor)
         pairs = self.encoded(m.data, EncodedView("tokens", own), low_view, resolution=size)
+        # of the base only what must fit; how it was trained counts where it predicts
+        shared = {k: v for k, v in self.trained_settings().items() if k not in BASE_TRAINING}
         recipe = SuperResRecipe(
-            m.paper, {**self.trained_settings(), "superres": resolved(stage)}, m.first_stage, own,
-            base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
+            m.paper, {**shared, "superres": {**resolved(stage), "tokenizer": None}}, m.first_stage,
+            own, base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
         )  # fmt: skip
         trainer = self.superres_trainer
         superres = Train(
