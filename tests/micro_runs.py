@@ -18,7 +18,11 @@ from experiments.pipeline.stage import Folders, Stage
 from experiments.report.pictures import load_png
 from experiments.settings import ConfigError
 
-QUIET = ("ignore:Checkpoint directory", "ignore:The dirpath has changed")  # of Lightning
+QUIET = (  # of Lightning
+    "ignore:Checkpoint directory",
+    "ignore:The dirpath has changed",
+    "ignore:Your `IterableDataset`",
+)
 
 
 @dataclass

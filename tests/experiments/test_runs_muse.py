@@ -54,6 +54,8 @@ def test_what_depends_on_what() -> None:
     # with the pictures' own low-res tokens the two stages are trained apart
     real = ("superres.low=real",)
     assert changed("optim.lr=0.002", given=real) == {"train", "generator", *BASE, *FINAL}
+    assert not changed("sampling.edit.iterations=2")  # edits of a run have a mask
+    assert not changed("sampling.superres.steps=3", given=("superres.enabled=false",))
     assert changed("eval.edits=2") == {"edits", "features-edits", "score"}
     wider = changed("superres.factor=4", "superres.model.max_side=32")
     assert {"encode", *enlarging} <= wider and not {"train", "tokenizer", *BASE} & wider
