@@ -446,6 +446,8 @@ def measures_of_file(kind: FirstStageKind, path: Path) -> tuple[int, int | None,
     try:
         with safe_open(path, "np") as file:
             config = json.loads((file.metadata() or {})["config"])
+        if config["paper"] != kind.paper:
+            return None
         names = {f.name for f in dataclasses.fields(kind.config)}
         return kind.measures(build(kind.config, {k: v for k, v in config.items() if k in names}))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
