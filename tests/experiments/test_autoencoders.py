@@ -158,6 +158,23 @@ def test_a_file_keeps_its_network_and_gets_the_statistics_of_these_pictures(
     assert load_weights(run.out / "autoencoder.safetensors")[1]["kind"] == "vmae"
 
 
+def test_a_training_starts_from_another_runs_weights(alone: Run, tmp_path: Path) -> None:
+    path = alone.out / "autoencoder.safetensors"
+    words = (f"start={path}", "optim.lr=1e-9", "trainer.max_steps=1")
+    run = go("autoencoder", tmp_path / "out", alone.cache, *words)
+    assert {"autoencoder", "score"} <= run.made()
+    mine, theirs = load_file(run.out / "autoencoder.safetensors"), load_file(path)
+    assert mine.keys() == theirs.keys()
+    for key in mine.keys() - {"latent_mean", "latent_std"}:
+        torch.testing.assert_close(mine[key], theirs[key], atol=1e-6, rtol=0)
+    # the file counts by its content
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(path.read_bytes())
+    assert not changed("autoencoder", f"start={copy}", *words[1:], given=words)
+    with pytest.raises(ConfigError, match="start: there is no file nowhere"):
+        names("autoencoder", "start=nowhere")
+
+
 def test_tokenizers_and_autoencoders_are_not_mixed_up(alone: Run, tmp_path: Path) -> None:
     path = alone.out / "autoencoder.safetensors"
     with pytest.raises(UserError, match=r"a checkpoint of autoencoder, not a tokenizer"):
