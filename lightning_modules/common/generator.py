@@ -157,6 +157,10 @@ class GeneratorModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self._attached["text"](list(captions), self.device)
 
+    def share_text(self, other: "GeneratorModule") -> None:
+        """Take the text encoder that another generator holds."""
+        self._attached["text"] = other._attached["text"]
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Speak up where prompts cannot be understood, before any work.
 
