@@ -120,3 +120,28 @@ def adaptive_weight(
     (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
     ratio = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
     return ratio.clamp(0, config.adaptive_max).detach() * config.disc_weight
+
+
+def generator_loss(
+    loss: Tensor,
+    nll: Tensor,
+    fake_logits: Tensor,
+    last_layer: Tensor,
+    config: AdversarialConfig,
+    factor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return loss + d_weight * factor * g_loss, g_loss = -mean D(xr), and both parts.
+
+    Equation 6 of Esser et al.
+
+    Args:
+        loss: all but the adversarial term, scalar.
+        nll: the reconstruction loss alone, scalar.
+        fake_logits: D(xr) with graph.
+        last_layer: see `adaptive_weight`.
+        config: the weights.
+        factor: of `disc_factor`.
+    """
+    g_loss = -fake_logits.float().mean()
+    d_weight = adaptive_weight(nll, g_loss, last_layer, config)
+    return loss + d_weight * factor * g_loss, {"g_loss": g_loss, "d_weight": d_weight}

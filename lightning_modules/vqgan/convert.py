@@ -25,6 +25,7 @@ from lightning_modules.common.foreign import (
     section,
     shape,
     typed,
+    under,
 )
 from lightning_modules.common.settings import plain
 from lightning_modules.vqgan.config import ModelConfig
@@ -39,42 +40,23 @@ TAMING_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_
 PAELLA_PARTS = ("in_block.", "down_blocks.", "up_blocks.", "out_block.", "vquantizer.")
 
 # what shapes do not say and a reference's settings do
-HINTS = (
-    "resolution",
-    "unit_range",
-    "norm_groups",
-    "dropout",
-    "beta",
-    "legacy_beta",
-    "scale_factor",
-    "kl_weight",
-    "temperature",
-    "temperature_end",
-    "temperature_batches",
-    "straight_through",
-    "sample_tokens",
-    "quantizer",
-    "unknown_code",
-    "unknown_id",
+HINTS = frozenset(
+    "resolution unit_range norm_groups dropout beta legacy_beta scale_factor kl_weight temperature "
+    "temperature_end temperature_batches straight_through sample_tokens quantizer unknown_code "
+    "unknown_id".split()
 )
 
 
 def read(
     source: Path, hints: Mapping[str, Any], aside: Path | Tensor | None = None
 ) -> tuple[State, dict[str, Any]]:
-    """Read a tokenizer of this suite or an official one.
+    """Read a tokenizer of this suite or an official one, as `VQGANModule.from_export` takes it.
 
     Args:
         source: file, or diffusers folder with its config.json.
         hints: settings that a user gave, by dotted keys (model.X).
         aside: file with the new id of every code, or [K] how often each occurs: those that do are
             kept.
-
-    Returns:
-        What `VQGANModule.from_export` takes.
-
-    Raises:
-        ValueError: a file of unknown layout, or ids of another form.
     """
     found = read_suite(source, "vqgan")
     if found is not None:
@@ -89,16 +71,7 @@ def read(
 
 
 def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> tuple[State, dict[str, Any]]:
-    """Give a tokenizer's codes new ids; those that share id 0 are no longer told apart.
-
-    Args:
-        state: the tokenizer's tensors.
-        config: its settings.
-        ids: [K] int64, every id of [0, max] occurring.
-
-    Raises:
-        ValueError: ids of another form, or codes that have new ids already.
-    """
+    """Give a tokenizer's codes new ids [K]; those that share id 0 are no longer told apart."""
     model = config["model"]
     if model["used_codes"]:
         raise ValueError(f"the tokenizer keeps {model['used_codes']} of its codes already")
@@ -131,15 +104,9 @@ def convert(
 
     Returns:
         The state and {"paper", "model"} that `VQGANModule.from_export` takes.
-
-    Raises:
-        ValueError: an unknown layout, or missing, left-over or misshapen tensors.
     """
+    state = under(state, "first_stage_model.") or state
     keys = state.keys()
-    if any(k.startswith("first_stage_model.") for k in keys):
-        prefix = "first_stage_model."
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        return convert(state, hints)
     if any(k.startswith("content_codec.") for k in keys):
         return taming(_vq_diffusion(state), hints)
     if "vquantizer.embedding.weight" in keys or "vquantizer.codebook.weight" in keys:
@@ -202,7 +169,8 @@ def paella(
 ) -> tuple[State, dict[str, Any]]:
     """Convert Paella's vqgan_f4.pt, open-muse's copies, or diffusers' PaellaVQModel."""
     _only(state, PAELLA_PARTS, "a Paella tokenizer")
-    own = {_paella_key(k): v for k, v in state.items()}
+    codes = re.compile(r"^vquantizer\.(codebook|embedding)\.")
+    own = {codes.sub("quantize.embedding.", k): v for k, v in state.items()}
     latent = [k for k in own if re.fullmatch(r"down_blocks\.\d+\.0\.weight", k)]
     # blocks come as one per level and one convolution between levels, then the latent projection
     if not latent:
@@ -257,10 +225,8 @@ def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
     statistics, which only training needs.
     """
     own: State = {}
-    for key, value in state.items():
-        if not key.startswith("content_codec."):
-            continue
-        new = re.sub(r"^content_codec\.((enc|dec)\.)?", "", key)
+    for key, value in under(state, "content_codec.").items():
+        new = re.sub(r"^(enc|dec)\.", "", key)
         if new in own and not torch.equal(own[new], value):
             raise ValueError(f"encoder and decoder have another {new}")
         own[new] = value
@@ -304,10 +270,6 @@ def _only(state: Mapping[str, Tensor], parts: tuple[str, ...], what: str) -> Non
     strange = sorted(k for k in state if not k.startswith(parts))
     if strange:
         raise ValueError(f"{what} has no key {strange[0]!r} ({len(strange)} left over)")
-
-
-def _paella_key(key: str) -> str:
-    return re.sub(r"^vquantizer\.(codebook|embedding)\.", "quantize.embedding.", key)
 
 
 _DIFFUSERS = (

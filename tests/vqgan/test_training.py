@@ -152,7 +152,7 @@ def test_schedules_follow_batches_and_not_optimizer_steps(tmp_path: Path) -> Non
     seen = []
     optimizers = trained.optimizer_list()
     for trained.batches_seen in (0, 1, 2, 4, 6, 100):
-        trained._set_schedules(optimizers)
+        trained.set_rates(optimizers)
         seen.append([p.param_groups[0]["lr"] for p in optimizers])
     rates = torch.tensor(seen)
     torch.testing.assert_close(rates[:, 0], torch.tensor([0.05, 0.1, 0.1, 0.075, 0.05, 0.05]))
