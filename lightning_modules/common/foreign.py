@@ -16,6 +16,9 @@ from lightning_modules.common.settings import build
 
 State = dict[str, Tensor]
 Settings = list[tuple[str, Any]]
+Hints = Mapping[str, Any] | None
+Converted = tuple[State, dict[str, Any]]
+"""What `from_export` of a first stage takes."""
 
 PAD_IDS = {"!": 0, "<|endoftext|>": 49407}  # of CLIP's tokens, those that texts are filled with
 
@@ -67,7 +70,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_suite(source: Path, paper: str) -> tuple[State, dict[str, Any]] | None:
+def read_suite(source: Path, paper: str) -> Converted | None:
     """Read the first stage of a file of this suite; None for a file of others."""
     if source.suffix != ".safetensors" or not source.is_file():
         return None

@@ -64,16 +64,10 @@ class GeneratorModule(SeededModule):
         parts: Mapping[str, tuple[dict[str, Tensor], dict[str, Any]]],
         what: str,
     ) -> Self:
-        """Build the generator of a checkpoint.
-
-        Args:
-            state: its tensors.
-            config: its plain settings.
-            parts: tensors and settings of further files that belong to it, by their names.
-            what: the file, for messages.
+        """Build the generator of a checkpoint from its tensors, settings and further parts by name.
 
         Raises:
-            ValueError: tensors that do not fit, or a part that this paper has not.
+            ValueError: tensors that do not fit, or a part that this paper has not, in file `what`.
         """
         if parts:
             raise ValueError(f"{what}: {cls.__name__} has no part {next(iter(parts))}")
@@ -148,19 +142,11 @@ class GeneratorModule(SeededModule):
             return self._attached["text"](list(captions), self.device)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Speak up where prompts cannot be understood, before any work.
-
-        Raises:
-            ValueError, OSError, RuntimeError: whatever the text encoder has to say.
-        """
+        """Speak up where prompts cannot be understood, before any work."""
         self.encode_text(prompts[:1])
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] in [-1, 1] to pooled image vectors of the text encoder's CLIP.
-
-        Raises:
-            ValueError: the text encoder of this generator has no image branch.
-        """
+        """Map images [B, 3, H, W] in [-1, 1] to pooled image vectors of the text encoder's CLIP."""
         if not hasattr(self._attached["text"], "encode_images"):
             raise ValueError(
                 f"text.name={self.config.text.name} has no image vectors; a variation starts from "
@@ -178,11 +164,7 @@ class GeneratorModule(SeededModule):
         return True
 
     def settings(self, changes: Mapping[str, Any]) -> Any:
-        """Return the checkpoint's sampling settings with some replaced, also inside sections.
-
-        Raises:
-            ValueError: an unknown setting, or one out of range.
-        """
+        """Return the checkpoint's sampling settings with some replaced, also inside sections."""
         own = plain(self.config.sampling)
         for name, value in changes.items():
             nested = isinstance(value, Mapping) and isinstance(own.get(name), dict)

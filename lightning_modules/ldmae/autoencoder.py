@@ -131,15 +131,13 @@ class AutoencoderModule(AdversarialModule):
         """Set the statistics of `normalise` from the sampled latents of `count` training images.
 
         Every picture has its own draw and is summed by itself in float64, so that the size of the
-        batches changes nothing but the rounding of the encoder.
+        batches changes nothing but the rounding of the encoder. The released code takes 10,000
+        pictures, not flipped.
 
         Args:
             images: batches [B, 3, H, W] in [-1, 1] of any size; what is over is not looked at.
-            count: pictures; the released code takes 10,000, not flipped.
+            count: pictures; ValueError where there are fewer, or a channel never changes.
             generator: source of the posterior noise, on the CPU.
-
-        Raises:
-            ValueError: fewer images than `count`, or a channel that never changes.
         """
 
         def draws() -> Iterator[Tensor]:
@@ -202,11 +200,7 @@ class AutoencoderModule(AdversarialModule):
         self.use_lpips(c.objective.lpips_path, weight, stage)
 
     def start_from(self, path: Path | str) -> None:
-        """Take network and statistics of an autoencoder file; position tables are resized.
-
-        Raises:
-            ValueError: another kind of autoencoder, or other sizes.
-        """
+        """Take network and statistics of an autoencoder file; position tables are resized."""
         state, config = load_weights(path)
         if config.get("paper") != "autoencoder" or config["kind"] != self.config.kind:
             what = config.get("kind", config.get("paper"))

@@ -1,7 +1,7 @@
 """LDMAE's latent diffusion model as a LightningModule: network, loss and loop on latents."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from lightning_modules.common.request import OnStep, Request
 from lightning_modules.ldmae import process
 from lightning_modules.ldmae.config import LDMAEConfig, SamplingConfig
 from lightning_modules.ldmae.network import DiT, Side
+
+
+class Drawing(NamedTuple):
+    """What the loops draw from."""
+
+    settings: SamplingConfig
+    predict: process.Predict
+    seeds: Sequence[int]
+    noise: Tensor  # [B, C, h, w]
+    start: Tensor | None  # [B, C, h, w]
+    generate: Tensor | None  # [B, 1, h, w] bool
+    on_step: OnStep | None
 
 
 class LDMAEModule(GeneratorModule):
@@ -192,61 +204,44 @@ class LDMAEModule(GeneratorModule):
         noise = noise.to(self.alpha_bar)  # its device and precision
         start = None if request.start is None else request.start.to(noise)
         generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
-        sample = self._walk_the_chain if settings.solver == "ddim" else self._follow_the_flow
-        return sample(settings, predict, request.seeds, noise, start, generate, on_step)
+        drawing = Drawing(settings, predict, request.seeds, noise, start, generate, on_step)
+        follow = self._walk_the_chain if settings.solver == "ddim" else self._follow_the_flow
+        return follow(drawing)
 
-    def _follow_the_flow(
-        self,
-        settings: SamplingConfig,
-        predict: process.Predict,
-        seeds: Sequence[int],
-        noise: Tensor,
-        start: Tensor | None,
-        generate: Tensor | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        s, interval = settings, (settings.guidance_start, settings.guidance_end)
+    def _follow_the_flow(self, d: Drawing) -> Tensor:
+        s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)
 
         def velocity(interval: tuple[float, float]) -> process.Velocity:
-            made = process.guided(predict, s.guidance, s.guidance_channels, interval)
-            if start is None or generate is None:
+            made = process.guided(d.predict, s.guidance, s.guidance_channels, interval)
+            if d.start is None or d.generate is None:
                 return made
-            return process.held(made, start, noise, generate)
+            return process.held(made, d.start, d.noise, d.generate)
 
         if s.solver == "dopri5":
             return process.piecewise_dopri5(
-                velocity, noise, interval, atol=s.atol, rtol=s.rtol, on_step=on_step
+                velocity, d.noise, interval, atol=s.atol, rtol=s.rtol, on_step=d.on_step
             )
         times = process.time_grid(s.steps, s.timestep_shift)[s.first_step :]
-        x = noise
-        if start is not None:
-            x = process.straight_path(noise, start, times[:1].to(noise))[0]
+        x = d.noise
+        if d.start is not None:
+            x = process.straight_path(d.noise, d.start, times[:1].to(x))[0]
         solver: Any = s.solver
-        return process.integrate(velocity(interval), x, times, solver, on_step)
+        return process.integrate(velocity(interval), x, times, solver, d.on_step)
 
-    def _walk_the_chain(
-        self,
-        settings: SamplingConfig,
-        predict: process.Predict,
-        seeds: Sequence[int],
-        noise: Tensor,
-        start: Tensor | None,
-        generate: Tensor | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        s, interval = settings, (settings.guidance_start, settings.guidance_end)
+    def _walk_the_chain(self, d: Drawing) -> Tensor:
+        s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)
         alpha_bar, total = process.signal_shares(self.config.objective), len(self.alpha_bar)
         grid = process.chain_grid(s.steps, total)[s.first_step :]
 
         def progress(k: Tensor) -> Tensor:
             return 1 - k / total
 
-        model = process.guided(predict, s.guidance, s.guidance_channels, interval, progress)
-        x = noise
-        if start is not None and generate is not None:
-            model = process.held_noise(model, start, alpha_bar, generate)
-        if start is not None and s.first_step > 0:
-            x = process.diffuse(noise, start, alpha_bar[grid[:1]].to(noise))
-        shape = tuple(noise.shape[1:])
-        fresh = (process.sample_noise(seeds, shape, i).to(noise) for i in range(1, len(grid)))
-        return process.ddim(model, x, grid, alpha_bar, eta=s.eta, fresh=fresh, on_step=on_step)
+        model = process.guided(d.predict, s.guidance, s.guidance_channels, interval, progress)
+        x = d.noise
+        if d.start is not None and d.generate is not None:
+            model = process.held_noise(model, d.start, alpha_bar, d.generate)
+        if d.start is not None and s.first_step > 0:
+            x = process.diffuse(d.noise, d.start, alpha_bar[grid[:1]].to(x))
+        shape = tuple(x.shape[1:])
+        fresh = (process.sample_noise(d.seeds, shape, i).to(x) for i in range(1, len(grid)))
+        return process.ddim(model, x, grid, alpha_bar, eta=s.eta, fresh=fresh, on_step=d.on_step)

@@ -265,11 +265,7 @@ class VMAE(nn.Module):
         return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
 
     def encode_tokens(self, images: Tensor, hidden: Masking | None = None) -> Tensor:
-        """Encode the visible patches.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1].
-            hidden: what the encoder does not see; None shows everything.
+        """Encode the visible patches of images [B, 3, H, W] in [-1, 1]; None hides nothing.
 
         Returns:
             [B, N_visible, 2C], mean then log variance, in the order of `hidden.shuffle`.
@@ -283,15 +279,9 @@ class VMAE(nn.Module):
     def decode_tokens(
         self, z: Tensor, grid: tuple[int, int], hidden: Masking | None = None
     ) -> Tensor:
-        """Decode latents; a hidden patch enters as the mask token.
+        """Decode latents [B, N_visible, C] to images [B, 3, H, W] of `grid` patches, not clamped.
 
-        Args:
-            z: [B, N_visible, C].
-            grid: patches along both sides.
-            hidden: as given to `encode_tokens`.
-
-        Returns:
-            Images [B, 3, H, W], not clamped.
+        A hidden patch enters as the mask token.
         """
         x = self.decoder_embed(self.from_latent(z))
         if hidden is not None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_foreign, load_tensor
 from lightning_modules.common.foreign import (
+    Converted,
+    Hints,
     State,
     check_types,
     count,
@@ -47,9 +49,7 @@ HINTS = frozenset(
 )
 
 
-def read(
-    source: Path, hints: Mapping[str, Any], aside: Path | Tensor | None = None
-) -> tuple[State, dict[str, Any]]:
+def read(source: Path, hints: Mapping[str, Any], aside: Path | Tensor | None = None) -> Converted:
     """Read a tokenizer of this suite or an official one, as `VQGANModule.from_export` takes it.
 
     Args:
@@ -70,7 +70,7 @@ def read(
     return renumbered(state, config, ids)
 
 
-def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> tuple[State, dict[str, Any]]:
+def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> Converted:
     """Give a tokenizer's codes new ids [K]; those that share id 0 are no longer told apart."""
     model = config["model"]
     if model["used_codes"]:
@@ -88,9 +88,7 @@ def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> tuple[State
     return VQGANModule.from_export(renamed, {**config, "model": {**model, **kept}}).export()
 
 
-def convert(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def convert(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Turn a tokenizer checkpoint of any known layout into our tensors and settings.
 
     Known: taming and LDM (nearest code and Gumbel, also inside a transformer's checkpoint under
@@ -121,9 +119,7 @@ def convert(
     )
 
 
-def taming(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def taming(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Convert the VQModel or GumbelVQ of CompVis/taming-transformers and latent-diffusion.
 
     loss.* and the EMA copies model_ema.* are dropped. Both repositories trained the nearest code
@@ -164,9 +160,7 @@ def taming(
     return _finish(own, values | given, "the taming checkpoint")
 
 
-def paella(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def paella(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Convert Paella's vqgan_f4.pt, open-muse's copies, or diffusers' PaellaVQModel."""
     _only(state, PAELLA_PARTS, "a Paella tokenizer")
     codes = re.compile(r"^vquantizer\.(codebook|embedding)\.")
@@ -190,9 +184,7 @@ def paella(
     return _finish(own, values | _hints(hints), "the Paella tokenizer")
 
 
-def diffusers_vqmodel(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def diffusers_vqmodel(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Convert diffusers' VQModel (or an older one, whose attention has other names)."""
     levels = count(state, "encoder.down_blocks", 1)
     own = {}
@@ -202,20 +194,6 @@ def diffusers_vqmodel(
             value = value[:, :, None, None]  # a matrix there, a 1x1 convolution here
         own[new] = value
     return taming(own, hints)
-
-
-def discriminator(state: Mapping[str, Tensor]) -> tuple[State, dict[str, Any]]:
-    """Read the arguments of `NLayerDiscriminator` from its tensors (main.*)."""
-    _only(state, ("main.",), "a discriminator")
-    own = dict(state)
-    convolutions = [k for k in own if k.endswith(".weight") and own[k].ndim == 4]
-    first = own["main.0.weight"]
-    return own, {
-        "in_channels": first.shape[1],
-        "width": first.shape[0],
-        "layers": len(convolutions) - 2,
-        "use_actnorm": any(k.endswith(".loc") for k in own),
-    }
 
 
 def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
@@ -237,14 +215,14 @@ def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
     return own
 
 
-def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, dict[str, Any]]:
+def _finish(own: State, values: Mapping[str, Any], what: str) -> Converted:
     """Check the tensors against the network that the settings describe."""
     model = typed(ModelConfig, values)
     own = fitted(lambda: NETWORKS[model.network](model), own, what)
     return own, {"paper": "vqgan", "model": plain(model)}
 
 
-def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
+def _hints(hints: Hints) -> dict[str, Any]:
     """Take the settings out of what a caller knows, under our names."""
     flat = dict(hints or {})
     inner = flat.get("ddconfig") or {}
