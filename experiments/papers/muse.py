@@ -20,8 +20,8 @@ from experiments.pipeline.encode import EncodedView
 from experiments.pipeline.first_stage import Given
 from experiments.pipeline.generator import Generator
 from experiments.pipeline.sample import Sample
-from experiments.pipeline.stage import Folders, Stage, plain_paths
-from experiments.pipeline.train import Train, attachable
+from experiments.pipeline.stage import FileStage, Folders, plain_paths
+from experiments.pipeline.train import Recipe, Train, attachable
 from experiments.settings import resolved
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.muse.config import MODELS, PRESETS, SUPERRES_MODELS, UVIT_MODELS, MuseConfig
@@ -100,19 +100,18 @@ class MuseRun(MuseConfig, TokenRun):
 
 
 @dataclass(frozen=True)
-class SuperResRecipe:
+class SuperResRecipe(Recipe):
     """The super-resolution stage: high-res tokens from those of the reduced picture."""
 
     FILE: ClassVar[str] = "superres.safetensors"
-    ADVERSARIAL: ClassVar[bool] = False
 
     paper: str
     settings: Mapping[str, Any]
     """The paper's sections, superres among them."""
-    low: Stage
-    """A stage with the file of the base's tokenizer."""
-    high: Stage
-    """A stage with the file of this stage's own tokenizer."""
+    low: FileStage
+    """The base's tokenizer."""
+    high: FileStage
+    """Its own tokenizer."""
     base: Train | None
     """The base, where the low-res tokens are partly its own predictions."""
     resolution: int
@@ -141,17 +140,13 @@ class SuperResRecipe:
         config = {"paper": self.paper, "seed": seed, **geometry, "high": own, **settings}
         base = None
         if self.base is not None:
-            base = load_generator(self.base.file(inputs), first_stage=self.low.file(inputs))  # type: ignore[attr-defined]
+            base = load_generator(self.base.file(inputs), first_stage=self.low.file(inputs))
         return SuperResModule(config).attach(high, low=low, base=base)
-
-    def begin(self, module: Any, inputs: Folders) -> bool:
-        """Train."""
-        return True
 
     def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the weights to sample with, and the settings with the tokenizer's hash."""
         state, config = module.export()
         if self.high != self.low:
-            named = {"sha256": file_hash(self.high.file(inputs))}  # type: ignore[attr-defined]
+            named = {"sha256": file_hash(self.high.file(inputs))}
             config["high"] = {**config["high"], "first_stage": named}
         return state, config

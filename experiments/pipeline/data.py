@@ -53,15 +53,12 @@ class OwnShards:
 class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
+    NAME = "data-{split}"
+
     source: Embedded | OwnShards
     split: str
     size: int | None = None
     """Samples, at most."""
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return f"data-{self.split}"
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write the tars, or list the user's."""
@@ -90,17 +87,14 @@ class Shards(Stage):
 class Captions(Stage):
     """What samples of a split say; no picture is decoded for it."""
 
+    NAME = "captions-{shards.split}"
+
     shards: Shards
     view: View
     count: int
     """Samples, at most."""
     first: int = 0
     """Samples that are passed over."""
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return f"captions-{self.shards.split}"
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Read them."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data.files import file_hash
 from data.view import View
 from experiments.pipeline.data import Shards
-from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
+from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,7 @@ class EncodedView:
 
     name: str
     """Under which batches have it; the first view of a cache is `tokens` or `moments`."""
-    first_stage: Stage
-    """A stage with the file of a first stage."""
+    first_stage: FileStage
     reduce: int = 1
     """Factor by which pictures are reduced before, by area averaging."""
 
@@ -50,7 +49,7 @@ class Encode(SplitStage):
         shards = self.shards.shards(inputs)
         encoders = {}
         for view in self.views:
-            module = load_first_stage(view.first_stage.file(inputs), machine.device)  # type: ignore[attr-defined]
+            module = load_first_stage(view.first_stage.file(inputs), machine.device)
             codes = getattr(module, "num_codes", None)
             encode = module.encode if codes else module.moments
             encoders[view.name] = Encoder(_reduced(encode, view.reduce), codes)
@@ -70,7 +69,7 @@ class Encode(SplitStage):
         from lightning_modules.registry import load_first_stage
 
         stage = self.views[0].first_stage
-        file = stage.file(inputs)  # type: ignore[attr-defined]
+        file = stage.file(inputs)
         made_with = {
             "tokenizer": file_hash(file),
             "num_codes": getattr(load_first_stage(file), "num_codes", None),

@@ -9,7 +9,7 @@ from data.files import write_json
 from experiments.pipeline.data import Asked, Pictures
 from experiments.pipeline.edit import Edits
 from experiments.pipeline.sample import Sample
-from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
+from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +19,8 @@ class Features(SplitStage):
     images: Sample | Pictures | Edits
     extractor: Any
     """A frozen dataclass of eval/, see `eval.rows.Extractor`."""
-    first_stage: Stage | None = None
-    """A stage with the file of a first stage, for extractors that reconstruct."""
+    first_stage: FileStage | None = None
+    """For extractors that reconstruct."""
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ class Features(SplitStage):
 
         first_stage = None
         if self.first_stage is not None:
-            first_stage = load_first_stage(self.first_stage.file(inputs), machine.device)  # type: ignore[attr-defined]
+            first_stage = load_first_stage(self.first_stage.file(inputs), machine.device)
         extract = self.extractor.load(
             machine.device, folder=machine.classifiers, first_stage=first_stage
         )

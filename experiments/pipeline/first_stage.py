@@ -2,35 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data.view import View
 from experiments.pipeline.data import Shards
-from experiments.pipeline.stage import Folders, Log, Machine, Stage
+from experiments.pipeline.stage import FileStage, Folders, Log, Machine
 
 MEASURED = 10_000  # pictures behind the statistics of latents, as in LDMAE's released code
 
 
-class HasFile(Protocol):
-    """A stage whose result is a file of weights."""
-
-    def file(self, inputs: Folders) -> Path:
-        """Path of the file."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
-class Given(Stage):
+class Given(FileStage):
     """A finished tokenizer or autoencoder; it stays where it is."""
+
+    NAME = "given-{paper}"
 
     path: Path
     paper: str
     """What it must be."""
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return f"given-{self.paper}"
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Speak up where the file is none."""
@@ -45,11 +34,10 @@ class Given(Stage):
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics(Stage):
+class Statistics(FileStage):
     """An autoencoder whose latents are normalised by the statistics of this run's pictures."""
 
-    autoencoder: Any
-    """A stage with a file."""
+    autoencoder: FileStage
     shards: Shards
     view: View
     count: int

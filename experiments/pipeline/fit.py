@@ -4,6 +4,7 @@ import csv
 import signal
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,45 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Write beside the target, then rename."""
         with atomic(path) as temporary:
             torch.save(checkpoint, temporary)
+
+
+class Divergence(Callback):
+    """Ends a training whose loss or weights are no finite numbers, before they are kept.
+
+    A step that mixed precision skips for an overflow is none: its loss is finite, and so stay the
+    weights.
+
+    Args:
+        what: name of the stage.
+        every: batches between two looks on a GPU, where looking waits.
+    """
+
+    def __init__(self, what: str, every: int) -> None:
+        self.what, self.every = what, every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss."""
+        loss = trainer.callback_metrics.get("train/loss")
+        seldom = pl_module.device.type == "cuda" and (batch_idx + 1) % self.every
+        if loss is not None and not seldom and not bool(torch.isfinite(loss)):
+            self._stop(trainer, f"the loss is {float(loss)}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at all weights, before the checkpoint of this border is written."""
+        for name, value in pl_module.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                self._stop(trainer, f"{name} holds numbers that are not finite")
+
+    def _stop(self, trainer: Trainer, found: str) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else 0.0
+        step = trainer.fit_loop.total_batch_idx + 1
+        raise ValueError(
+            f"{self.what} diverged at batch {step} with learning rate {rate:g}: {found}; try a "
+            "lower optim.lr, a longer warm-up or optim.clip (what stood at the last border of an "
+            "epoch is kept)"
+        )
 
 
 class PlainSignals(Callback):
@@ -175,6 +215,7 @@ def fit(
         callbacks=[
             checkpoint,
             TrainingProgress(what, loop.epochs * loop.length, log.say, log.style),
+            Divergence(what, monitor.log_every),
             PlainSignals(),
             *kept,
         ],
@@ -186,9 +227,21 @@ def fit(
         **options,
     )
     resume = folder / RESUME
+    if resume.exists() and not whole_zip(resume):
+        log.note(f"{resume} is damaged; {what} begins anew")
+        resume.unlink()
     trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+def whole_zip(path: Path) -> bool:
+    """Say whether a checkpoint is a zip file whose every entry has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+        return False
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import file_hash, link, write_json
-from experiments.pipeline.stage import Folders, Log, Machine, Stage
+from experiments.pipeline.stage import FileStage, Folders, Log, Machine, Stage
 from experiments.pipeline.train import Train
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -18,13 +18,12 @@ class Generator(Stage):
     """The files of a generator side by side; nothing is copied or rewritten."""
 
     train: Train
-    first_stage: Stage
-    """A stage with the file of a first stage."""
+    first_stage: FileStage
     first_name: str = "tokenizer"
     """What the first stage is."""
     parts: Mapping[str, Train] = field(default_factory=dict)
     """Trainings of further parts, by the names that the paper gives them."""
-    further: Mapping[str, Stage] = field(default_factory=dict)
+    further: Mapping[str, FileStage] = field(default_factory=dict)
     """Further first stages, by the names that the paper gives them."""
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
@@ -46,7 +45,7 @@ class Generator(Stage):
         return load_generator(inputs[self], device=machine.device)
 
 
-def _named(name: str, stage: Any, folder: Path, inputs: Folders) -> dict[str, str]:
+def _named(name: str, stage: FileStage, folder: Path, inputs: Folders) -> dict[str, str]:
     target = folder / f"{name}.safetensors"
     link(stage.file(inputs), target)
     return {"file": target.name, "sha256": file_hash(target)}

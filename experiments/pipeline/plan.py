@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from data.config import DataConfig
@@ -11,16 +12,15 @@ from eval.features import FeatureRows
 from eval.latents import LEVELS
 from eval.reconstruction import ReconstructionRows
 from eval.scenes import SceneRows
-from experiments.papers.base import Drawing, Materials, RunSettings
+from experiments.papers.base import HELDOUT, Drawing, Materials, RunSettings
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits
 from experiments.pipeline.features import Features
 from experiments.pipeline.sample import Sample
 from experiments.pipeline.score import Score, Scored
-from experiments.pipeline.stage import Stage, order
+from experiments.pipeline.stage import FileStage, Stage, order
+from experiments.pipeline.train import FirstStageRecipe, Train
 from experiments.settings import pick, resolved
-
-HELDOUT = 1_000_000  # added to the seeds of held-out prompts, so that no two pictures share one
 
 
 class Scoring(NamedTuple):
@@ -44,8 +44,7 @@ SPLITS = {"val": "", "heldout": "/heldout"}  # what is asked -> end of its score
 class Plan:
     """What a run makes."""
 
-    first_stage: Any
-    """A stage with the file of the first stage."""
+    first_stage: FileStage
     score: Score
     reconstructions: Features
     """Of the first stage, with the pairs that the page shows."""
@@ -54,10 +53,16 @@ class Plan:
     """Prefix of scores -> pictures; the last of each split are the final ones."""
     edits: Edits | None = None
 
-    @property
+    @cached_property
     def stages(self) -> list[Stage]:
         """All stages, what is needed first."""
         return order([self.score])
+
+    @property
+    def trainings(self) -> list[Train]:
+        """The run's own trainings: of its generator, or of the first stage where that is all."""
+        found = [stage for stage in self.stages if isinstance(stage, Train)]
+        return [s for s in found if not isinstance(s.recipe, FirstStageRecipe)] or found
 
 
 def plan(paper: str, run: RunSettings) -> Plan:

@@ -113,8 +113,6 @@ def _page(
     done = {stage: store.done(stage) or {"what": {}, "seconds": 0.0} for stage in plan.stages}
     shown = plan.reconstructions.measured(inputs)[0].shown
     pairs = [] if shown is None else [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in shown]
-    trained = [stage for stage in plan.stages if isinstance(stage, Train)]
-    main = [stage for stage in trained if stage.recipe.FILE != "first_stage.safetensors"]
     return RunPage(
         title=f"{titles.paper} on {run.data.name}, scale {titles.scale}",
         command=titles.command,
@@ -124,7 +122,7 @@ def _page(
         notes=notes(plan),
         examples=[*_examples(plan, run, inputs), *_edits(plan.edits, run, plan, inputs)],
         traces=_traces(plan, inputs),
-        curves=_losses(main or trained, inputs),
+        curves=_losses(plan.trainings, inputs),
         reconstructions=pairs,
         config_yaml=to_yaml(run),
         stages=[

@@ -1,6 +1,7 @@
 """Scores of rows, with their intervals; no picture is looked at here."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,11 @@ class Score(Stage):
             verdicts[one.prefix] = dict(
                 zip((str(i) for i in made.rows["index"].tolist()), read, strict=True)
             ) if read else {}  # fmt: skip
+        for name, score in scores.items():
+            if not math.isfinite(score["value"]):
+                raise ValueError(
+                    f"{name} is {score['value']}: the pictures or the model are broken"
+                )
         write_json(folder / "metrics.json", scores)
         write_json(folder / "verdicts.json", verdicts)
         return {name: score["value"] for name, score in scores.items()}

@@ -80,6 +80,8 @@ class Stage:
     A Path stands for the content of its file (or of the files of its folder), a stage for its key.
     """
 
+    NAME: ClassVar[str] = ""
+    """What a person and the folder call it; fields may stand in braces."""
     VERSION: ClassVar[int] = 1
     """Raised when the meaning of the code changes."""
     RANKS: ClassVar[Literal["leader", "split", "all"]] = "leader"
@@ -87,8 +89,8 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Name of the stage, for a person and for its folder."""
-        return type(self).__name__.lower()
+        """Name of the stage."""
+        return (self.NAME or type(self).__name__.lower()).format(**vars(self))
 
     @cached_property
     def key(self) -> str:
@@ -127,6 +129,15 @@ class Stage:
 
     def __hash__(self) -> int:
         return hash(self.folder)
+
+
+@dataclass(frozen=True, eq=False)
+class FileStage(Stage):
+    """A stage whose result is a file of weights."""
+
+    def file(self, inputs: Folders) -> Path:
+        """Path of the file."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

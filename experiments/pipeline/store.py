@@ -17,10 +17,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data.files import write_json
+from data.files import file_hash, write_json
 from experiments.pipeline.ranks import is_leader, launch
 from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
 
+MARKED = {"name", "key", "seconds", "when", "what", "files"}
 PAUSE = 0.2  # seconds between two looks at what others do
 
 
@@ -40,9 +41,18 @@ class Store:
     def done(self, stage: Stage) -> dict[str, Any] | None:
         """Read the marker of a finished stage; None where the result does not stand."""
         try:
-            return json.loads((self.folders[stage] / "done.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            marker = json.loads((self.folders[stage] / "done.json").read_text())
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             return None
+        return marker if isinstance(marker, dict) and MARKED <= marker.keys() else None
+
+    def damaged(self, stage: Stage, marker: dict[str, Any]) -> str | None:
+        """Return the first file of a finished stage whose bytes are not those that it wrote."""
+        for name, (size, sha256) in marker["files"].items():
+            path = self.folders[stage] / name
+            if not path.is_file() or path.stat().st_size != size or file_hash(path) != sha256:
+                return str(path)
+        return None
 
     def run(self, stages: Sequence[Stage], machine: Machine, log: Log) -> set[Stage]:
         """Make the results of stages, in order, where they do not stand.
@@ -55,7 +65,9 @@ class Store:
         Raises:
             SystemExit: the leader of this launch ended before a stage was done.
         """
-        reused = set()
+        reused: set[Stage] = set()
+        if self.leader:
+            self._drop_damaged(stages, log)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage.name}"
             if not self.leader:
@@ -74,6 +86,25 @@ class Store:
         folders = [stage.folder for stage in stages]
         write_json(self.root / "runs" / f"{name}.json", {"out": place, "stages": folders})
 
+    def _drop_damaged(self, stages: Sequence[Stage], log: Log) -> None:
+        """Take the mark off results that will be read and are not what was written.
+
+        Looked at are the last stage and the inputs of stages that will work: what nobody reads
+        costs nothing.
+        """
+        read = [*stages[-1:]]
+        for stage in reversed(stages):  # those that need others come after them
+            marker = self.done(stage)
+            if marker is not None and stage in read:
+                file = self.damaged(stage, marker)
+                if file is not None:
+                    log.note(f"{file} is damaged; {stage.name} is done again")
+                    (self.folders[stage] / "done.json").unlink()
+                    Path(file).unlink(missing_ok=True)
+                    marker = None
+            if marker is None:
+                read += stage.inputs
+
     def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
         folder = self.folders[stage]
         with self.locked(stage, head, log):
@@ -87,10 +118,14 @@ class Store:
                 what = self._work(stage, machine, log)
             finally:
                 (folder / "running.json").unlink(missing_ok=True)
+            # nobody writes here any more: locks of parts, and what a kill left half written
+            for left in (*folder.glob(".*.lock"), *folder.glob(".*.tmp")):
+                left.unlink(missing_ok=True)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
-            write_json(folder / "done.json", {**marker, "what": what, "fields": stage.content})
+            marker |= {"what": what, "files": written(folder), "fields": stage.content}
+            write_json(folder / "done.json", marker)
             log.say(f"{head}: done in {duration(seconds)}")
 
     def _work(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
@@ -125,9 +160,6 @@ class Store:
                     time.sleep(PAUSE)
         finally:
             counter.close()
-        if self.leader:
-            for lock_file in folder.glob(".*.lock"):
-                lock_file.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, stage: Stage, head: str, log: Log) -> Iterator[None]:
@@ -170,6 +202,13 @@ class Store:
         # Lightning's own launcher starts the followers as children of the leader, in the middle of
         # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
         return mark["pid"] == os.getppid() or (bool(launch()) and mark["launch"] == launch())
+
+
+def written(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and sha256 of the files that a stage left, by their names in its folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    kept = [p for p in files if p.name not in ("running.json", "done.json", "resume.ckpt")]
+    return {str(p.relative_to(folder)): (p.stat().st_size, file_hash(p)) for p in kept}
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from data.files import file_hash
 from experiments.pipeline.data import PictureSource, Shards
@@ -11,39 +11,41 @@ from experiments.pipeline.encode import Encode
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.stage import (
     UNKEYED,
+    FileStage,
     Folders,
     Log,
     Machine,
-    Stage,
     plain_paths,
 )
 
 
-class Recipe(Protocol):
-    """What is trained. A frozen dataclass: its fields are part of the stage's key."""
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained; its fields are part of the stage's key."""
 
-    FILE: ClassVar[str]
-    ADVERSARIAL: ClassVar[bool]
+    FILE: ClassVar[str] = "checkpoint.safetensors"
+    ADVERSARIAL: ClassVar[bool] = False
+    """Whether it trains against a discriminator, by hand."""
 
     def note(self) -> str:
-        """Say what a reader must know besides the settings; mostly nothing."""
-        ...
+        """Say what a reader must know besides the settings, where there is anything."""
+        return ""
 
     def build(self, inputs: Folders, seed: int) -> Any:
         """Make the module, all noise of which comes from torch's seeded generator."""
-        ...
+        raise NotImplementedError
 
     def begin(self, module: Any, inputs: Folders) -> bool:
         """Take over weights to start from; False where nothing is to be trained."""
-        ...
+        return True
 
     def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the tensors and the plain settings of the file that is kept."""
-        ...
+        return module.export()
 
 
 @dataclass(frozen=True)
-class FirstStageRecipe:
+class FirstStageRecipe(Recipe):
     """A tokenizer or an autoencoder."""
 
     FILE: ClassVar[str] = "first_stage.safetensors"
@@ -65,33 +67,17 @@ class FirstStageRecipe:
 
         return FIRST_STAGES[self.paper]({"seed": seed, **plain_paths(self.settings)})
 
-    def begin(self, module: Any, inputs: Folders) -> bool:
-        """Train."""
-        return True
-
-    def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a file of it holds."""
-        return module.export()
-
 
 @dataclass(frozen=True)
-class GeneratorRecipe:
+class GeneratorRecipe(Recipe):
     """A paper's generator on a first stage."""
-
-    FILE: ClassVar[str] = "checkpoint.safetensors"
-    ADVERSARIAL: ClassVar[bool] = False
 
     paper: str
     settings: Mapping[str, Any]
     """The paper's sections that training depends on."""
-    first_stage: Stage
-    """A stage with the file of a first stage."""
+    first_stage: FileStage
     resolution: int
     """Width and height of the pictures."""
-
-    def note(self) -> str:
-        """Say nothing."""
-        return ""
 
     def build(self, inputs: Folders, seed: int) -> Any:
         """Make the module."""
@@ -103,24 +89,25 @@ class GeneratorRecipe:
 
     def begin(self, module: Any, inputs: Folders) -> bool:
         """Start from another checkpoint, where one is named."""
-        return module.begin(file_hash(self.first_stage.file(inputs)))  # type: ignore[attr-defined]
+        return module.begin(file_hash(self.first_stage.file(inputs)))
 
     def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the weights to sample with, and the settings with the first stage's hash."""
         state, config = module.export()
-        file = self.first_stage.file(inputs)  # type: ignore[attr-defined]
+        file = self.first_stage.file(inputs)
         return state, {**config, "first_stage": {"sha256": file_hash(file)}}
 
 
 @dataclass(frozen=True, eq=False)
-class Train(Stage):
+class Train(FileStage):
     """One Lightning training, by all ranks."""
 
+    NAME = "{what}"
     RANKS: ClassVar[Any] = "all"
 
     what: str
     """Name of what is trained."""
-    recipe: Any
+    recipe: Recipe
     source: Encode | PictureSource
     loop: Loop
     seed: int
@@ -128,11 +115,6 @@ class Train(Stage):
     val: Shards | None = field(default=None, metadata=UNKEYED)
     """What the validation loss is watched on; changes no weight."""
     monitor: Monitor = field(default=Monitor(), metadata=UNKEYED)
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return self.what
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Train, and write the weights that are used from here on."""
@@ -180,12 +162,12 @@ class Train(Stage):
         return inputs[self] / self.recipe.FILE
 
 
-def attachable(stage: Stage, resolution: int, inputs: Folders) -> tuple[Any, dict[str, Any]]:
+def attachable(stage: FileStage, resolution: int, inputs: Folders) -> tuple[Any, dict[str, Any]]:
     """Return a first stage, and what a generator's plain settings say of it."""
     from lightning_modules.common.interfaces import Geometry
     from lightning_modules.registry import load_first_stage
 
-    first = load_first_stage(stage.file(inputs))  # type: ignore[attr-defined]
+    first = load_first_stage(stage.file(inputs))
     codes, channels = getattr(first, "num_codes", None), getattr(first, "channels", None)
     geometry = Geometry.of(resolution, first.factor, codes, None if codes else channels)
     settings = {

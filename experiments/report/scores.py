@@ -13,6 +13,7 @@ from eval.interval import Score
 from eval.metric import Metric
 
 Scores = Mapping[str, Score]
+FIRST_STAGES = ("tokenizer", "autoencoder")  # beginnings of the names of their scores
 COMPANIONS = {"_floor": "floor", "_real": "real pictures"}
 SPLITS = {
     "val": "Val",
@@ -58,7 +59,7 @@ def split_of(name: str) -> str:
 
 def is_generated(name: str) -> bool:
     """Say whether a score is the run's own, or else that of the first stage below its generator."""
-    return name.startswith("eval/") or "/" not in name
+    return name.partition("/")[0] not in FIRST_STAGES
 
 
 def parent_of(name: str, scores: Iterable[str]) -> str | None:

@@ -12,15 +12,7 @@ READS = "coco_learnable.pth, cc_learnable.pth and the like, and all that vq_diff
 
 
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
-    """Read a checkpoint of either paper; without a learnable null the guidance is zero-shot.
-
-    Args:
-        source: training file, denoiser alone, or Hugging Face folder.
-        hints: settings that a user gave, by dotted keys.
-
-    Raises:
-        ValueError: another file.
-    """
+    """Read a checkpoint of either paper; without a learnable null the guidance is zero-shot."""
     official, found = read_parts(source, hints)
     condition = official.model["condition"]
     more: Settings = [("null_condition.name", "learned" if official.learnable else "empty")]

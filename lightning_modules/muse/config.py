@@ -8,7 +8,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_modules.common.checks import at_least, multiple, positive, within
+from lightning_modules.common.checks import (
+    at_least,
+    below_one,
+    multiple,
+    positive,
+    require,
+    within,
+)
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
 
@@ -16,11 +23,6 @@ Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt", "exp", "log", 
 Counting = Literal["strict", "maskgit", "halton", "halton_confidence", "lucidrains"]
 Order = Literal["confidence", "random", "halton", "critic"]
 Confidence = Literal["logp", "tempered", "logit"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -62,11 +64,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_codes", "hidden", "mlp", "layers", "heads", "max_side", "text_width")
-        _require(
-            self.hidden % self.heads == 0,
-            f"heads must divide hidden, got {self.heads} heads for width {self.hidden}",
-        )
-        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        odd = f"heads must divide hidden, got {self.heads} heads for width {self.hidden}"
+        require(self.hidden % self.heads == 0, odd)
+        below_one(self, "dropout")
 
     @property
     def grid_multiple(self) -> int:
@@ -106,15 +106,12 @@ class SuperResConfig(ModelConfig):
         super().__post_init__()
         at_least(self, 1, "low_num_codes", "low_max_side", "block")
         at_least(self, 0, "low_layers")
-        _require(self.heads % 2 == 0, f"heads must be even, got {self.heads}")
-        _require(
-            not (self.place_low and self.drop_low),
-            "drop_low must be false with place_low=true, which shows them at every place",
-        )
-        _require(
-            not self.drop_low or self.null_text == "learned",
-            f"drop_low needs null_text=learned, got {self.null_text}: something must be left",
-        )
+        require(self.heads % 2 == 0, f"heads must be even, got {self.heads}")
+        if self.drop_low:
+            placed = "drop_low must be false with place_low=true, which shows them at every place"
+            require(not self.place_low, placed)
+            left = f"drop_low needs null_text=learned, got {self.null_text}: something must be left"
+            require(self.null_text == "learned", left)
 
     @property
     def grid_multiple(self) -> int:
@@ -164,26 +161,18 @@ class UViTConfig:
     """Dropout after the convolutional blocks' attention to the text."""
 
     def __post_init__(self) -> None:
-        names = ("hidden_size", "num_attention_heads", "intermediate_size", "in_channels")
-        more = ("block_out_channels", "block_num_heads", "codebook_size", "encoder_hidden_size")
-        sizes = ("num_hidden_layers", "num_res_blocks", "cond_embed_dim", "micro_cond_embed_dim")
-        at_least(self, 1, *names, *more, *sizes)
-        for heads, width in (
-            ("num_attention_heads", "hidden_size"),
-            ("block_num_heads", "block_out_channels"),
-        ):
+        blocks = {"num_attention_heads": "hidden_size", "block_num_heads": "block_out_channels"}
+        sizes = ("intermediate_size", "in_channels", "codebook_size", "encoder_hidden_size")
+        more = ("num_hidden_layers", "num_res_blocks", "cond_embed_dim", "micro_cond_embed_dim")
+        at_least(self, 1, *blocks, *blocks.values(), *sizes, *more)
+        for heads, width in blocks.items():
             count, size = getattr(self, heads), getattr(self, width)
-            _require(size % count == 0, f"{heads} must divide {width} ({size}), got {count}")
-        _require(
-            self.vocab_size > self.codebook_size,
-            f"vocab_size must be above codebook_size ({self.codebook_size}), got {self.vocab_size}",
-        )
-        encode = self.micro_cond_encode_dim
-        _require(encode >= 2 and encode % 2 == 0, "micro_cond_encode_dim must be even, at least 2")
+            require(size % count == 0, f"{heads} must divide {width} ({size}), got {count}")
+        codes, vocab, encode = self.codebook_size, self.vocab_size, self.micro_cond_encode_dim
+        require(vocab > codes, f"vocab_size must be above codebook_size ({codes}), got {vocab}")
+        require(encode >= 2 and encode % 2 == 0, "micro_cond_encode_dim must be even, at least 2")
         multiple("micro_cond_embed_dim", self.micro_cond_embed_dim, encode)
-        for name in ("hidden_dropout", "attention_dropout"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+        below_one(self, "hidden_dropout", "attention_dropout")
 
     @property
     def num_codes(self) -> int:
@@ -250,10 +239,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "min_rate", "rectangle", "visible_weight", "text_drop")
-        _require(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
-        )
+        below_one(self, "label_smoothing")
 
 
 @dataclass
@@ -300,17 +286,13 @@ class DecodeConfig:
     """Skip this many steps: the loop then starts from given tokens, masked as they would be."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps")
-        names = ("choice_temperature", "choice_end", "temperature_start", "temperature_end")
-        at_least(self, 0, *names)
-        if self.top_k is not None:
-            at_least(self, 1, "top_k")
+        at_least(self, 1, "steps", "top_k")
+        at_least(self, 0, "choice_temperature", "choice_end")
+        at_least(self, 0, "temperature_start", "temperature_end")
         within(self, 0, self.steps - 1, "first_step")
         positive(self, "guidance_power")
-        _require(
-            self.frozen or self.order in ("confidence", "critic"),
-            f"frozen must be true with order={self.order}, which opens every token once",
-        )
+        once = f"frozen must be true with order={self.order}, which opens every token once"
+        require(self.frozen or self.order in ("confidence", "critic"), once)
 
 
 @dataclass
@@ -330,9 +312,8 @@ class EditConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "iterations", "temperature")
-        _require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
-        if self.top_k is not None:
-            at_least(self, 1, "top_k")
+        require(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
+        at_least(self, 1, "top_k")
 
 
 @dataclass
@@ -368,17 +349,12 @@ class SuperResStage:
 
     def __post_init__(self) -> None:
         at_least(self, 2, "factor")
-        _require(0 < self.low_rate <= 1, f"low_rate must be in (0, 1], got {self.low_rate}")
+        require(0 < self.low_rate <= 1, f"low_rate must be in (0, 1], got {self.low_rate}")
 
     def check(self, low: Geometry, text: TextConfig) -> None:
-        """Check that the network fits what it is given.
+        """Check that the network fits the text encoder and the base's tokens.
 
-        Args:
-            low: the tokens of the base; with tokenizer=null the high-res ones are of its kind.
-            text: the text encoder.
-
-        Raises:
-            ValueError: it does not; begins with the setting.
+        With tokenizer=null the high-res tokens are of their kind.
         """
         at, model, side = "superres.model", self.model, max(low.grid)
         low.check_codes(f"{at}.low_num_codes", model.low_num_codes)
@@ -390,11 +366,7 @@ class SuperResStage:
             self.check_high(dataclasses.replace(low, grid=grid))
 
     def check_high(self, high: Geometry) -> None:
-        """Check that the network fits the high-res tokens.
-
-        Raises:
-            ValueError: it does not; begins with the setting.
-        """
+        """Check that the network fits the high-res tokens."""
         high.check_codes("superres.model.num_codes", self.model.num_codes)
         _longest("superres.model.max_side", self.model.max_side, max(high.grid))
         high.check_multiple(self.model.grid_multiple)
@@ -424,24 +396,18 @@ class MuseConfig:
     """Super-resolution stage."""
 
     def check_fit(self, first: Geometry) -> None:
-        """Check that the sections fit each other, the text encoder and the first stage.
-
-        Raises:
-            ValueError: they do not; begins with the setting.
-        """
+        """Check that the sections fit each other, the text encoder and the first stage."""
         text, uvit = self.text, self.network == "uvit"
         if uvit:
             first.check_codes("uvit.codebook_size", self.uvit.codebook_size)
             first.check_multiple(self.uvit.grid_multiple)
-            _require(
+            require(
                 text.name == "bytes" or (text.name == "clip" and text.projected),
                 "network=uvit needs states and a pooled vector of a text: add text.name=clip and "
                 "text.projected=true, or text.name=bytes",
             )
-            _require(
-                self.critic.layers == 0,
-                "critic.layers must be 0 with network=uvit: the critic is of model",
-            )
+            alone = "critic.layers must be 0 with network=uvit: the critic is of model"
+            require(self.critic.layers == 0, alone)
             _width("uvit.encoder_hidden_size", self.uvit.encoder_hidden_size, text)
             _width("uvit.cond_embed_dim", self.uvit.cond_embed_dim, text)
         else:
@@ -454,16 +420,22 @@ class MuseConfig:
 
 
 def _width(name: str, width: int, text: TextConfig) -> None:
-    _require(
-        text.name != "bytes" or width == text.width,
-        f"{name} must be text.width ({text.width}) with text.name=bytes, got {width}",
-    )
+    odd = f"{name} must be text.width ({text.width}) with text.name=bytes, got {width}"
+    require(text.name != "bytes" or width == text.width, odd)
 
 
 def _longest(name: str, longest: int, side: int) -> None:
-    _require(longest >= side, f"{name} must be at least the token grid's {side}, got {longest}")
+    require(longest >= side, f"{name} must be at least the token grid's {side}, got {longest}")
 
 
+AMUSED = SamplingConfig(
+    steps=12,
+    counting="maskgit",
+    choice_temperature=2.0,
+    choice_law="linspace",
+    guidance_start=10.0,
+    guidance_end=10.0,
+)
 # The combinations of the references. The paper gives steps, schedule, frozen tokens and rising
 # guidance; its temperatures and final guidance are not published: MaskGIT's and 4 stand for them.
 # maskgit: google-research/maskgit. amused: diffusers' AmusedScheduler and pipeline. open_muse: its
@@ -471,22 +443,8 @@ def _longest(name: str, longest: int, side: int) -> None:
 PRESETS = {
     "paper": SamplingConfig(steps=24, guidance_end=4.0),
     "maskgit": SamplingConfig(steps=12, counting="maskgit", guidance_end=1.0),
-    "amused": SamplingConfig(
-        steps=12,
-        counting="maskgit",
-        choice_temperature=2.0,
-        choice_law="linspace",
-        guidance_start=10.0,
-        guidance_end=10.0,
-    ),
-    "open_muse": SamplingConfig(
-        steps=12,
-        counting="maskgit",
-        choice_temperature=2.0,
-        choice_law="linspace",
-        guidance_start=0.0,
-        guidance_end=8.0,
-    ),
+    "amused": AMUSED,
+    "open_muse": dataclasses.replace(AMUSED, guidance_start=0.0, guidance_end=8.0),
     "halton": SamplingConfig(
         steps=32,
         schedule="arccos",

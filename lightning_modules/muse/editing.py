@@ -5,11 +5,14 @@ changes them, and its schedule runs over the masked ones.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.request import OnStep
+from lightning_modules.muse.config import EditConfig
 from lightning_modules.muse.process import Head, Predict, draw_tokens, lowest
 
 
@@ -22,10 +25,7 @@ def windows(hidden: Tensor, size: tuple[int, int], unit: int = 1) -> list[tuple[
     Args:
         hidden: [H, W] bool, True = to be generated.
         size: height and width of a window, at most H and W.
-        unit: what the places are multiples of, as H, W and the size are.
-
-    Returns:
-        Top and left of each window.
+        unit: what top and left of the windows are multiples of, as H, W and the size are.
     """
     (height, width), (h, w) = hidden.shape, size
     tops, lefts = (
@@ -58,13 +58,10 @@ def outpaint(
     Args:
         decode: (tokens [B, h, w] of a window, its number, its top and left) -> the same without
             masks.
-        start: [B, H, W] int64, `mask_id` where a token is to be generated.
+        start: [B, H, W] int64, `mask_id` where a token is to be generated; others stay.
         mask_id: id of the mask.
         size: height and width of the largest grid that `decode` takes.
-        unit: what the places of windows are multiples of.
-
-    Returns:
-        [B, H, W] int64; known tokens are unchanged.
+        unit: as in `windows`.
     """
     size = (min(size[0], start.shape[1]), min(size[1], start.shape[2]))
     canvas = start.clone()
@@ -78,47 +75,35 @@ def rewrite(
     predict: Predict,
     head: Head,
     start: Tensor,
+    edit: EditConfig,
     *,
     mask_id: int,
     places: Tensor,
     draws: Tensor,
-    share: float = 0.08,
-    top_k: int | None = 3,
-    guidance: float = 4.0,
-    temperature: float = 1.0,
-    draw: Callable[..., Tensor] = draw_rows,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Edit without a mask: draw a random share of the tokens again and again under a new text.
 
     Args:
-        predict: as in `process.decode`.
-        head: as in `process.decode`.
+        predict: as in `process.decode`, like head, mask_id and on_step.
+        head: [m, C] -> logits [m, K].
         start: [B, h, w] int64 tokens of the picture.
+        edit: draws floor(share h w) tokens in an iteration, at least one.
         mask_id: id of the mask.
         places: [T, B, h, w] in [0, 1), whose lowest tokens are drawn in an iteration.
-        draws: [T, B, h, w] in [0, 1) for `draw`.
-        share: share of the tokens drawn in an iteration, floor(share h w), at least one.
-        top_k: draw among so many of the likeliest codes.
-        guidance: guidance scale.
-        temperature: of the draw; 0 takes the likeliest.
-        draw: as in `process.decode`.
+        draws: [T, B, h, w] in [0, 1) for the draw.
         on_step: called with the iteration's number, its input and its result [B, h, w].
-
-    Returns:
-        [B, h, w] int64.
     """
-    number = torch.full((len(start),), max(1, int(share * start[0].numel())), device=start.device)
+    count = max(1, int(edit.share * start[0].numel()))
+    number = torch.full((len(start),), count, device=start.device)
+    options: Any = {"temperature": edit.temperature, "top_k": edit.top_k}
     everywhere = torch.ones_like(start, dtype=torch.bool)
     x = start
     for i in range(len(draws)):
         chosen = lowest(places[i], everywhere, number)
-        rows = predict(x.masked_fill(chosen, mask_id), guidance, chosen)  # [n, C]
-        tokens, _ = draw_tokens(
-            rows, draws[i][chosen], head, draw, temperature=temperature, top_k=top_k
-        )
+        rows = predict(x.masked_fill(chosen, mask_id), edit.guidance, chosen)  # [n, C]
         out = x.clone()
-        out[chosen] = tokens
+        out[chosen], _ = draw_tokens(rows, draws[i][chosen], head, draw_rows, **options)
         if on_step is not None:
             on_step(i, x, out)
         x = out

@@ -16,18 +16,18 @@ from lightning_modules.common.request import OnStep, Request, seeded_uniforms
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.text import Condition
 from lightning_modules.muse import process
-from lightning_modules.muse.config import (
-    DecodeConfig,
-    MuseConfig,
-    ObjectiveConfig,
-    SamplingConfig,
-)
+from lightning_modules.muse.config import DecodeConfig, MuseConfig, ObjectiveConfig
 from lightning_modules.muse.editing import outpaint, rewrite
 from lightning_modules.muse.network import MaskedTransformer
 from lightning_modules.muse.superres import SuperRes
 from lightning_modules.muse.uvit import UViT
 
 AESTHETIC = 6.0  # the score that aMUSEd's pipeline asks for
+
+
+def shown(captions: Sequence[str], drop: Tensor) -> list[str]:
+    """The captions, "" in place of those where drop [B] is true."""
+    return ["" if hidden else c for c, hidden in zip(captions, drop.tolist(), strict=True)]
 
 
 class MaskedStage(GeneratorModule):
@@ -56,18 +56,13 @@ class MaskedStage(GeneratorModule):
     def token_loss(
         self, tokens: Tensor, x: Tensor, mask: Tensor, rates: Tensor, condition: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked cross entropy (1.3) of tokens [B, h, w] given x.
-
-        Returns:
-            The loss, the accuracy over the masked tokens and their logits [mask.sum(), K].
-        """
+        """Masked cross entropy (1.3) of tokens given x, the accuracy and the masked logits."""
         o = self.objective
         all_count = o.visible_weight > 0
         keep = torch.ones_like(mask) if all_count else mask
         logits = self.network.head(self.network.mixed_rows(x, [condition], [1.0], keep)).float()
-        ce = F.cross_entropy(
-            logits, tokens[keep], reduction="none", label_smoothing=o.label_smoothing
-        )
+        smoothing: Any = {"reduction": "none", "label_smoothing": o.label_smoothing}
+        ce = F.cross_entropy(logits, tokens[keep], **smoothing)
         grid = ce.new_zeros(mask.shape)
         grid[keep] = ce
         rises = all_count and o.visible_law == "rate"
@@ -94,7 +89,7 @@ class MaskedStage(GeneratorModule):
             captions: B texts; None is the dropped caption for any number of images.
             drop: [B] bool, True where the caption is hidden.
             grid: token grid, whose size in pixels aMUSEd's network is told.
-            **more: what `prepare` of the network takes besides.
+            more: what `prepare` of the network takes besides.
         """
         network = self.network
         empty = isinstance(network, UViT) or network.config.null_text == "empty"
@@ -103,8 +98,7 @@ class MaskedStage(GeneratorModule):
             return network.prepare(None, **more)
         captions = [""] if captions is None else captions
         if drop is not None and empty:
-            captions = ["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)]
-            drop = None
+            captions, drop = shown(captions, drop), None
         text = self._encoded(captions)
         if not isinstance(network, UViT):
             return network.prepare(text.tokens, text.mask, drop, **more)
@@ -128,9 +122,7 @@ class MaskedStage(GeneratorModule):
     def predictor(self, request: Request, **more: Any) -> process.Predict:
         """The `predict` of decoding: features under the captions, guided away from the null.
 
-        Args:
-            request: captions, those to blend into, and negative ones in place of the null.
-            **more: what `condition` takes besides.
+        `more` is what `condition` takes besides.
         """
         conditions, weights = [self.condition(request.prompts, **more)], [1.0]
         if request.blend_with is not None:
@@ -168,10 +160,8 @@ class MaskedStage(GeneratorModule):
             loop["ranks"] = ranks.to(start.device)
         for name, tensor in process.sample_noise(seeds, len(loop["counts"]), grid).items():
             loop[name] = tensor.to(start.device)
-        return process.decode(
-            predict, self.network.head, start=start, mask_id=mask_id, critic=critic,
-            on_step=on_step, **loop,
-        )  # fmt: skip
+        loop |= {"critic": critic, "on_step": on_step}
+        return process.decode(predict, self.network.head, start=start, mask_id=mask_id, **loop)
 
 
 class MuseModule(MaskedStage):
@@ -272,15 +262,7 @@ class MuseModule(MaskedStage):
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked cross entropy, and beside it the critic's loss on what the generator draws.
-
-        Args:
-            batch: tokens [B, h, w] or image [B, 3, H, W], and caption.
-            generator: source of masks, caption drops and draws, on this module's device.
-
-        Returns:
-            The loss, and the accuracy over the masked tokens.
-        """
+        """Masked cross entropy, and beside it the critic's loss on what the generator draws."""
         tokens = self.batch_tokens(batch)
         x, mask, rates = self.masked(tokens, generator)
         drop = self.dropped(batch["caption"], generator)
@@ -307,8 +289,7 @@ class MuseModule(MaskedStage):
         critic = self.critic
         assert critic is not None
         if critic.config.null_text == "empty" and drop is not None:
-            captions = ["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)]
-            drop = None
+            captions, drop = shown(captions, drop), None
         text = self.encode_text(captions)
         condition = critic.prepare(text.tokens.detach(), text.mask, drop)
 
@@ -340,30 +321,21 @@ class MuseModule(MaskedStage):
 
     @torch.no_grad()
     def sample_tokens(
-        self,
-        request: Request,
-        settings: SamplingConfig | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
-        """Draw the base's tokens [B, h, w]; row i depends on prompt i and seed i alone.
-
-        A grid larger than the one trained on is generated window by window where the network has
-        learned positions.
-
-        Args:
-            request: what is asked.
-            settings: how it is decoded; None takes the checkpoint's settings.
-            on_step: called with step, input tokens and result tokens [B, h, w].
-
-        Raises:
-            ValueError: something that this paper or these settings cannot do.
-        """
+        """Draw the base's tokens [B, h, w]; a larger grid than the trained one window by window."""
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
         grid, seeds = request.grid_or(self.grid), request.seeds
         predict = self.predictor(request, grid=grid)
+        mask_id = self.network.mask_id
         if request.rewrite:
-            return self._rewrite(predict, request, settings, on_step)
+            assert request.start is not None
+            shape = (2, settings.edit.iterations, *request.start.shape[1:])
+            uniforms = seeded_uniforms(seeds, shape, 3).movedim(0, 2)  # [2, T, B, h, w]
+            noise: Any = dict(zip(("places", "draws"), uniforms.to(self.device), strict=True))
+            again = {"mask_id": mask_id, "on_step": on_step, **noise}
+            return rewrite(predict, self.network.head, request.start, settings.edit, **again)
         x = self._beginning(request, grid, settings)
         critic = None
         if settings.order == "critic" and self.critic is not None:
@@ -374,7 +346,7 @@ class MuseModule(MaskedStage):
                 own = [mix_seed(seed, 5, number) for seed in seeds]
                 return self.decode(predict, part, own, settings, on_step, critic)
 
-            return outpaint(decode, x, self.network.mask_id, self.grid)
+            return outpaint(decode, x, mask_id, self.grid)
         return self.decode(predict, x, seeds, settings, on_step, critic)
 
     def _beginning(self, request: Request, grid: tuple[int, int], settings: DecodeConfig) -> Tensor:
@@ -390,30 +362,9 @@ class MuseModule(MaskedStage):
         hidden = torch.ones_like(start) if mask is None else mask.to(self.device)
         return start.masked_fill(hidden.bool(), self.network.mask_id)
 
-    def _rewrite(
-        self,
-        predict: process.Predict,
-        request: Request,
-        settings: SamplingConfig,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        edit, start = settings.edit, request.start
-        assert start is not None
-        shape = (2, edit.iterations, start.shape[1], start.shape[2])
-        uniforms = seeded_uniforms(request.seeds, shape, 3).movedim(0, 2)  # [2, T, B, h, w]
-        places, draws = uniforms.to(self.device)
-        return rewrite(
-            predict, self.network.head, start, mask_id=self.network.mask_id, places=places,
-            draws=draws, share=edit.share, top_k=edit.top_k, guidance=edit.guidance,
-            temperature=edit.temperature, on_step=on_step,
-        )  # fmt: skip
-
     @torch.no_grad()
     def sample(
-        self,
-        request: Request,
-        settings: SamplingConfig | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw images [B, 3, H, W] in [-1, 1] through all stages.
 
@@ -432,11 +383,8 @@ class MuseModule(MaskedStage):
                 high = self.superres.first_stage.encode(start)
                 mask = F.adaptive_max_pool2d(mask.float(), tokens.shape[1:]).bool()
             base = dataclasses.replace(request, start=tokens, mask=mask)
-        larger = Request(
-            request.prompts, request.seeds, negative=request.negative,
-            blend_with=request.blend_with, blend=request.blend, start=high, mask=request.mask,
-            low=self.sample_tokens(base, settings, on_step),
-        )  # fmt: skip
+        low = self.sample_tokens(base, settings, on_step)
+        larger = dataclasses.replace(request, low=low, start=high, rewrite=False, grid=None)
         tokens = self.superres.sample_tokens(larger, settings)
         return self.superres.first_stage.decode(tokens)
 
@@ -466,9 +414,8 @@ class SuperResModule(MaskedStage):
     def low_tokens(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Low-res tokens [B, h, w] of a batch, real ones or partly predicted by the base."""
         stage = self.config.superres
-        if "low" in batch:
-            low = batch["low"]
-        else:
+        low = batch.get("low")
+        if low is None:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 small = F.interpolate(batch["image"], scale_factor=1 / stage.factor, mode="area")
                 low = self._attached["low"].encode(small)
@@ -481,15 +428,7 @@ class SuperResModule(MaskedStage):
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked cross entropy of the high-res tokens.
-
-        Args:
-            batch: tokens [B, H, W] and low [B, h, w], or image [B, 3, ...]; and caption.
-            generator: source of masks and caption drops, on this module's device.
-
-        Returns:
-            The loss, and the accuracy over the masked tokens.
-        """
+        """Masked cross entropy of the high-res tokens; `batch` may hold the low-res ones as low."""
         tokens = self.batch_tokens(batch)
         low = self.network.encode_low(self.low_tokens(batch, generator))
         x, mask, rates = self.masked(tokens, generator)
@@ -500,20 +439,11 @@ class SuperResModule(MaskedStage):
 
     @torch.no_grad()
     def sample_tokens(
-        self,
-        request: Request,
-        settings: SamplingConfig | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
-        """Draw high-res tokens [B, H, W] for low-res ones, window by window where they are many.
+        """Draw high-res tokens [B, H, W] for those in request.low, large ones window by window.
 
-        Args:
-            request: what is asked, with the base's tokens as `low`.
-            settings: those of the whole model, of which section `superres` is read.
-            on_step: called with step, input tokens and result tokens.
-
-        Raises:
-            ValueError: without `low`, or something that this stage cannot do.
+        `settings` are those of the whole model, of which section `superres` is read.
         """
         self.check_request(request)
         if request.low is None:

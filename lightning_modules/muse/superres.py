@@ -84,17 +84,12 @@ class LowResEncoder(nn.Module):
 
 
 class SuperRes(MaskedTransformer):
-    """Predicts the masked high-res tokens from the others, the low-res tokens and the caption.
-
-    Args:
-        config: sizes; `SUPERRES_MODELS` has the paper's.
-        outputs: numbers per token; None is one logit per code.
-    """
+    """Predicts the masked high-res tokens from the others, the low-res tokens and the caption."""
 
     config: SuperResConfig
 
-    def __init__(self, config: SuperResConfig, outputs: int | None = None) -> None:
-        super().__init__(config, outputs)
+    def __init__(self, config: SuperResConfig) -> None:
+        super().__init__(config)
         self.low = LowResEncoder(config)
         if config.place_low:
             self.place = nn.Linear(config.hidden, config.hidden, bias=False)
@@ -117,14 +112,8 @@ class SuperRes(MaskedTransformer):
     ) -> Side:
         """Keys and values of every block, of the low-res tokens and of the text behind them.
 
-        Args:
-            text: [B or 1, L, text_width] states of the text encoder; None is the dropped caption.
-            mask: [B or 1, L] bool, True where text holds a real token; None = all real.
-            drop: [B] bool, True where the caption is dropped (in training).
-            low: [B, n, hidden] from `encode_low`; both sides of a guidance may take the same.
-
-        Raises:
-            ValueError: without `low`; a dropped caption with null_text=empty.
+        Text, mask and drop are those of the base, for B images or for one; low [B, n, hidden] comes
+        from `encode_low`, and both sides of a guidance may take the same.
         """
         if low is None:
             raise ValueError("the super-resolution network needs low, the encoded low-res tokens")
@@ -167,15 +156,7 @@ class SuperRes(MaskedTransformer):
         drop: Tensor | None = None,
         low: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, h, w, outputs] of every high-res token.
-
-        Args:
-            x: [B, h, w] int64 high-res tokens.
-            text: as in `prepare`.
-            mask: as in `prepare`.
-            drop: as in `prepare`.
-            low: [B, h', w'] int64 low-res tokens.
-        """
+        """Logits [B, h, w, outputs] of high-res tokens [B, h, w] over low-res ones [B, h', w']."""
         side = self.prepare(text, mask, drop, None if low is None else self.encode_low(low))
         everywhere = torch.ones_like(x, dtype=torch.bool)
         return self.head(self.mixed_rows(x, [side], [1.0], everywhere)).view(*x.shape, -1)

@@ -11,16 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.request import OnStep
 from lightning_modules.vq_diffusion.process import Draw, Head, truncate
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross entropy of every token given those before it.
-
-    Args:
-        logits: [B N, K], row i of an image predicts its token i.
-        tokens: [B, h, w] int64.
-    """
+    """Mean cross entropy of tokens [B, h, w]; row i of an image's logits [B N, K] is of token i."""
     return F.cross_entropy(logits, tokens.flatten())
 
 
@@ -33,7 +29,7 @@ def sample(
     truncation: float = 1.0,
     mask: Tensor | None = None,
     draw: Draw = draw_rows,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the tokens of a grid one after the other.
 
@@ -46,9 +42,6 @@ def sample(
         mask: [B, h, w], 1 = generate, 0 = keep the token of x; None generates all.
         draw: like `draw_rows`.
         on_step: called with the row's number, tokens before and after each row [B, h, w].
-
-    Returns:
-        [B, h, w] int64.
     """
     generate = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
     x = x.clone()

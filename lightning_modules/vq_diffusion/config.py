@@ -1,9 +1,9 @@
 """Every setting of VQ-Diffusion, and the published sizes (arXiv 2111.14822)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_modules.common.checks import at_least, within
+from lightning_modules.common.checks import at_least, below_one, require, within
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
 
@@ -54,26 +54,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_codes", "n_layer", "n_head", "mlp_hidden_times")
         at_least(self, 1, "diffusion_steps", "condition_dim", "class_number")
-        if self.n_embd < 4 or self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head must divide n_embd, which is at least 4, got {self.n_head} heads for "
-                f"width {self.n_embd}"
-            )
-        if self.timestep_type == "adalayernorm_abs" and self.n_embd % 2:
-            raise ValueError(
-                f"n_embd must be even with timestep_type=adalayernorm_abs, got {self.n_embd}"
-            )
-        if len(self.spatial_size) != 2 or min(self.spatial_size) < 1:
-            raise ValueError(
-                f"spatial_size must be two numbers of at least 1, got {self.spatial_size}"
-            )
-        for name in ("attn_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.causal and self.condition == "class" and self.class_type == "adainsnorm":
-            raise ValueError(
-                "class_type must be adalayernorm with causal: an InstanceNorm sees all tokens"
-            )
+        heads, width, sides = self.n_head, self.n_embd, self.spatial_size
+        require(
+            width >= 4 and width % heads == 0,
+            f"n_head must divide n_embd, which is at least 4, got {heads} heads for width {width}",
+        )
+        odd = f"n_embd must be even with timestep_type=adalayernorm_abs, got {width}"
+        require(self.timestep_type != "adalayernorm_abs" or width % 2 == 0, odd)
+        two = f"spatial_size must be two numbers of at least 1, got {sides}"
+        require(len(sides) == 2 and min(sides) >= 1, two)
+        below_one(self, "attn_dropout", "dropout")
+        if self.causal and self.condition == "class":
+            sees = "class_type must be adalayernorm with causal: an InstanceNorm sees all tokens"
+            require(self.class_type != "adainsnorm", sees)
 
 
 # The published sizes, counted from the released code. S: Table 3 of arXiv 2111.14822 (no config of
@@ -81,21 +74,15 @@ class ModelConfig:
 # Parameters: 35,936,647; 388,780,871; 1,359,274,624; 518,025,678; 411,185,664. The papers count in
 # units of 2^20 and 2^30 (34M, 370M, 1.27B). The two models of 16x16 tokens have position tables of
 # 32x32 all the same, of which they use the first 8 rows.
+IMAGENET = ModelConfig(
+    condition="class", n_layer=24, n_embd=512, num_codes=974, mlp_type="conv_mlp"
+)
 MODELS = {
     "s": ModelConfig(n_layer=18, n_embd=192, mlp_type="conv_mlp", mlp_hidden_times=2),
     "b": ModelConfig(),
     "l": ModelConfig(n_layer=36, n_embd=1408, num_codes=4096, checkpoint_blocks=True),
-    "imagenet": ModelConfig(
-        condition="class", n_layer=24, n_embd=512, num_codes=974, mlp_type="conv_mlp"
-    ),
-    "imagenet_null": ModelConfig(  # of Improved VQ-Diffusion, the last row being the null
-        condition="class",
-        n_layer=24,
-        n_embd=512,
-        num_codes=974,
-        mlp_type="conv_mlp",
-        class_number=1001,
-    ),
+    "imagenet": IMAGENET,
+    "imagenet_null": replace(IMAGENET, class_number=1001),  # Improved VQ-Diffusion: its last row
     "ffhq": ModelConfig(
         condition="none", n_layer=20, n_embd=512, num_codes=1024, mlp_type="conv_mlp"
     ),
@@ -128,10 +115,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "auxiliary_weight")
-        if len(self.mask_weight) != 2 or min(self.mask_weight) < 0:
-            raise ValueError(
-                f"mask_weight must be two numbers of at least 0, got {self.mask_weight}"
-            )
+        two = f"mask_weight must be two numbers of at least 0, got {self.mask_weight}"
+        require(len(self.mask_weight) == 2 and min(self.mask_weight) >= 0, two)
 
 
 @dataclass
@@ -149,8 +134,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
-        if not 0 < self.truncation <= 1:
-            raise ValueError(f"truncation must be in (0, 1], got {self.truncation}")
+        require(0 < self.truncation <= 1, f"truncation must be in (0, 1], got {self.truncation}")
         within(self, 0, self.steps - 1, "first_step")
 
 
@@ -179,42 +163,29 @@ class VQDiffusionConfig:
         return self.model.class_number
 
     def check_fit(self, first: Geometry) -> None:
-        """Check that the sections fit each other and the first stage.
-
-        Raises:
-            ValueError: the first setting that does not.
-        """
+        """Check that the sections fit each other and the first stage."""
         model, text = self.model, self.text
         first.check_codes("model.num_codes", model.num_codes)
-        if model.condition == "text" and text.name == "bytes" and model.condition_dim != text.width:
-            raise ValueError(
-                f"model.condition_dim must be text.width ({text.width}) with text.name=bytes, "
-                f"got {model.condition_dim}"
-            )
-        if model.condition == "class" and len(self.classes) not in (0, self.num_classes):
-            raise ValueError(
-                f"classes must name all {self.num_classes} classes or none, "
-                f"got {len(self.classes)} names"
-            )
-        height, width = first.grid
-        if model.spatial_size[0] * model.spatial_size[1] < height * width:
-            raise ValueError(
-                f"model.spatial_size must have places for {height}x{width} tokens, "
-                f"got {model.spatial_size}"
-            )
+        if model.condition == "text" and text.name == "bytes":
+            must = f"model.condition_dim must be text.width ({text.width}) with text.name=bytes"
+            require(model.condition_dim == text.width, f"{must}, got {model.condition_dim}")
+        if model.condition == "class":
+            number, names = self.num_classes, len(self.classes)
+            wanted = f"classes must name all {number} classes or none, got {names} names"
+            require(names in (0, number), wanted)
+        (height, width), (rows, columns) = first.grid, model.spatial_size
+        require(
+            rows * columns >= height * width,
+            f"model.spatial_size must have places for {height}x{width} tokens, "
+            f"got {model.spatial_size}",
+        )
 
     def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
-        """Check that this model can be sampled in this way.
-
-        Raises:
-            ValueError: it cannot; the message begins with the setting.
-        """
-        most = self.model.diffusion_steps
-        if sampling.steps > most:
-            raise ValueError(
-                f"sampling.steps must be at most model.diffusion_steps ({most}), "
-                f"got {sampling.steps}"
-            )
+        """Check that this model can be sampled in this way."""
+        most = (
+            f"sampling.steps must be at most model.diffusion_steps ({self.model.diffusion_steps})"
+        )
+        require(sampling.steps <= self.model.diffusion_steps, f"{most}, got {sampling.steps}")
 
 
 # The paper lets the share of masks rise to 0.9 and that of replaced tokens to 0.1. The released

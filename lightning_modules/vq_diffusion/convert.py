@@ -49,26 +49,37 @@ CODEC = "content_codec."
 NULL = "empty_text_embed"
 HF_NULL = "learned_classifier_free_sampling_embeddings"
 RELEASED_HEADS = 16
-# the schedule as the released code keeps it; four more are left from an older version of it
-SCHEDULE = r"log_(at|bt|ct|1_min_ct|cumprod_at|cumprod_bt|cumprod_ct|1_min_cumprod_ct)"
-OBSOLETE = r"log_(alpha|1_min_alpha|cumprod_alpha|1_min_cumprod_alpha)"
-STATISTICS = ("Lt_history", "Lt_count")
+# the schedule as the released code keeps it; alpha is left from an older version of it
+SCHEDULE = r"log_((cumprod_)?(at|bt|ct|alpha)|1_min_(cumprod_)?(ct|alpha))"
+LAST_MASK = "log_cumprod_ct"
+STATISTICS = {"loss_history": "Lt_history", "loss_count": "Lt_count"}
 CLIP_PARTS = r"(token_embedding|ln_final|transformer)\.|(positional_embedding|text_projection)$"
 
 # what shapes do not say, by our names, the released configs' and diffusers'
 HINTS = {
-    "n_head": "n_head",
+    **{name: name for name in ("n_head", "block_activate", "class_type", "diffusion_steps")},
+    **{name: name for name in ("attn_dropout", "dropout", "checkpoint_blocks")},
     "num_attention_heads": "n_head",
-    "block_activate": "block_activate",
-    "class_type": "class_type",
-    "diffusion_steps": "diffusion_steps",
     "diffusion_step": "diffusion_steps",
-    "attn_dropout": "attn_dropout",
     "attn_pdrop": "attn_dropout",
-    "dropout": "dropout",
     "resid_pdrop": "dropout",
-    "checkpoint_blocks": "checkpoint_blocks",
 }
+# diffusers' names of the denoiser's parts
+DIFFUSERS = (
+    (r"^latent_image_embedding\.", "content_emb."),
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.norm1\.", ".ln1."),
+    (r"\.norm2\.", ".ln1_1."),
+    (r"\.norm3\.", ".ln2."),
+    (r"\.to_k\.", ".key."),
+    (r"\.to_q\.", ".query."),
+    (r"\.to_v\.", ".value."),
+    (r"\.to_out\.0\.", ".proj."),
+    (r"\.ff\.net\.0\.proj\.", ".mlp.0."),
+    (r"\.ff\.net\.2\.", ".mlp.2."),
+    (r"^norm_out\.", "to_logits.0."),
+    (r"^out\.", "to_logits.1."),
+)
 HF_ACTIVATIONS = {"geglu-approximate": "GELU2", "gelu": "GELU"}
 # of diffusers' scheduler_config.json, with what it means where it is silent
 HF_SCHEDULE = {
@@ -81,16 +92,15 @@ HF_SCHEDULE = {
 
 @dataclass
 class Official:
-    """What an official checkpoint holds, by our names.
+    """What an official checkpoint holds but the tokenizer, by our names, in float32.
 
     Attributes:
         model: plain settings of `ModelConfig`.
         network: tensors of `Denoiser`.
-        null: [L, condition_dim] float32, the learnable null text, or None.
+        null: [L, condition_dim], the learnable null text, or None.
         learnable: whether the model was trained with a learnable null; that of a class model is
             the last row of its class tables.
-        mask_rate: probability of the mask after the last step (0.99999 as released), where the
-            file says it.
+        mask_rate: probability of the mask after the last step, where the file says it.
         statistics: Lt_history and Lt_count [T] of the importance sampling of t, or empty.
         text: the CLIP text transformer by OpenAI's names, or empty.
     """
@@ -105,14 +115,9 @@ class Official:
 
 
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
-    """Read a training file, a denoiser alone, or the Hugging Face folder.
+    """Read a training file, a denoiser alone, or the Hugging Face folder, without a learned null.
 
-    Args:
-        source: file or folder.
-        hints: settings that a user gave, by dotted keys.
-
-    Raises:
-        ValueError: another file, or one with the learnable null of Improved VQ-Diffusion.
+    Hints are settings that a user gave, by dotted keys.
     """
     official, found = read_parts(source, hints)
     if official.null is not None:
@@ -142,7 +147,7 @@ def read_parts(source: Path, hints: Mapping[str, Any]) -> tuple[Official, Foreig
         if (source / "tokenizer").is_dir() and "text.pad_id" not in hints:
             defaults.append(("text.pad_id", pad_id(source / "tokenizer")))
     own = {f"network.{k}": v for k, v in found.network.items()}
-    for ours, theirs in (("loss_history", "Lt_history"), ("loss_count", "Lt_count")):
+    for ours, theirs in STATISTICS.items():
         value = found.statistics.get(theirs, torch.zeros(model.diffusion_steps))
         own[ours] = numbers(theirs, value)
     inside = source if source.is_file() and any(k.startswith(CODEC) for k in state) else None
@@ -164,20 +169,14 @@ def scheduled_rate(scheduler: Mapping[str, Any], model: ModelConfig) -> float:
 
     Its A and C are linear in t from *_cum_start to *_cum_end, like those of `linear_schedule`.
 
-    Args:
-        scheduler: its scheduler_config.json.
-        model: settings of the denoiser.
-
     Raises:
         ValueError: another scheduler, or one that no mask_rate expresses.
     """
     name = scheduler.get("_class_name", "VQDiffusionScheduler")
     if name != "VQDiffusionScheduler":
         raise ValueError(f"the scheduler must be a VQDiffusionScheduler, got {name}")
-    for key, wanted in (
-        ("num_vec_classes", model.num_codes + 1),
-        ("num_train_timesteps", model.diffusion_steps),
-    ):
+    sizes = {"num_vec_classes": model.num_codes + 1, "num_train_timesteps": model.diffusion_steps}
+    for key, wanted in sizes.items():
         if scheduler.get(key, wanted) != wanted:
             raise ValueError(f"{key} of the scheduler must be {wanted}, got {scheduler[key]}")
     ends = [scheduler.get(key, default) for key, default in HF_SCHEDULE.items()]
@@ -200,10 +199,6 @@ def load(path: Path | str) -> tuple[State, dict[str, Any]]:
     Of a training file the entry `model` counts, with the diffusion part taken from `ema`, as the
     released inference does. Of a Hugging Face folder the transformer and the learned null, with
     the transformer's config.json as settings.
-
-    Raises:
-        FileNotFoundError: no such file, or a folder without weights.
-        ValueError: a file without tensors.
     """
     path = Path(path)
     if (path / "transformer").is_dir():
@@ -228,36 +223,35 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
             n_head (default 16), block_activate (default GELU2), class_type, dropouts, and
             diffusion_steps of a bare denoiser with `adalayernorm_abs`. Others are ignored.
 
-    Returns:
-        Everything that the file holds but the tokenizer, in float32.
-
     Raises:
         ValueError: an unknown layout, or a key that is missing, left over or of wrong shape.
     """
     rest = {k: v for k, v in state.items() if not k.startswith(CODEC)}
     if any(k.startswith("transformer.transformer.") for k in rest):
         rest = _without(rest, "transformer.")
-    text = {k: numbers(f"condition_emb.{k}", v) for k, v in _take(rest, "condition_emb.").items()}
+    prefix = "condition_emb."
+    names = [k for k in rest if k.startswith(prefix)]
+    text = {k.removeprefix(prefix): numbers(k, rest.pop(k)) for k in names}
     if text:
         _check_text(text)
     found: dict[str, Any] = {"text": text}
+    null: Tensor | None = None
     if any(k.startswith("transformer.content_emb.") for k in rest):
-        schedule = {k: rest.pop(k) for k in list(rest) if re.fullmatch(SCHEDULE, k)}
-        for key in [k for k in rest if re.fullmatch(OBSOLETE, k)]:
-            del rest[key]
-        found["statistics"] = {k: rest.pop(k) for k in STATISTICS if k in rest}
-        found["null"] = rest.pop(NULL, None)
-        if "log_cumprod_ct" in schedule:
-            times = shape(schedule, "log_cumprod_ct", 1)[0] - 1
+        found["statistics"] = {k: rest.pop(k) for k in STATISTICS.values() if k in rest}
+        null = rest.pop(NULL, None)
+        if LAST_MASK in rest:
+            times = shape(rest, LAST_MASK, 1)[0] - 1
             if times < 1:
-                raise ValueError("log_cumprod_ct must have an entry for each time and one more")
-            last = schedule["log_cumprod_ct"][-2:-1].double()
-            found["mask_rate"] = round(float(numbers("log_cumprod_ct", last).exp()), 6)
+                raise ValueError(f"{LAST_MASK} must have an entry for each time and one more")
+            last = rest[LAST_MASK][-2:-1].double()
+            found["mask_rate"] = round(float(numbers(LAST_MASK, last).exp()), 6)
             hints = {"diffusion_steps": times, **(hints or {})}
-        rest = _without(rest, "transformer.")
+        schedule = [k for k in rest if re.fullmatch(SCHEDULE, k)]
+        rest = _without({k: v for k, v in rest.items() if k not in schedule}, "transformer.")
     elif any(k.startswith("latent_image_embedding.") for k in rest):
-        found["null"] = rest.pop(f"{HF_NULL}.embeddings", None)
-        rest = {_diffusers_key(k): v for k, v in rest.items()}
+        null = rest.pop(f"{HF_NULL}.embeddings", None)
+        for pattern, name in DIFFUSERS:
+            rest = {re.sub(pattern, name, k): v for k, v in rest.items()}
     if "content_emb.emb.weight" not in rest:
         raise ValueError(
             "this is no VQ-Diffusion checkpoint: it has neither content_emb.emb.weight of the "
@@ -270,13 +264,9 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
         if not re.fullmatch(r"blocks\.\d+\.attn\d?\.mask", k)  # a buffer that nothing reads
     }
     model = _settings(network, hints or {})
-    null = found.get("null")
-    if null is not None and null.numel() == 0:  # diffusers' learnable=false leaves it empty
-        null = None
-    found["learnable"] = null is not None
-    if null is None or model["condition"] != "text":
-        found["null"] = None  # class models carry one too, which nothing reads
-    else:
+    # diffusers' learnable=false leaves it empty; class models carry one too, which nothing reads
+    found["learnable"] = null is not None and null.numel() > 0
+    if null is not None and found["learnable"] and model["condition"] == "text":
         width = shape({NULL: null}, NULL, 2)[1]
         if width != model["condition_dim"]:
             raise ValueError(f"{NULL} must be {model['condition_dim']} wide, got {width}")
@@ -289,16 +279,16 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
 def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `ModelConfig` that fit the tensors."""
     first = "blocks.0"
-    if f"{first}.attn2.key.weight" in state:
-        condition = "text"
-    else:
-        condition = "class" if f"{first}.ln2.linear.weight" in state else "none"
+    labelled = "class" if f"{first}.ln2.linear.weight" in state else "none"
+    condition = "text" if f"{first}.attn2.key.weight" in state else labelled
     num_codes, n_embd = shape(state, "to_logits.1.weight", 2)
     conv = f"{first}.mlp.conv1.weight" in state
     mlp = ("conv1.weight", 4) if conv else ("0.weight", 2)
     hidden = shape(state, f"{first}.mlp.{mlp[0]}", mlp[1])[0]
     parameter = "content_emb.height_emb" in state
     tables = ("", 3) if parameter else (".weight", 2)
+    names = [f"content_emb.{side}_emb{tables[0]}" for side in ("height", "width")]
+    sides = [shape(state, name, tables[1])[-2] for name in names]
     model: dict[str, Any] = {
         "condition": condition,
         "num_codes": num_codes,
@@ -307,10 +297,7 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
         "n_head": RELEASED_HEADS,
         "mlp_type": "conv_mlp" if conv else "fc",
         "mlp_hidden_times": hidden // n_embd,
-        "spatial_size": [
-            shape(state, f"content_emb.{side}_emb{tables[0]}", tables[1])[-2]
-            for side in ("height", "width")
-        ],
+        "spatial_size": sides,
         "pos_emb_type": "parameter" if parameter else "embedding",
         "timestep_type": "adalayernorm_abs",
     }
@@ -318,9 +305,9 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
     check_types(ModelConfig, given)
     model |= given
     if "activation_fn" in hints:
-        name = hints["activation_fn"]
-        if name not in [*HF_ACTIVATIONS]:
-            raise ValueError(f"activation_fn must be one of {[*HF_ACTIVATIONS]}, got {name!r}")
+        name, known = hints["activation_fn"], [*HF_ACTIVATIONS]
+        if name not in known:
+            raise ValueError(f"activation_fn must be one of {known}, got {name!r}")
         model["block_activate"] = HF_ACTIVATIONS[name]
     if f"{first}.ln1.emb.weight" in state:
         model["timestep_type"] = "adalayernorm"
@@ -333,47 +320,23 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_text(state: State) -> None:
-    strange = sorted(k for k in state if not re.match(CLIP_PARTS, k))
-    if strange:
-        raise ValueError(f"the text encoder has {len(strange)} left over, first {strange[0]!r}")
-    with torch.device("meta"):
-        openai_clip_text({k: v.to("meta") for k, v in state.items()})
+    """Refuse a text encoder that is none of OpenAI's."""
+    _none_left([k for k in state if not re.match(CLIP_PARTS, k)], "the text encoder")
+    for name in ("token_embedding.weight", "positional_embedding", "text_projection"):
+        shape(state, name, 2)
+    try:
+        with torch.device("meta"):
+            openai_clip_text({k: v.to("meta") for k, v in state.items()})
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the text encoder is none of OpenAI's: {error}") from error
 
 
-def _take(state: State, prefix: str) -> State:
-    """Move the tensors under a prefix out of `state`."""
-    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    for key in found:
-        del state[prefix + key]
-    return found
+def _none_left(keys: list[str], what: str) -> None:
+    if keys:
+        raise ValueError(f"{what} has {len(keys)} left over, first {min(keys)!r}")
 
 
 def _without(state: State, prefix: str) -> State:
     """Drop a prefix that every key must have."""
-    strange = sorted(k for k in state if not k.startswith(prefix))
-    if strange:
-        raise ValueError(f"the checkpoint has {len(strange)} left over, first {strange[0]!r}")
+    _none_left([k for k in state if not k.startswith(prefix)], "the checkpoint")
     return {k.removeprefix(prefix): v for k, v in state.items()}
-
-
-_DIFFUSERS = (
-    (r"^latent_image_embedding\.", "content_emb."),
-    (r"^transformer_blocks\.", "blocks."),
-    (r"\.norm1\.", ".ln1."),
-    (r"\.norm2\.", ".ln1_1."),
-    (r"\.norm3\.", ".ln2."),
-    (r"\.to_k\.", ".key."),
-    (r"\.to_q\.", ".query."),
-    (r"\.to_v\.", ".value."),
-    (r"\.to_out\.0\.", ".proj."),
-    (r"\.ff\.net\.0\.proj\.", ".mlp.0."),
-    (r"\.ff\.net\.2\.", ".mlp.2."),
-    (r"^norm_out\.", "to_logits.0."),
-    (r"^out\.", "to_logits.1."),
-)
-
-
-def _diffusers_key(key: str) -> str:
-    for pattern, name in _DIFFUSERS:
-        key = re.sub(pattern, name, key)
-    return key

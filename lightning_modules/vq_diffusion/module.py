@@ -22,9 +22,7 @@ class VQDiffusionModule(GeneratorModule):
     """
 
     config_class: ClassVar[type] = VQDiffusionConfig
-    ABILITIES: ClassVar[frozenset[str]] = frozenset(
-        {"labels", "blend_with", "start", "mask", "grid"}
-    )
+    ABILITIES = frozenset({"labels", "blend_with", "start", "mask", "grid"})
     config: VQDiffusionConfig
 
     loss_history: Tensor
@@ -52,15 +50,7 @@ class VQDiffusionModule(GeneratorModule):
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The bound with its auxiliary term (released _train_loss); VQ-AR: cross entropy.
-
-        Args:
-            batch: tokens [B, h, w] or image [B, 3, H, W], and caption or label.
-            generator: source of times, noise and dropped conditions, on this module's device.
-
-        Returns:
-            The loss, and beside it the accuracy over the masked (VQ-AR: all) tokens.
-        """
+        """The bound with its auxiliary term (released _train_loss); VQ-AR: cross entropy."""
         tokens = self.batch_tokens(batch)
         if self.config.model.causal:
             return self._causal_loss(tokens, self._training_condition(batch, generator))
@@ -125,11 +115,7 @@ class VQDiffusionModule(GeneratorModule):
         return self._condition(batch["caption"])
 
     def _batch_labels(self, batch: dict[str, Any]) -> Tensor:
-        """Labels [B] of a batch.
-
-        Raises:
-            ValueError: there are none, or one that the network has no class for.
-        """
+        """Labels [B] of a batch, which the network has classes for."""
         if "label" not in batch:
             raise ValueError(
                 "model.condition=class needs data with labels, such as data=digits; "
@@ -176,34 +162,32 @@ class VQDiffusionModule(GeneratorModule):
     def sample_tokens(
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
-        """Draw tokens; image i depends on prompt i and seed i alone.
-
-        Args:
-            request: what is asked; with model.condition=class, prompts ask for a class.
-            settings: a `SamplingConfig`; None takes the checkpoint's.
-            on_step: called with step (VQ-AR: row), input tokens and result tokens [B, h, w].
-
-        Returns:
-            [B, h, w] int64.
-
-        Raises:
-            ValueError: an ability that it lacks, or settings that do not fit the schedule.
-        """
+        """Draw tokens; with model.condition=class, prompts ask for a class; VQ-AR steps by rows."""
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
         self.config.check_sampling(settings, self.geometry)
         grid, seeds = request.grid_or(self.grid), request.seeds
         conditions, weights = [self._condition(request.prompts, request.labels)], [1.0]
         if request.blend_with is not None:
-            conditions = [*conditions, self._condition(request.blend_with)]
+            conditions.append(self._condition(request.blend_with))
             weights = [1 - request.blend, request.blend]
         conditions, weights = self._guided(conditions, weights, settings, request.negative)
         start = None if request.start is None else request.start.to(self.device)
         mask = None if request.mask is None else request.mask.to(self.device)
         if self.config.model.causal:
             x = torch.zeros(len(seeds), *grid, dtype=torch.int64) if start is None else start
-            draws = process.sample_noise(seeds, 1, grid)["draws"][0]
-            return self._write(conditions, weights, settings, x, draws, mask, on_step)
+            draws = process.sample_noise(seeds, 1, grid)["draws"][0].to(self.device)
+            pasts = [Past() for _ in self.network.blocks]
+            first = torch.zeros(1, dtype=torch.int64, device=self.device)
+            return autoregressive.sample(
+                lambda x: self.network.next_rows(x, first, conditions, weights, pasts),
+                self.network.head,
+                x=x.to(self.device),
+                draws=draws,
+                truncation=settings.truncation,
+                mask=mask,
+                on_step=on_step,
+            )
 
         def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
             return self.network.mixed_rows(x, t[:1], conditions, weights, keep)
@@ -247,27 +231,4 @@ class VQDiffusionModule(GeneratorModule):
         """Run the sampling loop."""
         return process.sample(
             predict, self.network.head, steps=steps, truncation=settings.truncation, **arguments
-        )
-
-    def _write(
-        self,
-        conditions: list[Side],
-        weights: list[float],
-        settings: Any,
-        x: Tensor,
-        draws: Tensor,
-        mask: Tensor | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        """VQ-AR: each token once, the keys and values of those before it remembered."""
-        pasts = [Past() for _ in self.network.blocks]
-        t = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return autoregressive.sample(
-            lambda x: self.network.next_rows(x, t, conditions, weights, pasts),
-            self.network.head,
-            x=x.to(self.device),
-            draws=draws.to(self.device),
-            truncation=settings.truncation,
-            mask=mask,
-            on_step=on_step,
         )

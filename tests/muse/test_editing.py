@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_modules.common.request import Request
 from lightning_modules.muse import editing
+from lightning_modules.muse.config import EditConfig
 from lightning_modules.muse.module import MuseModule
 from tests.tiny_generators import MUSE, Greys, K, source, tiny
 
@@ -85,9 +86,8 @@ class Wish:
 def rewrite(network: Wish, start: Tensor, steps: int, **options: Any) -> Tensor:
     shape = (steps, *start.shape)
     return editing.rewrite(
-        network.predict, lambda rows: rows, start, mask_id=MASK,
+        network.predict, lambda rows: rows, start, EditConfig(**options), mask_id=MASK,
         places=torch.rand(shape, generator=source(1)), draws=torch.rand(shape, generator=source(2)),
-        **options,
     )  # fmt: skip
 
 
