@@ -47,14 +47,9 @@ class Foreign:
     """Most tokens that it has positions for; None is any number."""
 
 
-def section(hints: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the hints under `name.`, by the rest of their keys."""
-    return under(hints, f"{name}.")
-
-
-def under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return what has names with a prefix, by the rest of them."""
-    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what has keys under `name.`, by the rest of them: hints, or tensors of a part."""
+    return {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from lightning_modules.common.foreign import (
     section,
     shape,
     typed,
-    under,
 )
 from lightning_modules.common.settings import plain
 from lightning_modules.vqgan.config import ModelConfig
@@ -103,7 +102,7 @@ def convert(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     Returns:
         The state and {"paper", "model"} that `VQGANModule.from_export` takes.
     """
-    state = under(state, "first_stage_model.") or state
+    state = section(state, "first_stage_model") or state
     keys = state.keys()
     if any(k.startswith("content_codec.") for k in keys):
         return taming(_vq_diffusion(state), hints)
@@ -203,7 +202,7 @@ def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
     statistics, which only training needs.
     """
     own: State = {}
-    for key, value in under(state, "content_codec.").items():
+    for key, value in section(state, "content_codec").items():
         new = re.sub(r"^(enc|dec)\.", "", key)
         if new in own and not torch.equal(own[new], value):
             raise ValueError(f"encoder and decoder have another {new}")
