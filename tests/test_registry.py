@@ -156,7 +156,7 @@ def test_first_stages_are_known_by_their_content(run: Path, save: Save, tmp_path
     with pytest.raises(ValueError, match=r"nor a checkpoint\.json beside it names its first stage"):
         load_generator(run, elsewhere)
     (run / "checkpoint.json").write_text("{")
-    with pytest.raises(ValueError, match=r"checkpoint\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"checkpoint\.json is no readable JSON"):
         load_generator(run)
 
 
