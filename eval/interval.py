@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 Score = dict[str, Any]
+Scored = tuple[dict[str, Score], list[dict[str, Any]]]
+"""Scores by name, and of every picture what is right and wrong in it."""
 
 
 def mean_score(values: Any, *, resamples: int = 1000, seed: int = 0, **what: Any) -> Score:
