@@ -9,12 +9,10 @@ with a dot, such as the ._ files that macOS adds, are no members.
 """
 
 import codecs
-import glob
 import io
 import json
 import os
 import random
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from braceexpand import braceexpand
 from PIL import Image
 from torch.utils.data import get_worker_info
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
@@ -44,39 +41,6 @@ BOMS = {
 }
 
 Sample = dict[str, Any]
-
-
-def expand_shards(pattern: str | Sequence[str]) -> list[str]:
-    """List the files of a shard pattern, in its order.
-
-    Args:
-        pattern: a path, a folder (its *.tar), brace ranges such as {00000..00009} or {a,b}, a
-            glob, several of these with commas between, or a list of them.
-
-    Raises:
-        ValueError: nothing matches, or a file that a brace range names does not exist.
-    """
-    if not isinstance(pattern, str):
-        return [shard for part in pattern for shard in expand_shards(part)]
-    found: list[str] = []
-    for part in re.split(r",(?![^{]*\})", pattern):
-        for name in map(os.path.expanduser, braceexpand(part.strip())):
-            if re.match(r"\w+:", name):
-                raise ValueError(f"shard pattern {pattern!r}: {name} is not a local path")
-            if os.path.isdir(name):
-                name = os.path.join(glob.escape(name), "*.tar")
-            if os.path.isfile(name):
-                found.append(name)
-            elif glob.has_magic(name):
-                found += sorted(glob.glob(name))
-            elif "{" in part:
-                raise ValueError(
-                    f"shard pattern {pattern!r}: {name} does not exist; "
-                    "a glob such as *.tar takes the shards that there are"
-                )
-    if not found:
-        raise ValueError(f"no shard matches {pattern!r}")
-    return found
 
 
 def write_shards(

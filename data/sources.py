@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 from data.digits import digits
+from data.patterns import expand_shards
 from data.scenes import scenes
-from data.shards import Sample, expand_shards, image_keys, write_shards
+from data.shards import Sample, image_keys, write_shards
 from data.view import ShardList
 
 PER_SHARD = 250  # small, so that a few workers and ranks never lack a shard

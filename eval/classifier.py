@@ -15,18 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval import scene_clip
+from eval.classifier_config import KIND, ClassifierConfig, weight_name
 from eval.classifier_data import IGNORE, draw_sample, fresh_scenes, to_tensor, wear
 from eval.classifier_network import (
-    KIND,
     Classifier,
-    ClassifierConfig,
     descend,
     encode,
     find_weights,
     read_classifier,
     save_classifier,
     shrink,
-    weight_name,
 )
 
 

@@ -20,7 +20,8 @@ from data.scenes import (
     sample_scene,
     scenes,
 )
-from eval.classifier_network import ClassifierConfig, encode
+from eval.classifier_config import ClassifierConfig
+from eval.classifier_network import encode
 
 IGNORE = -100  # a label that the loss passes over
 

@@ -6,8 +6,7 @@ and whether everything else is as it was.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from data.scenes import COLORS, SHAPES, SIZES, Scene, Thing, caption
-from eval.classifier_network import ClassifierConfig, decode, encode
+from eval.classifier_config import ClassifierConfig
+from eval.classifier_network import Classifier, decode, encode
 from eval.interval import Scored, mean_score
 from eval.metric import Metric
 from eval.rows import Asked, Measure, Measured, reduced
-from eval.scenes import SceneRows
 
 SHOWN = {
     "object_accuracy": Metric(
@@ -34,34 +33,20 @@ SHOWN = {
 }
 
 
-@dataclass(frozen=True)
-class EditRows:
-    """What is read in edited pictures, and what changed outside the mask.
+def edit_measure(classifier: Classifier, resolution: int) -> Measure:
+    """Return what makes the rows of `EditRows` of pictures reduced to this width."""
 
-    What was asked of a picture is its task of `edit_tasks` and "original" [3, H, W] uint8: what an
-    edit that changes nothing would give, that is, the picture as the first stage has it. Rows:
-    labels [N, 2 + 3 S] int16; l1 [N] float32, mean absolute difference to the original outside the
-    mask, in [0, 1].
-    """
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
+        originals = torch.stack([a["original"] for a in asked])
+        images, originals = (reduced(x, resolution) for x in (images, originals))
+        labels = classifier.read(images)[0]
+        kept = ~torch.stack([half_mask(a, *images.shape[-2:]) for a in asked])  # [B, H, W]
+        apart = (images.float() - originals.float()).abs().mean(1) / 255  # [B, H, W]
+        l1 = (apart * kept).sum((1, 2)) / kept.sum((1, 2))
+        rows = {"labels": labels.to(torch.int16).numpy(), "l1": l1.numpy()}
+        return Measured(rows, models={"labels": classifier.name})
 
-    scenes: SceneRows
-    """Whose classifier reads, at its resolution."""
-
-    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
-        """Make ready, see `Extractor.load`."""
-        classifier = self.scenes.load_classifier(device, folder)
-
-        def measure(images: Tensor, asked: Asked, first: int) -> Measured:
-            originals = torch.stack([a["original"] for a in asked])
-            images, originals = (reduced(x, self.scenes.resolution) for x in (images, originals))
-            labels = classifier.read(images)[0]
-            kept = ~torch.stack([half_mask(a, *images.shape[-2:]) for a in asked])  # [B, H, W]
-            apart = (images.float() - originals.float()).abs().mean(1) / 255  # [B, H, W]
-            l1 = (apart * kept).sum((1, 2)) / kept.sum((1, 2))
-            rows = {"labels": labels.to(torch.int16).numpy(), "l1": l1.numpy()}
-            return Measured(rows, models={"labels": classifier.name})
-
-        return measure
+    return measure
 
 
 def edit_tasks(

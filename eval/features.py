@@ -6,14 +6,11 @@ and its distance falls below the floor. Even rows of the reference are what is c
 rows give the floor. Both sides are cut to one n, since the distance falls with n.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from eval.classifier_network import KIND, WEIGHTS, ClassifierConfig, read_classifier, weight_name
+from eval.classifier_network import Classifier
 from eval.frechet import frechet_score
 from eval.interval import Score, Scored
 from eval.metric import Metric
@@ -32,25 +29,14 @@ ABOUT = (
 )
 
 
-@dataclass(frozen=True)
-class FeatureRows:
-    """Features of pictures of which nothing is known: those of the scenes' classifier.
+def feature_measure(classifier: Classifier) -> Measure:
+    """Return what makes the rows of `FeatureRows`."""
 
-    Rows: features [N, 64] float32.
-    """
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
+        features = classifier.read(images)[1].numpy()
+        return Measured({"features": features}, models={"features": classifier.name})
 
-    classifier: Path = WEIGHTS / weight_name(KIND, ClassifierConfig())
-    """Weights of the classifier."""
-
-    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
-        """Make ready, see `Extractor.load`."""
-        classifier = read_classifier(self.classifier).to(device)
-
-        def measure(images: Tensor, asked: Asked, first: int) -> Measured:
-            features = classifier.read(images)[1].numpy()
-            return Measured({"features": features}, models={"features": classifier.name})
-
-        return measure
+    return measure
 
 
 def score_features(

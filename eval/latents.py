@@ -48,7 +48,6 @@ SHOWN = {
 }
 PSNR = "mean of per-picture PSNR, dB, 8 bit, at most 100"
 NOISE = "/noise="  # parts the name of rows and scores from the strength of the noise
-LEVELS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)
 NO_SPREAD = 1e-12  # of channels of unit variance: below it, rounding is all that is left
 
 

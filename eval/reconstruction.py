@@ -1,8 +1,6 @@
 """How well a first stage gives pictures back, and how it uses its codebook or its latents."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +18,8 @@ from eval.latents import (
 )
 from eval.metric import Metric
 from eval.rows import Asked, Measure, Measured
-from eval.scenes import SceneRows, score_labels
-from lightning_modules.common.perceptual import LPIPS, VGG_WIDTHS, load_lpips
+from eval.scenes import score_labels
+from lightning_modules.common.perceptual import LPIPS, VGG_WIDTHS
 
 SHOWN = {
     "psnr": Metric("PSNR", "dB", better="higher"),
@@ -47,75 +45,51 @@ MEANS = {
 }
 
 
-@dataclass(frozen=True)
-class ReconstructionRows:
-    """How pictures come back from a first stage, and how its latents are made.
+def reconstruction_measure(
+    first_stage: Any,
+    lpips: LPIPS | None,
+    classifier: Classifier | None,
+    *,
+    show: int,
+    levels: Sequence[float],
+    compress: bool,
+    seed: int,
+    device: torch.device | str,
+) -> Measure:
+    """Return what makes the rows of `ReconstructionRows`, whose fields these are."""
+    num_codes: int | None = getattr(first_stage, "num_codes", None)
 
-    Both sides are rounded to 8 bit and scaled to [0, 1] first, as when a picture is saved; LPIPS
-    sees them as they are. Rows: psnr, ssim, l1, mse [N] float64; lpips or lpips_scenes [N]
-    float32; with `scenes` labels [N, 2 + 3 S] int16 of the reconstructions; with `levels` what
-    `score_smoothness` reads; with `compress` what `score_compression` reads. Sums: codes [K]
-    int64, the histogram of a codebook's codes.
-    """
+    @torch.no_grad()
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
+        images = images.to(device)
+        pixels = images.float() / 127.5 - 1
+        encoded = first_stage.encode(pixels)  # tokens [B, h, w], or latents [B, C, h, w]
+        decoded = first_stage.decode(encoded)
+        made = to_eight_bit(decoded)
+        rows, models = picture_rows(images, made), {}
+        if lpips is not None:
+            rows[lpips_name(lpips)] = lpips(pixels, decoded)
+        if classifier is not None:
+            rows["labels"] = classifier.read(made)[0].to(torch.int16)
+            models["labels"] = classifier.name
+        if levels:
+            noise = latent_noise(encoded, first, seed)
+            rows |= smoothness_rows(first_stage.decode, encoded, noise, images, levels, classifier)
+        if levels and classifier is not None:
+            models["features"] = classifier.name
+        found = {k: v.cpu().numpy() for k, v in rows.items()}
+        if compress:
+            shown = [a["attributes"] for a in asked]
+            terms = compression_rows(encoded, shown, images.shape[-1])
+            found, models = found | terms.rows, models | terms.models
+        sums = {}
+        if num_codes is not None:
+            codes = torch.bincount(encoded.flatten().cpu(), minlength=num_codes)
+            sums["codes"] = codes.numpy()
+        pairs = torch.stack([images, made], dim=1)[: max(0, show - first)]
+        return Measured(found, sums, pairs.cpu().numpy() if len(pairs) else None, models)
 
-    lpips: Path | None = None
-    """Weights of LPIPS, or of the small network of eval/perceptual.py; none leaves it out."""
-    scenes: SceneRows | None = None
-    """Whose classifier reads the reconstructions, where they are of scenes."""
-    show: int = 0
-    """Pairs of original and reconstruction that are kept, of the first pictures."""
-    levels: tuple[float, ...] = ()
-    """Strengths of the noise added to continuous latents; none for a codebook."""
-    compress: bool = False
-    """Measure the compression of continuous latents; what was asked must hold attributes."""
-    seed: int = 0
-    """Seed of the noise."""
-
-    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
-        """Make ready, see `Extractor.load`; the first stage works on `device`.
-
-        Raises:
-            ValueError: no first stage.
-        """
-        if first_stage is None:
-            raise ValueError("reconstructions need the first stage that makes them")
-        lpips = None if self.lpips is None else load_lpips(self.lpips).to(device)
-        classifier = None if self.scenes is None else self.scenes.load_classifier(device, folder)
-        num_codes: int | None = getattr(first_stage, "num_codes", None)
-
-        @torch.no_grad()
-        def measure(images: Tensor, asked: Asked, first: int) -> Measured:
-            images = images.to(device)
-            pixels = images.float() / 127.5 - 1
-            encoded = first_stage.encode(pixels)  # tokens [B, h, w], or latents [B, C, h, w]
-            decoded = first_stage.decode(encoded)
-            made = to_eight_bit(decoded)
-            rows, models = picture_rows(images, made), {}
-            if lpips is not None:
-                rows[lpips_name(lpips)] = lpips(pixels, decoded)
-            if classifier is not None:
-                rows["labels"] = classifier.read(made)[0].to(torch.int16)
-                models["labels"] = classifier.name
-            if self.levels:
-                noise = latent_noise(encoded, first, self.seed)
-                rows |= smoothness_rows(
-                    first_stage.decode, encoded, noise, images, self.levels, classifier
-                )
-            if self.levels and classifier is not None:
-                models["features"] = classifier.name
-            found = {k: v.cpu().numpy() for k, v in rows.items()}
-            if self.compress:
-                shown = [a["attributes"] for a in asked]
-                terms = compression_rows(encoded, shown, images.shape[-1])
-                found, models = found | terms.rows, models | terms.models
-            sums = {}
-            if num_codes is not None:
-                codes = torch.bincount(encoded.flatten().cpu(), minlength=num_codes)
-                sums["codes"] = codes.numpy()
-            pairs = torch.stack([images, made], dim=1)[: max(0, self.show - first)]
-            return Measured(found, sums, pairs.cpu().numpy() if len(pairs) else None, models)
-
-        return measure
+    return measure
 
 
 def smoothness_rows(

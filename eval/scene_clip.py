@@ -22,15 +22,9 @@ from data.scenes import (
     place,
     sample_scene,
 )
+from eval.classifier_config import ClassifierConfig
 from eval.classifier_data import fresh_scenes, to_tensor, wear
-from eval.classifier_network import (
-    ClassifierConfig,
-    descend,
-    encode,
-    find_weights,
-    save_half,
-    shrink,
-)
+from eval.classifier_network import descend, encode, find_weights, save_half, shrink
 from lightning_modules.common.checkpoint import load_strict, load_weights
 
 # every word of data.scenes.caption; a dozen tokens where bytes would need ninety

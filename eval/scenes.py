@@ -9,9 +9,7 @@ nothing is wrong, so the order can never be forgiven there.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +17,13 @@ import torch
 from torch import Tensor
 
 from data.scenes import COLORS
-from eval.classifier import load_classifier
-from eval.classifier_network import (
-    KIND,
-    Classifier,
-    ClassifierConfig,
-    decode,
-    encode,
-    read_classifier,
-    shipped_weights,
-)
+from eval.classifier_config import ClassifierConfig
+from eval.classifier_network import Classifier, decode, encode
 from eval.features import OTHERS, frechet_scores
 from eval.interval import Scored, mean_score
 from eval.metric import Metric
 from eval.rows import Asked, Measure, Measured, reduced
-from eval.scene_clip import SceneClip, load_clip, read_clip
+from eval.scene_clip import SceneClip
 
 PARTS = ("color", "shape", "size", "relation", "background")
 SHOWN = {
@@ -48,60 +38,22 @@ SHOWN = {
 }
 
 
-@dataclass(frozen=True)
-class SceneRows:
-    """What a classifier and a CLIP of scenes see in pictures.
+def scene_measure(classifier: Classifier, clip: SceneClip, resolution: int) -> Measure:
+    """Return what makes the rows of `SceneRows`; both networks read pictures of this width."""
+    models = {"labels": classifier.name, "features": classifier.name, "cosine": clip.name}
 
-    Rows: labels [N, 2 + 3 S] int16 of `Classifier.read`, features [N, 64] float32, cosine [N]
-    float32 of each picture with what was asked of it, its prompt or its caption.
-    """
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
+        images = reduced(images, resolution)
+        labels, features = classifier.read(images)
+        texts = [a["prompt"] if "prompt" in a else a["caption"] for a in asked]
+        rows = {
+            "labels": labels.to(torch.int16).numpy(),
+            "features": features.numpy(),
+            "cosine": clip.cosine(images, texts).numpy(),
+        }
+        return Measured(rows, models=models)
 
-    resolution: int = 32
-    """Width of the pictures that both learnt from; larger ones are reduced to it first."""
-    max_objects: int = 2
-    """Most things in a scene."""
-    classifier: Path | None = None
-    """Weights of the classifier; where none are given it is trained once."""
-    clip: Path | None = None
-    """Weights of the CLIP; where none are given it is trained once."""
-
-    @classmethod
-    def of(cls, resolution: int, max_objects: int) -> "SceneRows":
-        """Return the extractor of this kind of picture, with the weights that ship for it."""
-        config = ClassifierConfig(resolution, max_objects)
-        files = (shipped_weights(kind, config) for kind in (KIND, "clip"))
-        return cls(resolution, max_objects, *files)
-
-    def load_classifier(self, device: torch.device | str, folder: Path) -> Classifier:
-        """Return the classifier; `folder` keeps one that was trained."""
-        if self.classifier is not None:
-            return read_classifier(self.classifier).to(device)
-        return load_classifier(self.resolution, self.max_objects, folder).to(device)
-
-    def load_clip(self, device: torch.device | str, folder: Path) -> SceneClip:
-        """Return the CLIP; `folder` keeps one that was trained."""
-        if self.clip is not None:
-            return read_clip(self.clip).to(device)
-        return load_clip(self.resolution, self.max_objects, folder).to(device)
-
-    def load(self, device: torch.device | str, *, folder: Path, first_stage: Any = None) -> Measure:
-        """Make ready, see `Extractor.load`."""
-        classifier = self.load_classifier(device, folder)
-        clip = self.load_clip(device, folder)
-        models = {"labels": classifier.name, "features": classifier.name, "cosine": clip.name}
-
-        def measure(images: Tensor, asked: Asked, first: int) -> Measured:
-            images = reduced(images, self.resolution)
-            labels, features = classifier.read(images)
-            texts = [a["prompt"] if "prompt" in a else a["caption"] for a in asked]
-            rows = {
-                "labels": labels.to(torch.int16).numpy(),
-                "features": features.numpy(),
-                "cosine": clip.cosine(images, texts).numpy(),
-            }
-            return Measured(rows, models=models)
-
-        return measure
+    return measure
 
 
 def score_scenes(

@@ -1,4 +1,4 @@
-"""Settings as dataclasses: filled from YAML and key=value words, listed, compared, hashed.
+"""Settings as dataclasses: filled from YAML and key=value words, listed and compared.
 
 Every mistake becomes a one-line `ConfigError`, before any work. Types are checked by OmegaConf,
 which nothing outside this file sees.
@@ -7,10 +7,8 @@ which nothing outside this file sees.
 import ast
 import dataclasses
 import difflib
-import hashlib
 import inspect
 import itertools
-import json
 import math
 import textwrap
 import types
@@ -37,11 +35,11 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something the user can put right; doors print it as one line and exit with 1."""
+    """Something the user can put right; commands print it as one line and exit with 1."""
 
 
 class ConfigError(UserError):
-    """A setting that cannot be; doors print it as one line and exit with 2."""
+    """A setting that cannot be; commands print it as one line and exit with 2."""
 
 
 def fill(base: Any, pairs: Sequence[tuple[str, Any]]) -> Any:
@@ -152,18 +150,6 @@ def diff(config: Any, other: Any) -> list[Difference]:
     mine, theirs = _flat(resolved(config)), _flat(resolved(other))
     keys = [*mine, *(k for k in theirs if k not in mine)]
     return [Difference(k, mine.get(k), theirs.get(k)) for k in keys if mine.get(k) != theirs.get(k)]
-
-
-def stage_key(*parts: Any, upstream: Sequence[str] = ()) -> str:
-    """Name a stage's result by everything that can change it: 12 hex digits of a SHA-256.
-
-    Args:
-        parts: dataclasses (their NOT_IN_KEY fields are left out), plain containers or numbers.
-        upstream: keys of the stages whose results this one uses.
-    """
-    content = {"parts": [_keyed(p) for p in parts], "upstream": list(upstream)}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Setting(NamedTuple):
@@ -365,19 +351,6 @@ def _flat(plain: Mapping[str, Any], at: str = "") -> dict[str, Any]:
         else:
             flat[f"{at}{key}"] = value
     return flat
-
-
-def _keyed(part: Any) -> Any:
-    """Plain containers of what counts for a key."""
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        left_out = {n for base in type(part).__mro__ for n in vars(base).get("NOT_IN_KEY", ())}
-        names = [f.name for f in dataclasses.fields(part) if f.name not in left_out]
-        return {name: _keyed(getattr(part, name)) for name in names}
-    if isinstance(part, Mapping):
-        return {str(k): _keyed(v) for k, v in part.items()}
-    if isinstance(part, (list, tuple)):
-        return [_keyed(v) for v in part]
-    return part
 
 
 def _describe(config: Any, at: str) -> Iterator[Setting]:

@@ -21,7 +21,7 @@ EPILOG = """commands:
   rm NAME ...  delete results, by folder name or by stage name (all of that stage)
   gc           delete what no run needs: no run folder that is still there names it
 
-A run that needs a deleted result makes it again. Nothing is deleted that is being worked on."""
+A run that needs a deleted result makes it again. Nothing is deleted while a run is at work."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Entry:
     def stage(self) -> str:
         """Name of the stage."""
         return self.folder.name.rpartition("-")[0]
+
+    @property
+    def lock(self) -> FileLock:
+        """The lock that a run holds while it works on the result."""
+        return FileLock(lock_file(self.folder))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -64,6 +69,7 @@ def run(argv: Sequence[str]) -> int:
         show(found)
         return 0
     chosen = [e for e in found if not e.runs] if what == "gc" else named(found, names)
+    check_idle(found)
     return delete(chosen, args.yes)
 
 
@@ -86,13 +92,17 @@ def entries(root: Path) -> list[Entry]:
         marker: dict[str, Any] = {}
         if (folder / "done.json").is_file():
             marker = json.loads((folder / "done.json").read_text())
-        elif not list(folder.glob("*.safetensors")) and not (folder / "resume.ckpt").exists():
-            if not (root / f".{folder.name}.lock").exists():
-                continue  # no stage: classifiers, or the list of runs
+        elif not lock_file(folder).exists():
+            continue  # no stage: classifiers, or the list of runs
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         runs = tuple(users.get(folder.name, []))
         found.append(Entry(folder, size, marker.get("when", ""), runs))
     return found
+
+
+def lock_file(folder: Path) -> Path:
+    """Return the file of a stage folder's lock, which stays beside it."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def named(found: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
@@ -109,7 +119,8 @@ def named(found: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
 
 def show(found: Sequence[Entry]) -> None:
     """Print a table."""
-    table = Table("result", "size", "done", "runs", box=box.SIMPLE_HEAD, show_edge=False)
+    heads = ("result", "size", "done", "runs")
+    table = Table(*heads, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for entry in found:
         done = entry.when or "interrupted"
         table.add_row(entry.folder.name, size_text(entry.size), done, ", ".join(entry.runs) or "-")
@@ -119,8 +130,24 @@ def show(found: Sequence[Entry]) -> None:
     print(f"{len(found)} results, {size_text(total)}; no run needs {size_text(free)} of them")
 
 
+def check_idle(found: Sequence[Entry]) -> None:
+    """Refuse to delete while a run is at work: it needs what it made, and no list names it yet.
+
+    Raises:
+        ConfigError: one of the results is locked.
+    """
+    for entry in found:
+        try:
+            with entry.lock.acquire(timeout=0):
+                pass
+        except Timeout as error:
+            raise ConfigError(
+                f"a run works on {entry.folder}; delete results when it has ended"
+            ) from error
+
+
 def delete(chosen: Sequence[Entry], sure: bool) -> int:
-    """Delete results after asking."""
+    """Delete results after asking; returns the exit code, 1 where nothing was deleted."""
     if not chosen:
         print("nothing to delete")
         return 0
@@ -128,18 +155,23 @@ def delete(chosen: Sequence[Entry], sure: bool) -> int:
         used = f", used by {', '.join(entry.runs)}" if entry.runs else ""
         print(f"  {entry.folder}  {size_text(entry.size)}{used}")
     total = size_text(sum(e.size for e in chosen))
-    if not sure and input(f"delete {len(chosen)} results, {total}? [y/N] ").strip().lower() != "y":
+    if not sure and not agreed(f"delete {len(chosen)} results, {total}? [y/N] "):
         print("nothing was deleted")
         return 1
     for entry in chosen:
-        lock = FileLock(entry.folder.parent / f".{entry.folder.name}.lock")
-        try:
-            with lock.acquire(timeout=0):
-                (entry.folder / "done.json").unlink(missing_ok=True)  # first: no half result stands
-                shutil.rmtree(entry.folder)
-        except Timeout:
-            print(f"{entry.folder} is being worked on; it was left")
+        with entry.lock:
+            (entry.folder / "done.json").unlink(missing_ok=True)  # first: no half result stands
+            shutil.rmtree(entry.folder)
     return 0
+
+
+def agreed(question: str) -> bool:
+    """Ask; an input that has ended is a no."""
+    try:
+        return input(question).strip().lower() == "y"
+    except EOFError:
+        print()
+        return False
 
 
 def size_text(size: float) -> str:

@@ -58,9 +58,9 @@ class MuseRun(MuseConfig, TokenRun):
     def check(self) -> None:
         """Check that the sections fit each other, and super-resolution its own tokenizer."""
         super().check()
-        path = existing("superres.tokenizer", self.superres.tokenizer)
+        path = self.superres.tokenizer
         if self.superres.enabled and path is not None:
-            measures = measures_of_file(TOKENIZER, path)
+            measures = measures_of_file(TOKENIZER, Path(path))
             if measures is not None:
                 self.superres.check_high(Geometry.of(self.high_resolution, *measures))
 
@@ -70,7 +70,8 @@ class MuseRun(MuseConfig, TokenRun):
             return super().drawing(materials)
         m, stage = materials, self.superres
         base = self.base(m)
-        own = m.first_stage if stage.tokenizer is None else Given(Path(stage.tokenizer), "vqgan")
+        path = existing("superres.tokenizer", stage.tokenizer)
+        own = m.first_stage if path is None else Given(path, "vqgan")
         size = self.high_resolution
         low_view = EncodedView("low", m.first_stage, stage.factor)
         pairs = self.encoded(m.data, EncodedView("tokens", own), low_view, resolution=size)
@@ -86,7 +87,7 @@ class MuseRun(MuseConfig, TokenRun):
         low = Generator(base, m.first_stage)
         whole = Generator(
             base, m.first_stage, parts={"superres": superres},
-            further={} if stage.tokenizer is None else {"high": own},
+            further={} if path is None else {"high": own},
         )  # fmt: skip
         sampling = resolved(self)["sampling"]
         enlarging = {"superres": sampling.pop("superres")}

@@ -220,7 +220,7 @@ class Data:
 
 
 def _stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
-    from data.shards import expand_shards
+    from data.patterns import expand_shards
 
     try:
         paths = [os.path.abspath(path) for path in expand_shards(pattern)]

@@ -6,12 +6,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from data.config import DataConfig
-from eval.digits import DigitRows
-from eval.edits import EditRows
-from eval.features import FeatureRows
-from eval.latents import LEVELS
-from eval.reconstruction import ReconstructionRows
-from eval.scenes import SceneRows
+from eval.extractors import (
+    LEVELS,
+    DigitRows,
+    EditRows,
+    FeatureRows,
+    ReconstructionRows,
+    SceneRows,
+)
 from experiments.papers.base import Drawing, Materials, RunSettings
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits

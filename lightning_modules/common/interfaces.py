@@ -1,12 +1,15 @@
 """What generators, the cache and the scores may ask of a first stage, and its measures."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_modules.common.checks import multiple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FirstStage(Protocol):
@@ -59,7 +62,7 @@ class Geometry:
     @classmethod
     def of(
         cls, resolution: int, factor: int, num_codes: int | None = None, channels: int | None = None
-    ) -> "Geometry":
+    ) -> Geometry:
         """Return that of square pictures.
 
         Raises:
@@ -70,7 +73,7 @@ class Geometry:
         return cls((side, side), num_codes, channels, factor)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Geometry":
+    def from_config(cls, config: Mapping[str, Any]) -> Geometry:
         """Return that of a generator's plain settings."""
         height, width = config["grid"]
         return cls((height, width), config.get("num_codes"), config.get("channels"))

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.images import decode_image
+from data.patterns import expand_shards
 from data.shards import (
     SampleError,
     ShardStream,
     SkipCounter,
     apply,
-    expand_shards,
     image_keys,
     parse,
     read_samples,

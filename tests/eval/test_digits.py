@@ -5,13 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.digits import (
-    DigitRows,
-    digit_classifier,
-    held_out_digits,
-    read_digits,
-    score_digits,
-)
+from eval.digits import digit_classifier, held_out_digits, read_digits, score_digits
+from eval.extractors import DigitRows
 from eval.rows import Measured
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from data.scenes import Scene, draw_scene, scenes
-from eval.edits import EditRows, edit_tasks, half_mask, score_edits
+from eval.edits import edit_tasks, half_mask, score_edits
+from eval.extractors import EditRows, SceneRows
 from eval.rows import Measured
-from eval.scenes import SceneRows
 
 COUNT = 60
 

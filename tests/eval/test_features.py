@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.scenes import Scene, draw_scene, place, scenes
-from eval.features import FeatureRows, frechet_scores, score_features
+from eval.extractors import FeatureRows
+from eval.features import frechet_scores, score_features
 from eval.rows import Measured
 
 COUNT = 512

@@ -8,7 +8,7 @@ import torch
 
 from data.scenes import Scene, draw_scene, place, scenes
 from eval import perceptual
-from eval.classifier_network import WEIGHTS, ClassifierConfig
+from eval.classifier_config import WEIGHTS, ClassifierConfig
 from lightning_modules.common.perceptual import load_lpips
 
 

@@ -10,17 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.scenes import scenes
+from eval.extractors import ReconstructionRows, SceneRows
 from eval.perceptual import SHIPPED
-from eval.reconstruction import (
-    ReconstructionRows,
-    codebook_use,
-    lpips_name,
-    psnr,
-    score_reconstruction,
-    ssim,
-)
+from eval.reconstruction import codebook_use, lpips_name, psnr, score_reconstruction, ssim
 from eval.rows import Measured, joined
-from eval.scenes import SceneRows
 from lightning_modules.common.perceptual import LPIPS
 
 
@@ -143,7 +136,8 @@ def test_a_continuous_autoencoder_has_no_codebook(monkeypatch: pytest.MonkeyPatc
             seen.append((float(x.mean()), float(y.mean())))
             return torch.full((len(x),), 0.25)
 
-    monkeypatch.setattr("eval.reconstruction.load_lpips", lambda path: Quarter((8,) * 5))
+    where = "lightning_modules.common.perceptual.load_lpips"
+    monkeypatch.setattr(where, lambda path: Quarter((8,) * 5))
     made = measured(Dimmed(), images, 2, lpips=SHIPPED)
     assert not made.sums
     scores = scores_of(made)

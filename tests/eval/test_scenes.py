@@ -12,17 +12,17 @@ from PIL import Image
 from data.scenes import Scene, Thing, caption, draw_scene, place, sample_scene
 from eval import scenes as module
 from eval.classifier import load_classifier, reading_accuracy, train_classifier
+from eval.classifier_config import WEIGHTS, ClassifierConfig
 from eval.classifier_data import broken_sample, fresh_scenes, to_tensor, wear
 from eval.classifier_network import (
-    WEIGHTS,
     Classifier,
-    ClassifierConfig,
     decode,
     encode,
     read_classifier,
     save_classifier,
     shrink,
 )
+from eval.extractors import SceneRows
 from eval.rows import Measure, Measured
 from eval.scene_clip import (
     END,
@@ -36,7 +36,7 @@ from eval.scene_clip import (
     training_caption,
     variant,
 )
-from eval.scenes import PARTS, SceneRows, compare, in_words, score_scenes
+from eval.scenes import PARTS, compare, in_words, score_scenes
 
 KEYS = ("color", "shape", "size")
 RED, BLUE = Thing("red", "circle", "small"), Thing("blue", "square", "large")

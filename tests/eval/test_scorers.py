@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from data.scenes import scenes
-from eval.digits import DigitRows
-from eval.edits import EditRows, edit_tasks
-from eval.features import FeatureRows
-from eval.reconstruction import ReconstructionRows
+from eval.edits import edit_tasks
+from eval.extractors import DigitRows, EditRows, FeatureRows, ReconstructionRows, SceneRows
 from eval.rows import Extractor
-from eval.scenes import SceneRows
 from eval.scorers import METRICS, SCORERS
 
 SCENES = SceneRows.of(32, 2)

@@ -4,27 +4,24 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
-from experiments.config import (
-    RUNS,
-    ConfigError,
-    TrainerConfig,
-    describe,
-    diff,
-    header,
-    load,
-    override,
-    resolved,
-    scale_file,
-    scales,
-    stage_key,
-    to_yaml,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.settings import file_pairs, fill, parse_overrides
+from experiments.papers.base import TrainerConfig
+from experiments.papers.registry import PAPERS, header, load, scale_file, scales
+from experiments.settings import (
+    ConfigError,
+    describe,
+    diff,
+    file_pairs,
+    fill,
+    override,
+    parse_overrides,
+    resolved,
+    to_yaml,
+)
 
-ALL_SCALES = [(paper, scale) for paper in RUNS for scale in scales(paper)]
+ALL_SCALES = [(paper, scale) for paper in PAPERS for scale in scales(paper)]
 
 
 @dataclass
@@ -35,7 +32,6 @@ class Loader:
     """Where they are."""
     workers: int = 2
     """Processes."""
-    NOT_IN_KEY: ClassVar[tuple[str, ...]] = ("workers",)
 
 
 @dataclass
@@ -191,7 +187,7 @@ def test_describe_reads_the_help_from_the_source():
 
 
 def test_every_setting_of_every_paper_has_help():
-    for paper in RUNS:
+    for paper in PAPERS:
         assert [row.key for row in describe(load(paper)) if not row.help] == []
 
 
@@ -205,25 +201,6 @@ def test_diff_and_yaml_round_trip(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert fill(Toy, file_pairs(Toy, path)) == config
-
-
-def test_stage_keys():
-    key = stage_key(Toy(), 3, upstream=["a"])
-    assert key == stage_key(Toy(), 3, upstream=["a"]) and len(key) == 12
-    assert key != stage_key(Toy(), 4, upstream=["a"])
-    assert key != stage_key(Toy(), 3, upstream=["b"])
-    assert stage_key(make("sampling.steps=5")) != stage_key(Toy())
-    assert stage_key(make("data.workers=5")) == stage_key(Toy())
-    assert stage_key(make("sampling.steps=5").optim) == stage_key(Toy().optim)
-    assert stage_key({"a": 1, "b": [2]}) == stage_key({"b": [2], "a": 1})
-
-
-def test_settings_that_cannot_change_a_result_are_in_no_key():
-    config = load("paella", "micro")
-    for word in ("data.workers=1", "trainer.log_every=3", "trainer.progress=none", "logger=csv"):
-        assert stage_key(override(config, [word])) == stage_key(config), word
-    for word in ("data.seed=1", "trainer.max_steps=3", "seed=1", "trainer.precision=bf16-mixed"):
-        assert stage_key(override(config, [word])) != stage_key(config), word
 
 
 @given(st.integers(1, 5000), st.integers(1, 800))
@@ -249,7 +226,7 @@ def test_trainer_ranges(name: str):
 @pytest.mark.parametrize(("paper", "scale"), ALL_SCALES)
 def test_every_scale_builds_and_says_what_it_is(paper: str, scale: str):
     config = load(paper, scale)
-    assert isinstance(config, RUNS[paper]) and dataclasses.is_dataclass(config.data)
+    assert isinstance(config, PAPERS[paper]) and dataclasses.is_dataclass(config.data)
     text = "\n".join(header(paper, scale))
     assert f"command: python -m experiments.run --paper {paper}" in text
     assert scale == "tiny" or f"--scale {scale}" in text
@@ -259,7 +236,7 @@ def test_every_scale_builds_and_says_what_it_is(paper: str, scale: str):
     assert yaml.read_text().isascii()
 
 
-@pytest.mark.parametrize("paper", list(RUNS))
+@pytest.mark.parametrize("paper", list(PAPERS))
 def test_scales_of_every_paper(paper: str):
     assert scales(paper)[:4] == ["micro", "tiny", "small", "paper"]
 
