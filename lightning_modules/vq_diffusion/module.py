@@ -14,6 +14,9 @@ from lightning_modules.vq_diffusion.config import VQDiffusionConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Past, Side
 from lightning_modules.vq_diffusion.process import Kernel
 
+Guidance = tuple[Side, float, float] | None
+"""A null condition, the weight of the others and its own."""
+
 
 class VQDiffusionModule(GeneratorModule):
     """Mask-and-replace diffusion of image tokens by captions, classes or nothing (2111.14822).
@@ -171,7 +174,10 @@ class VQDiffusionModule(GeneratorModule):
         if request.blend_with is not None:
             conditions.append(self._condition(request.blend_with))
             weights = [1 - request.blend, request.blend]
-        conditions, weights = self._guided(conditions, weights, settings, request.negative)
+        guidance = self._guidance(settings, request.negative)
+        if guidance is not None:
+            null, own, other = guidance
+            conditions, weights = [*conditions, null], [*(own * w for w in weights), other]
         start = None if request.start is None else request.start.to(self.device)
         mask = None if request.mask is None else request.mask.to(self.device)
         if self.config.model.causal:
@@ -198,15 +204,9 @@ class VQDiffusionModule(GeneratorModule):
         x = self._beginning(noise.pop("start"), start, mask, settings, steps[0].t)
         return self._loop(predict, steps, settings, x=x, mask=mask, on_step=on_step, **noise)
 
-    def _guided(
-        self,
-        conditions: list[Side],
-        weights: list[float],
-        settings: Any,
-        negative: Sequence[str] | None,
-    ) -> tuple[list[Side], list[float]]:
-        """Conditions and weights with those of the guidance, of which VQ-Diffusion has none."""
-        return conditions, weights
+    def _guidance(self, settings: Any, negative: Sequence[str] | None) -> Guidance:
+        """The null condition and both weights, of which VQ-Diffusion has none."""
+        return None
 
     def _steps(self, settings: Any, tokens: int) -> list[Any]:
         """The network calls that the settings ask for."""
