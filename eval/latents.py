@@ -228,13 +228,8 @@ def ratio_score(
 
     Args:
         sums: [n] sum of the terms of each group (picture).
-        numbers: [n] how many they are, 0 for groups without any.
-        resamples: bootstrap draws of groups.
-        seed: seed of the draws.
-        what: what the score is, stored beside it.
-
-    Returns:
-        {"value", "low", "high", "n", "terms", **what}; n counts the groups that have terms.
+        numbers: [n] how many they are, 0 for groups without any, which "n" does not count.
+        resamples, seed, what: as in `mean_score`.
     """
     there = numbers > 0
     sums, numbers = sums[there], numbers[there]

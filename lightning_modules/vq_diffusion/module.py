@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
@@ -109,7 +110,7 @@ class VQDiffusionModule(GeneratorModule):
         t = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         logits = self.network.head(self.network.mixed_rows(tokens, t, [condition], [1.0])).float()
         accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
-        return autoregressive.next_token_loss(logits, tokens), {"accuracy": accuracy}
+        return F.cross_entropy(logits, tokens.flatten()), {"accuracy": accuracy}
 
     def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
         """The condition of a training batch."""

@@ -325,7 +325,7 @@ def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
 
 def test_training_is_a_matter_of_the_settings(tmp_path: Path) -> None:
     config = ClassifierConfig(max_objects=3, width=4, steps=3, batch_size=8)
-    first, second = (train_classifier(config, quiet=True) for _ in range(2))
+    first, second = (train_classifier(config) for _ in range(2))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     save_classifier(first, tmp_path / "classifier.safetensors")
