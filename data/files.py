@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and what names their content; every room may use it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+FULL = 1_000_000  # bytes below which a disk that failed is called full
 
 
 @contextmanager
@@ -27,6 +30,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         error.filename, error.filename2 = str(path), None  # the name that a person knows
+        raise
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < FULL:  # libraries hide it in errors of their own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,15 +14,14 @@ from torch import Tensor
 from data.files import file_hash
 from data.tokens import count_tokens
 from experiments.cli import Parser, command, first_line, speaker
-from experiments.papers.registry import PAPERS, load
-from experiments.settings import ConfigError, fill, parse_overrides, pick, resolved
+from experiments.papers.registry import PAPERS, scale_file
+from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick, resolved
 from lightning_modules.common.checkpoint import load_strict, save_weights
 from lightning_modules.common.foreign import Foreign, State, read_settings
+from lightning_modules.common.interfaces import Geometry
 from lightning_modules.registry import FIRST_STAGES, GENERATORS
 
 COMMAND = "python -m experiments.convert"
-
-
 ASIDE = {"codes": "tokenizer", "stats": "autoencoder"}  # option -> first stage that it goes with
 
 EPILOG = f"""what can be read:
@@ -131,7 +130,7 @@ def read_first_stage(
     """Read a tokenizer or autoencoder, of this suite or an official one.
 
     Args:
-        paper: a key of READERS.
+        paper: a key of PAPERS.
         source: file, or diffusers folder.
         hints: what the tensors do not say, by the dotted keys of its settings.
         aside: new ids of its codes, or the statistics of its latents; of a folder of cached tokens
@@ -186,7 +185,7 @@ def convert_generator(
     What the tensors do not say comes from the paper's scale `paper`, then from `hints`.
 
     Args:
-        paper: a key of READERS.
+        paper: a key of PAPERS.
         source: file, or diffusers folder.
         tokenizer: its first stage; None takes the one that came along.
         aside: what `read_first_stage` takes besides.
@@ -216,9 +215,10 @@ def convert_generator(
         pairs.append(("text.path", text.name))
     if found.side is not None:
         pairs.append(("data.resolution", found.side * stage.module.factor))
-    config = fill(load(paper, "paper"), [*pairs, *hints.items()])
+    scale = file_pairs(PAPERS[paper], scale_file(paper, "paper"))
+    config = fill(PAPERS[paper], [*scale, *pairs, *hints.items()])
     plain = plain_settings(paper, config, stage.module, found)
-    check(paper, plain, found, source, stage.module)
+    check(config, plain, found, source, stage.module)
     write_first_stage(stage, beside)
     say = speaker()
     if found.text and plain["text"]["path"] == text.name:
@@ -257,7 +257,7 @@ def plain_settings(paper: str, config: Any, module: Any, found: Foreign) -> dict
     }
 
 
-def check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec: Any) -> None:
+def check(config: Any, plain: dict[str, Any], found: Foreign, source: Path, codec: Any) -> None:
     """Check that the tensors fit the module and the first stage, without memory for a second copy.
 
     Raises:
@@ -269,9 +269,14 @@ def check(paper: str, plain: dict[str, Any], found: Foreign, source: Path, codec
             f"{plain['num_codes']}; they do not belong together, or --codes says which of the "
             "codes it was trained on"
         )
+    height, width = plain["grid"]
+    channels = getattr(codec, "channels", None)
+    geometry = Geometry((height, width), plain["num_codes"], channels, codec.factor)
     try:
+        config.check_fit(geometry)
+        config.check_sampling(config.sampling, geometry)
         with torch.device("meta"):
-            module = GENERATORS[paper](plain)
+            module = GENERATORS[plain["paper"]](plain)
         load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
         module.attach(codec)
     except ValueError as error:

@@ -24,6 +24,7 @@ from experiments.edits import (
     read_picture,
     vary,
 )
+from experiments.papers.base import MAX_SEED
 from experiments.papers.registry import PAPERS
 from experiments.progress import Counter
 from experiments.report.pictures import grid, save_png, to_uint8
@@ -217,6 +218,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.seed + args.count * max(1, len(args.prompt)) - 1 > MAX_SEED:
+        raise ConfigError(f"--seed: no picture's seed may exceed {MAX_SEED}, got {args.seed}")
     if args.strength is not None and not 0 <= args.strength <= 1:
         raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
     ways = {"--mask": args.mask, "--expand": args.expand, "--edit": args.edit or None}

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from data.files import write_text
 from experiments import run as run_command
-from experiments.cli import Parser, command, console, prepare_torch, speaker
+from experiments.cli import Parser, command, console, first_line, prepare_torch, speaker
 from experiments.pipeline.ranks import is_leader
 from experiments.points import PROGRAM, Point, Sweep, make_points, read_sweep, stands
 from experiments.settings import ConfigError, UserError
@@ -134,9 +136,15 @@ def do_points(
                     Titles(point.paper, point.scale, words), point.config, point.out,
                     lambda line: None if " reused from " in line else say(f"    {line}"),
                 )  # fmt: skip
-            except UserError as error:
-                point.error = str(error)
-                say(f"    failed: {error}")
+            except Exception as error:  # whatever it is, the other points are not to blame
+                known = isinstance(error, UserError)
+                point.error = (
+                    str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+                )
+                say(f"    failed: {point.error}")
+                if not known:
+                    write_text(point.out / "error.txt", traceback.format_exc())
+                    say(f"    the traceback is in {point.out / 'error.txt'}")
                 continue
             last = time.monotonic() - start
         if is_leader():

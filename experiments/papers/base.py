@@ -23,9 +23,11 @@ from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import FileStage, Machine
 from experiments.pipeline.train import FirstStageRecipe, GeneratorRecipe, Train
 from experiments.settings import ConfigError, resolved
-from lightning_modules.common.checks import at_least
+from lightning_modules.common.checks import at_least, within
 from lightning_modules.common.interfaces import Geometry
 
+MAX_SEED = 2**32 - 1  # of torch's generators, which take no more bits
+HELDOUT = 1_000_000  # added to the seeds of held-out prompts, so that no two pictures share one
 ROOT = Path(__file__).parents[2]
 LPIPS_SCENES = ROOT / "eval" / "weights" / "lpips-32px-2objects.safetensors"
 
@@ -131,7 +133,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         at_least(self, 2, "prompts")
         at_least(self, 1, "batch_size", "bootstrap", "grid")
-        at_least(self, 0, "heldout", "seed", "traces", "edits")
+        at_least(self, 0, "heldout", "traces", "edits")
+        within(self, 0, MAX_SEED - 2 * HELDOUT, "seed")
 
 
 @dataclass
@@ -227,7 +230,7 @@ class RunSettings:
         Raises:
             ValueError: they do not; the message begins with the setting.
         """
-        at_least(self, 0, "seed")
+        within(self, 0, 2**32 - 1, "seed")
         if self.data.name != "digits":  # which has the samples that it has
             sizes = [("prompts", "val_size"), ("heldout", "heldout_size"), ("edits", "val_size")]
             for name, size in sizes if self.data.name == "scenes" else sizes[:1]:

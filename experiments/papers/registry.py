@@ -13,6 +13,7 @@ from experiments.papers.muse import MuseRun
 from experiments.papers.paella import PaellaRun
 from experiments.papers.vq_diffusion import VQDiffusionRun
 from experiments.papers.vqgan import VQGANRun
+from experiments.pipeline.ranks import launched
 from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -78,7 +79,27 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     if asked != config.data.name:  # shards that are set win over any name
         shards = config.data.shards
         raise ConfigError(f"data={asked} and data.shards={shards} exclude each other; set one")
+    _follow_launcher(config)
     return config
+
+
+def _follow_launcher(config: RunSettings) -> None:
+    """Train on all processes that torchrun or srun started.
+
+    Raises:
+        ConfigError: the settings say another number of them.
+    """
+    there, trainer = launched(), config.trainer
+    if there is None or there == (trainer.devices, trainer.num_nodes):
+        return
+    devices, nodes = there
+    if (trainer.devices, trainer.num_nodes) != (1, 1):
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} and trainer.num_nodes={trainer.num_nodes} disagree "
+            f"with the launcher, which started {devices} processes on each of {nodes} nodes; leave "
+            "both out, or make them equal"
+        )
+    trainer.devices, trainer.num_nodes = devices, nodes
 
 
 def _first_stage_preset(

@@ -14,7 +14,7 @@ from eval.extractors import (
     ReconstructionRows,
     SceneRows,
 )
-from experiments.papers.base import Drawing, Materials, RunSettings
+from experiments.papers.base import HELDOUT, Drawing, Materials, RunSettings
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits
 from experiments.pipeline.features import Features
@@ -23,8 +23,6 @@ from experiments.pipeline.score import Score, Scored
 from experiments.pipeline.stage import FileStage, Stage, order
 from experiments.pipeline.train import FirstStageRecipe, Train
 from experiments.settings import pick, resolved
-
-HELDOUT = 1_000_000  # added to the seeds of held-out prompts, so that no two pictures share one
 
 
 class Scoring(NamedTuple):

@@ -12,6 +12,21 @@ def is_leader() -> bool:
     return not any(int(os.environ.get(name) or 0) for name in RANKS)
 
 
+def launched() -> tuple[int, int] | None:
+    """Return processes per node and nodes of a launch by torchrun or srun; None without.
+
+    Every process of the launch trains: a launcher that starts eight is no setting to be overlooked.
+    """
+    tasks = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if tasks is None and "SLURM_STEP_ID" in os.environ:
+        tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_NNODES", "1")
+        here = None if tasks is None else str(int(tasks) // int(nodes))
+    if tasks is None or here is None or int(tasks) < 2:
+        return None
+    return int(here), int(tasks) // int(here)
+
+
 def launch() -> str:
     """Return what the processes of one launch by torchrun or Slurm share; empty without."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")

@@ -1,18 +1,23 @@
 """A run from its settings to its folder."""
 
 import os
+import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from data.files import atomic
+from experiments.cli import first_line
 from experiments.papers.base import RunSettings
 from experiments.pipeline.plan import Plan, chosen, plan
 from experiments.pipeline.publish import Outcome, Titles, publish
 from experiments.pipeline.ranks import end_with_parent
 from experiments.pipeline.stage import Log
 from experiments.pipeline.store import Store
-from experiments.settings import UserError, resolved
+from experiments.settings import ConfigError, UserError, resolved
 
 
 def execute(
@@ -65,8 +70,11 @@ def _execute(
 ) -> Outcome:
     planned = plan(titles.paper, run)
     stages = chosen(planned.stages, until)
-    loggers = {} if until else wandb_loggers(planned, run, titles, out)
-    machine = run.machine(loggers=loggers)
+    machine = run.machine()
+    if store.leader and not until:
+        check_writable(out)
+    loggers = {} if until else wandb_loggers(planned, run, titles, out, say)
+    machine = replace(machine, loggers=loggers)
     store.run(stages, machine, Log(say, machine.progress))
     if not store.leader or until:
         return Outcome()
@@ -79,7 +87,51 @@ def _execute(
     return outcome
 
 
-def wandb_loggers(planned: Plan, run: RunSettings, titles: Titles, out: Path) -> dict[str, Any]:
+def check_writable(out: Path) -> None:
+    """Refuse a run folder that cannot be written to, before any work.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        with atomic(out / "config.yaml.try") as temporary:
+            temporary.touch()
+        (out / "config.yaml.try").unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
+def wandb_mode(say: Callable[[str], None]) -> str | None:
+    """Return online or offline, or None where the user's WANDB_MODE is to decide.
+
+    Raises:
+        ConfigError: the user insists on online, and there is no key or no server.
+    """
+    import wandb
+
+    asked = os.environ.get("WANDB_MODE")
+    if asked not in (None, "online"):
+        return asked
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    problem = f"{server.hostname} cannot be reached"
+    try:
+        socket.create_connection((server.hostname, server.port or 443), timeout=3).close()
+        problem = "there is no W&B key"
+        if wandb.login(prompt=False):
+            return None
+    except OSError:
+        pass  # no network
+    except Exception as error:  # whatever wandb makes of a key that it refuses
+        problem = first_line(error)
+    if asked == "online":
+        raise ConfigError(f"WANDB_MODE=online: {problem}; leave it out, or take logger=csv")
+    say(f"      curves go to W&B offline: {problem}")
+    return "offline"
+
+
+def wandb_loggers(
+    planned: Plan, run: RunSettings, titles: Titles, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Return the W&B logger of every training that is the run's own; none with logger=csv.
 
     They share one W&B run, offline where there is no key. The first training logs under its own
@@ -87,13 +139,10 @@ def wandb_loggers(planned: Plan, run: RunSettings, titles: Titles, out: Path) ->
     """
     if run.logger != "wandb":
         return {}
-    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    mode: Any = os.environ.get("WANDB_MODE")  # the user's own word goes first
-    if mode is None and not wandb.login(prompt=False):
-        mode = "offline"
+    mode: Any = wandb_mode(say)
     out.mkdir(parents=True, exist_ok=True)
     first = WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "tokengrid"),

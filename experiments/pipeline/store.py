@@ -118,6 +118,9 @@ class Store:
                 what = self._work(stage, machine, log)
             finally:
                 (folder / "running.json").unlink(missing_ok=True)
+            # nobody writes here any more: locks of parts, and what a kill left half written
+            for left in (*folder.glob(".*.lock"), *folder.glob(".*.tmp")):
+                left.unlink(missing_ok=True)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
@@ -157,9 +160,6 @@ class Store:
                     time.sleep(PAUSE)
         finally:
             counter.close()
-        if self.leader:
-            for lock_file in folder.glob(".*.lock"):
-                lock_file.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, stage: Stage, head: str, log: Log) -> Iterator[None]:
@@ -207,7 +207,7 @@ class Store:
 def written(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and sha256 of the files that a stage left, by their names in its folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    kept = [p for p in files if p.name not in ("running.json", "done.json")]
+    kept = [p for p in files if p.name not in ("running.json", "done.json", "resume.ckpt")]
     return {str(p.relative_to(folder)): (p.stat().st_size, file_hash(p)) for p in kept}
 
 

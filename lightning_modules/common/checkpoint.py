@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.files import atomic
-from data.files import file_hash as file_hash  # until its last importer takes it from there
 
 
 def save_weights(path: Path | str, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -156,11 +155,12 @@ def _mapping(content: Any) -> Mapping[Any, Any]:
 
 def _tensors(content: Any) -> dict[str, Tensor]:
     """The tensors of a mapping, without the `module.` that all of their names may begin with."""
-    state = {str(k): v for k, v in _mapping(content).items() if isinstance(v, Tensor)}
+    state = {str(k): v.detach() for k, v in _mapping(content).items() if isinstance(v, Tensor)}
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            kind = "quantized" if value.is_quantized else f"{value.device.type} {value.layout}"
-            raise ValueError(f"{name} is a tensor of another kind ({kind}); save it as a plain one")
+        kinds = {"nested": value.is_nested, "quantized": value.is_quantized, "meta": value.is_meta}
+        kind = next((k for k, found in kinds.items() if found), str(value.layout))
+        if kind != str(torch.strided):
+            raise ValueError(f"{name} is a tensor of kind {kind}; save it as a plain one")
     if all(k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
     return state

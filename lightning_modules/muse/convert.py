@@ -20,6 +20,7 @@ from lightning_modules.common.foreign import (
     check_types,
     count,
     fitted,
+    numbers,
     pad_id,
     read_settings,
     section,
@@ -82,7 +83,8 @@ def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
     known = read_settings(network / "config.json")
     tensors, model = convert(load_foreign(network), {**known, **section(hints, "uvit")})
     settings: Settings = [("network", "uvit"), *((f"uvit.{k}", v) for k, v in model.items())]
-    settings += [("superres.enabled", False), ("critic.layers", 0), ("text.name", "clip")]
+    settings += [("superres.enabled", False), ("superres.tokenizer", None), ("critic.layers", 0)]
+    settings += [("text.name", "clip")]
     settings += [("text.hidden_state", -2), ("text.unit_norm", False), ("text.projected", True)]
     decoding = plain(PRESETS["amused"])
     defaults = [(f"sampling.{k}", v) for k, v in decoding.items() if not isinstance(v, dict)]
@@ -140,8 +142,10 @@ def open_muse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key != gate:  # the linear half, which comes first in the joint layer
             if gate not in state:
                 raise ValueError(f"the checkpoint has {key} without {gate}")
+            if value.ndim == 0 or value.shape != state[gate].shape:
+                raise ValueError(f"{key} and {gate} must have one shape")
             joint = re.sub(r"\.ffn\.wi_1\.", ".ff.net.0.proj.", key)
-            own[joint] = torch.cat([value, state[gate]])
+            own[joint] = torch.cat([numbers(key, value), numbers(gate, state[gate])])
         elif ".ffn.wi_0." not in key:
             for pattern, name in OPEN_MUSE:
                 key = re.sub(pattern, name, key)

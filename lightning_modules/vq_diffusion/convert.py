@@ -232,10 +232,8 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
     prefix = "condition_emb."
     names = [k for k in rest if k.startswith(prefix)]
     text = {k.removeprefix(prefix): numbers(k, rest.pop(k)) for k in names}
-    _none_left([k for k in text if not re.match(CLIP_PARTS, k)], "the text encoder")
     if text:
-        with torch.device("meta"):
-            openai_clip_text({k: v.to("meta") for k, v in text.items()})
+        _check_text(text)
     found: dict[str, Any] = {"text": text}
     null: Tensor | None = None
     if any(k.startswith("transformer.content_emb.") for k in rest):
@@ -319,6 +317,18 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
     if condition == "class":
         model["class_number"] = shape(state, f"{first}.ln2.emb.weight", 2)[0]
     return model
+
+
+def _check_text(state: State) -> None:
+    """Refuse a text encoder that is none of OpenAI's."""
+    _none_left([k for k in state if not re.match(CLIP_PARTS, k)], "the text encoder")
+    for name in ("token_embedding.weight", "positional_embedding", "text_projection"):
+        shape(state, name, 2)
+    try:
+        with torch.device("meta"):
+            openai_clip_text({k: v.to("meta") for k, v in state.items()})
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the text encoder is none of OpenAI's: {error}") from error
 
 
 def _none_left(keys: list[str], what: str) -> None:

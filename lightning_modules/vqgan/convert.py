@@ -275,6 +275,9 @@ def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, di
     """Check the tensors against the network that the settings describe."""
     model = typed(ModelConfig, values)
     own = fitted(lambda: NETWORKS[model.network](model), own, what)
+    used = own.get("quantize.used")
+    if used is not None and not bool(((used >= 0) & (used < model.num_codes)).all()):
+        raise ValueError(f"quantize.used must name codes from 0 to {model.num_codes - 1}")
     return own, {"paper": "vqgan", "model": plain(model)}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.data import AttributeDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -271,3 +273,87 @@ def test_a_single_tensor(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "b.pt")
         with pytest.raises(ValueError, match=r"b\.pt must hold one tensor"):
             load_tensor(tmp_path / "b.pt")
+
+
+def test_tensors_that_share_storage_are_written(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    state = {"a": whole, "b": whole, "half": whole[:3], "turned": whole.view(2, 3).t()}
+    save_weights(tmp_path / "x.safetensors", state, {})
+    assert same(load_weights(tmp_path / "x.safetensors")[0], state)
+
+
+@pytest.mark.parametrize("found", [3, None, [1], {"config": 3}, "text"], ids=str)
+def test_a_lightning_file_of_others_is_refused(found: Any, tmp_path: Path) -> None:
+    torch.save({"hyper_parameters": found, "state_dict": weights()}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="not a checkpoint of this suite"):
+        load_weights(tmp_path / "x.ckpt")
+
+
+CONTAINERS = {
+    "defaultdict": lambda: collections.defaultdict(list, {"a": [1]}),
+    "deque": lambda: collections.deque([1, 2], maxlen=4),
+    "counter": lambda: collections.Counter("aab"),
+    "ordered": lambda: collections.OrderedDict(a=1),
+    "attributes": lambda: AttributeDict(a=1, inner=AttributeDict(b=[2])),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_are_read(kind: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": weights(), "extra": CONTAINERS[kind]()}, tmp_path / "x.ckpt")
+    assert same(load_foreign(tmp_path / "x.ckpt"), weights())
+    torch.save({"state_dict": AttributeDict(weights())}, tmp_path / "y.ckpt")
+    assert same(load_foreign(tmp_path / "y.ckpt"), weights())
+
+
+class Odd(dict):
+    """A dict that no stand-in takes the place of."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_class_that_cannot_be_read_is_named(zipped: bool, tmp_path: Path) -> None:
+    content = {"state_dict": weights(), "extra": Odd(a=1)}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"read safely: it holds a \S*Odd$"):
+        load_foreign(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "quantized", "meta", "nested"])
+def test_other_kinds_of_tensors_are_refused(kind: str, tmp_path: Path) -> None:
+    value = {
+        "sparse_coo": lambda: torch.eye(3).to_sparse(),
+        "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "meta": lambda: torch.ones(2, device="meta"),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }[kind]()
+    torch.save({"a": torch.ones(1), "odd": value}, tmp_path / "x.pt")
+    for read in (load_foreign, load_entries):
+        with pytest.raises(ValueError, match=rf"odd is a tensor of kind \S*{kind}"):
+            read(tmp_path / "x.pt")
+
+
+def test_no_key_is_lost(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(1), "a": torch.zeros(1)}, tmp_path / "x.pt")
+    assert load_foreign(tmp_path / "x.pt").keys() == {"0", "a"}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_several_files_are_read_whole(kind: str, tmp_path: Path) -> None:
+    state = {k: v.contiguous() for k, v in weights().items()}
+    files = {}
+    for i, (key, value) in enumerate(state.items(), 1):
+        files[key] = f"model-{i:05d}-of-{len(state):05d}.{kind}"
+        write = save_file if kind == "safetensors" else torch.save
+        write({key: value}, tmp_path / files[key])
+    index = tmp_path / f"model.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert same(load_foreign(tmp_path), state)
+    (tmp_path / files["a.half"]).unlink()
+    with pytest.raises(FileNotFoundError, match=files["a.half"]):
+        load_foreign(tmp_path)
+    for content in ([], {"weight_map": {"a": "../x.bin"}}, {"weight_map": {}}, {"weight_map": 3}):
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="weight_map"):
+            load_foreign(tmp_path)

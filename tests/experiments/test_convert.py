@@ -2,27 +2,32 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from experiments.pictures import load_png
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import file_hash
 from experiments import sample
-from experiments.convert import READERS, main
+from experiments.cli import command
+from experiments.convert import run
+from experiments.report.pictures import load_png
 from lightning_modules.common.checkpoint import load_weights
+from lightning_modules.common.request import Request
+from lightning_modules.muse import convert as muse
 from lightning_modules.muse.config import UViTConfig
 from lightning_modules.muse.uvit import UViT
+from lightning_modules.paella import convert as paella
 from lightning_modules.paella.config import ModelConfig, PriorConfig, V1Config
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
 from lightning_modules.paella.prior import Prior
-from lightning_modules.registry import load_generator, load_tokenizer
+from lightning_modules.registry import load_first_stage, load_generator
 from lightning_modules.vqgan.module import VQGANModule
 
 CLIP = {
@@ -35,6 +40,11 @@ MODEL = ModelConfig(
     nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"], clip_embd=16, byt5_embd=16,
     clip_seq_len=2,
 )  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    return command(run, words)
 
 
 def official_tokenizer(codes: int = 24) -> dict[str, Tensor]:
@@ -111,16 +121,16 @@ def test_paella_converts_and_samples(
     module = load_generator("x.safetensors")
     for name, value in official_paella().items():
         assert torch.equal(module.state_dict()[f"network.{name}"], value), name
-    assert module.tokenizer.num_codes == 24 and module.grid == (8, 8)
+    assert module.first_stage.num_codes == 24 and module.grid == (8, 8)
 
     words = ["--ckpt", "x.safetensors", "--prompt", "a bowl", "--seed", "3"]
-    assert sample.main([*words, "--out", "a"]) == 0
+    assert command(sample.run, [*words, "--out", "a"]) == 0
     picture, text = load_png("a/00000.png")
     assert picture.shape == (3, 32, 32) and text["prompt"] == "a bowl"
-    assert sample.main([*words, "--out", "b", "--negative", "dull"]) == 0
+    assert command(sample.run, [*words, "--out", "b", "--negative", "dull"]) == 0
     assert not torch.equal(load_png("b/00000.png")[0], picture)
     # a variation sees the picture's CLIP vector too
-    assert sample.main([*words[:2], "--image", "a/00000.png", "--out", "c"]) == 0
+    assert command(sample.run, [*words[:2], "--image", "a/00000.png", "--out", "c"]) == 0
     assert load_png("c/00000.png")[0].shape == (3, 32, 32)
 
 
@@ -129,19 +139,19 @@ def test_text_encoders_may_move(
 ) -> None:
     assert convert(*PAELLA, "--out", "x", *WORDS[:2], WORDS[3], WORDS[4]) == 0
     words = ["--ckpt", "x.safetensors", "--prompt", "a", "sampling.steps=2"]
-    assert sample.main([*words, "text.path=nowhere/byt5"]) == 2
+    assert command(sample.run, [*words, "text.path=nowhere/byt5"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "text.path=nowhere/byt5" in error
-    assert sample.main([*words, f"text.path={official}/byt5"]) == 0
+    assert command(sample.run, [*words, f"text.path={official}/byt5"]) == 0
 
 
 def test_suite_tokenizers_are_taken_as_they_are(convert: Callable[..., int]) -> None:
     assert convert("--paper", "vqgan", "--from", "@vqgan_f4.pt", "--out", "t.safetensors") == 0
-    ours = load_tokenizer("t.safetensors")
+    ours = load_first_stage("t.safetensors")
     state = official_tokenizer()
     assert torch.equal(ours.codebook(), state["vquantizer.codebook.weight"])
     assert convert(*PAELLA[:4], "--tokenizer", "t.safetensors", "--out", "x", *WORDS) == 0
-    assert torch.equal(load_tokenizer("x.tokenizer.safetensors").codebook(), ours.codebook())
+    assert torch.equal(load_first_stage("x.tokenizer.safetensors").codebook(), ours.codebook())
 
 
 def test_taming_files_with_hints(convert: Callable[..., int], tmp_path: Path) -> None:
@@ -153,7 +163,7 @@ def test_taming_files_with_hints(convert: Callable[..., int], tmp_path: Path) ->
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     words = ("--paper", "vqgan", "--from", "last.ckpt", "--out", "t")
     assert convert(*words, "model.norm_groups=4") == 0
-    assert load_tokenizer("t.safetensors").config.model.norm_groups == 4
+    assert load_first_stage("t.safetensors").config.model.norm_groups == 4
 
 
 GUMBEL: dict[str, Any] = {
@@ -179,7 +189,7 @@ HINTS = ("model.norm_groups=4", "model.sample_tokens=false")
 def test_codes_get_the_ids_of_a_table(convert: Callable[..., int], gumbel: VQGANModule) -> None:
     torch.save(torch.tensor(IDS), "taming_vqvae_12.pt")
     assert convert(*CODES, "--codes", "taming_vqvae_12.pt", *HINTS) == 0
-    ours = load_tokenizer("t.safetensors")
+    ours = load_first_stage("t.safetensors")
     assert ours.num_codes == 5
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     tokens = gumbel.encode(images)
@@ -197,13 +207,13 @@ def test_codes_that_occur_in_a_cache_are_kept(
     cache = Path("cache")
     cache.mkdir()
     tokens = torch.tensor([[[1, 4], [5, 11]], [[1, 1], [4, 4]]], dtype=torch.int32)
-    save_file({"tokens": tokens[:1]}, cache / "00000.tokens.safetensors")
-    save_file({"tokens": tokens[1:]}, cache / "00001.tokens.safetensors")
+    save_file({"tokens": tokens[:1]}, cache / "00000.safetensors")
+    save_file({"tokens": tokens[1:]}, cache / "00001.safetensors")
     made = {"num_codes": 12, "shards": 2, "tokenizer": file_hash("t.safetensors")}
     (cache / "cache.json").write_text(json.dumps(made))
     words = ("--paper", "vqgan", "--from", "t.safetensors", "--codes", "cache", "--out")
     assert convert(*words, "kept") == 0
-    ours = load_tokenizer("kept.safetensors")
+    ours = load_first_stage("kept.safetensors")
     assert ours.num_codes == 5
     assert ours.autoencoder.quantize.used.tolist() == [0, 1, 4, 5, 11]
     capsys.readouterr()
@@ -239,7 +249,7 @@ def test_nothing_is_overwritten(
 def test_settings_of_the_network_of_2022(tmp_path: Path) -> None:
     state = DenoiseUNet(V1Config(24, 8, 16, 4, [1, 1], [1, 1])).state_dict()
     torch.save(state, tmp_path / "model_600000.pt")
-    found = READERS["paella"].read(tmp_path / "model_600000.pt", {"v1.c_r": 4})
+    found = paella.read(tmp_path / "model_600000.pt", {"v1.c_r": 4})
     assert found.num_codes == 24
     pairs = dict(found.settings)
     assert pairs["network"] == "v1" and pairs["text.name"] == "open_clip"
@@ -300,7 +310,7 @@ def amused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_settings_of_amused(amused: Path) -> None:
-    found = READERS["muse"].read(amused, {})
+    found = muse.read(amused, {})
     pairs = dict([*found.settings, *found.defaults])
     state = load_file(next((amused / "transformer").glob("*.s*")))
     assert found.num_codes == 20
@@ -318,7 +328,7 @@ def test_settings_of_amused(amused: Path) -> None:
     assert set(found.state) == {f"network.{name}" for name in state}
     # what a user may say otherwise
     assert {"sampling.steps", "text.pad_id", "text.path"} <= dict(found.defaults).keys()
-    alone = READERS["muse"].read(amused / "transformer", {})  # the network without the rest
+    alone = muse.read(amused / "transformer", {})  # the network without the rest
     assert "text.path" not in dict(alone.defaults) and alone.tokenizer is None
     assert dict(alone.settings)["uvit.hidden_size"] == 16
 
@@ -331,15 +341,17 @@ def test_amused_converts_and_samples(
     count = sum(p.numel() for p in UViT(UVIT).parameters())
     assert f"{count:,} parameters, 4x4 tokens -> x.safetensors" in said
     module = load_generator("x.safetensors")
-    assert module.tokenizer.config.model.unit_range and module.grid == (4, 4)
+    assert module.first_stage.config.model.unit_range and module.grid == (4, 4)
     assert module.config.uvit == UVIT and module.config.sampling.steps == 3
     for name, value in load_file(next((amused / "transformer").glob("*.s*"))).items():
         assert torch.equal(module.state_dict()[f"network.{name}"], value), name
     words = ["--ckpt", "x.safetensors", "--prompt", "a bowl", "--seed", "3"]
-    assert sample.main([*words, "--out", "a"]) == 0
+    assert command(sample.run, [*words, "--out", "a"]) == 0
     assert load_png("a/00000.png")[0].shape == (3, 8, 8)
     # pictures of prompts do not hang on each other; bits do on the size of a batch
-    one, other = (module.sample([text, "a bowl"], seeds=[i, 3]) for i, text in enumerate("ab"))
+    one, other = (
+        module.sample(Request([text, "a bowl"], seeds=[i, 3])) for i, text in enumerate("ab")
+    )
     assert torch.equal(one[1], other[1]) and not torch.equal(one[0], other[0])
 
 
@@ -361,7 +373,8 @@ WRONG: list[tuple[list[str], str]] = [
     ([*with_(), "model.nheads=[1]"], "did you mean model.nhead?"),
     ([*with_(), "model.blocks=[2,1]"], "model.blocks is [1, 1]"),
     ([*with_(), "model.nhead=[-1,3]"], "nhead must divide"),
-    ([*with_(), "data.resolution=30"], "data.resolution must be a multiple of 4"),
+    ([*with_(), "data.resolution=30"], "data.resolution must be a multiple of 4, got 30"),
+    ([*with_(), "data.resolution=20"], "data.resolution must be a multiple of 16, got 20"),
     ([*with_(), "tokenizer.model.num_codes=5"], "model.num_codes is 24 in the file, not 5"),
     (with_("--from", "none.pt"), "there is no file none.pt"),
     (with_("--from", "@text.pt"), "text.pt is no checkpoint that can be read safely"),
@@ -390,6 +403,95 @@ def test_wrong_words_are_one_line_and_leave_nothing(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def refused(convert: Callable[..., int], capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line with which a command is refused that leaves no file."""
+    assert convert(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not list(Path().glob("x*"))
+    return error
+
+
+BENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "must have 4 dimensions": lambda v: v.flatten(),
+    "of 0, got [0]": lambda v: v.new_empty(0),
+    "holds numbers that are not finite": lambda v: v / 0,
+    "must hold real numbers, got torch.int64": lambda v: v.long(),
+    "must hold real numbers, got torch.complex64": lambda v: v.to(torch.complex64),
+    "is a tensor of kind torch.sparse_coo": lambda v: v.to_sparse(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("message", BENT)
+def test_weights_that_are_none_are_refused_by_name(
+    official: Path, convert: Callable[..., int], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for state, key, words in (
+        (official_paella(), "embedding.1.weight", with_("--from", "bent.pt")),
+        (official_tokenizer(), "in_block.1.weight", with_("--tokenizer", "bent.pt")),
+    ):
+        torch.save({**state, key: BENT[message](state[key])}, "bent.pt")
+        said = refused(convert, capsys, *words)
+        assert message in said and key in said
+
+
+def test_hints_of_a_wrong_type_are_refused(
+    convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word in ("model.nhead=2", "model.nhead=[a]", "model.dropout=[1]", "model.self_attn=3"):
+        name = word.partition("=")[0].rpartition(".")[2]
+        assert name in refused(convert, capsys, *with_(), word)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("transformer/config.json", [], "must hold a mapping"),
+        ("transformer/config.json", {"num_attention_heads": "2"}, "num_attention_heads must be"),
+        ("transformer/config.json", {"micro_cond_embed_dim": None}, "micro_cond_embed_dim must be"),
+        ("transformer/config.json", {"sample_size": "4"}, "sample_size must be"),
+        ("vqvae/config.json", 3, "must hold a mapping"),
+        ("vqvae/config.json", {"norm_num_groups": [4]}, "norm_groups must be int"),
+        ("vqvae/config.json", {"norm_num_groups": 4, "ddconfig": [1]}, "ddconfig must be"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "[PAD]"}, "give text.pad_id"),
+    ],
+)
+def test_settings_of_a_folder_that_are_none(
+    amused: Path,
+    convert: Callable[..., int],
+    file: str,
+    content: Any,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(amused, tmp_path / "bent")
+    known = json.loads((folder / file).read_text())
+    bent = {**known, **content} if isinstance(content, dict) else content
+    (folder / file).write_text(json.dumps(bent))
+    words = ("--paper", "muse", "--from", "bent", "--out", "x", "sampling.steps=3")
+    assert message in refused(convert, capsys, *words)
+
+
+def test_the_grid_comes_with_the_file(amused: Path, convert: Callable[..., int]) -> None:
+    """aMUSEd's sample_size counts tokens, whatever the tokenizer makes of a token."""
+    words = ("--paper", "muse", "--from", str(amused))
+    assert (
+        convert(*words, "--out", "x") == 0
+        and convert(*words, "--out", "y", "data.resolution=16") == 0
+    )
+    assert load_weights("x.safetensors")[1]["grid"] == [4, 4]
+    assert load_weights("y.safetensors")[1]["grid"] == [8, 8]
+
+
+def test_a_folder_that_takes_no_files(
+    official: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("no folder")
+    assert "cannot be written" in refused(convert, capsys, *with_("--out", "file/x"))
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

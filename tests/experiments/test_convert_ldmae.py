@@ -5,20 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.pictures import load_png
 
 from experiments import sample
-from experiments.convert import main
+from experiments.cli import command
+from experiments.convert import run
+from experiments.report.pictures import load_png
 from lightning_modules.ldmae.config import DiTConfig, ViTConfig
 from lightning_modules.ldmae.network import DiT
 from lightning_modules.ldmae.vmae import VMAE
-from lightning_modules.registry import load_generator, load_tokenizer
+from lightning_modules.registry import load_first_stage, load_generator
 
 VIT = ViTConfig(32, 8, 24, 1, 12, 24, 1, 12)
 DIT = DiTConfig(input_size=4, in_channels=3, hidden_size=24, depth=1, num_heads=2, num_classes=5)
 VMAE_WORDS = ["--paper", "autoencoder", "--from", "vmae.pth", "--out", "v"]
 DIT_WORDS = ["--paper", "ldmae", "--from", "0100000.pt", "--tokenizer", "vmae.pth", "--out", "d",
              "data.resolution=32", "sampling.steps=3"]  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    return command(run, words)
 
 
 @pytest.fixture
@@ -49,10 +55,10 @@ def test_an_autoencoder_with_its_statistics(
     assert "not normalised" not in said
     images = torch.rand(1, 3, 32, 32)
     mean = official[0].moments(images)[:, :3]
-    torch.testing.assert_close(load_tokenizer("v.safetensors").encode(images), (mean - 0.5) / 2)
+    torch.testing.assert_close(load_first_stage("v.safetensors").encode(images), (mean - 0.5) / 2)
     assert main([*VMAE_WORDS[:-1], "w", "vit.num_heads=6"]) == 0
     assert "not normalised" in capsys.readouterr().out
-    assert load_tokenizer("w.safetensors").config.vit.num_heads == 6
+    assert load_first_stage("w.safetensors").config.vit.num_heads == 6
 
 
 def test_a_generator_with_its_autoencoder(official: tuple[VMAE, DiT]) -> None:
@@ -61,8 +67,8 @@ def test_a_generator_with_its_autoencoder(official: tuple[VMAE, DiT]) -> None:
     for name, value in official[1].state_dict().items():  # the average
         assert torch.equal(module.state_dict()[f"network.{name}"], value), name
     assert module.grid == (4, 4) and module.config.condition == "label"
-    assert torch.equal(module.tokenizer.latent_std, torch.full((3,), 2.0))
-    assert sample.main(["--ckpt", "d.safetensors", "--prompt", "3", "--out", "a"]) == 0
+    assert torch.equal(module.first_stage.latent_std, torch.full((3,), 2.0))
+    assert command(sample.run, ["--ckpt", "d.safetensors", "--prompt", "3", "--out", "a"]) == 0
     assert load_png("a/00000.png")[0].shape == (3, 32, 32)
 
 
@@ -89,6 +95,36 @@ def test_wrong_words_are_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_resolution_follows_from_the_grid(official: tuple[VMAE, DiT]) -> None:
+    assert main([w for w in DIT_WORDS if not w.startswith("data.resolution")]) == 0
+    assert load_generator("d.safetensors").grid == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("std", "message"),
+    [([2, 2, 2], "real numbers"), ([2.0, 0.0, 2.0], "std of the latents must be positive"),
+     ([2.0, float("nan"), 2.0], "std holds numbers that are not finite")],
+)  # fmt: skip
+def test_statistics_that_are_none(
+    official: tuple[VMAE, DiT], std: list[float], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"mean": torch.zeros(3), "std": torch.tensor(std)}, "odd.pt")
+    assert main([*VMAE_WORDS, "--stats", "odd.pt"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not Path("v.safetensors").exists()
+
+
+def test_statistics_are_given_once(
+    official: tuple[VMAE, DiT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(VMAE_WORDS) == 0
+    again = ["--paper", "autoencoder", "--from", "v.safetensors", "--out", "w"]
+    assert main([*again, "--stats", "latents_stats.pt"]) == 2
+    assert "has statistics of its own" in capsys.readouterr().err
+    assert main(again) == 0
+    assert load_first_stage("w.safetensors").channels == 3
 
 
 def test_latents_of_another_autoencoder_are_refused(

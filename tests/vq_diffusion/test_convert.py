@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.pictures import load_png
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments import sample
-from experiments.convert import main
+from experiments.cli import command
+from experiments.convert import run
+from experiments.report.pictures import load_png
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.registry import load_generator
 from lightning_modules.vq_diffusion.config import ModelConfig
-from lightning_modules.vq_diffusion.convert import HF_NULL, convert, load
+from lightning_modules.vq_diffusion.convert import HF_NULL, convert, load, scheduled_rate
 from lightning_modules.vq_diffusion.network import Denoiser
 from lightning_modules.vqgan.module import VQGANModule
 
@@ -31,6 +32,11 @@ SIZES = {
     "condition_dim": 16,
 }
 WIDTH = 64
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    return command(run, words)
 
 
 def ours(**changes) -> Denoiser:
@@ -236,6 +242,45 @@ def test_a_hugging_face_folder(tmp_path: Path, learnable: bool) -> None:
         convert(hugging_face(network), {"activation_fn": "geglu"})
 
 
+def test_an_empty_null_is_none() -> None:
+    """What diffusers writes of LearnedClassifierFreeSamplingEmbeddings(learnable=False)."""
+    found = convert(
+        {**hugging_face(ours()), f"{HF_NULL}.embeddings": torch.empty(0)}, {"n_head": 2}
+    )
+    assert found.null is None and not found.learnable
+    with pytest.raises(ValueError, match="must be 16 wide, got 3"):
+        convert({**hugging_face(ours()), f"{HF_NULL}.embeddings": torch.ones(4, 3)}, {"n_head": 2})
+
+
+HF_SCHEDULER = {"_class_name": "VQDiffusionScheduler", "num_vec_classes": 7,
+                "num_train_timesteps": 5, "alpha_cum_start": 0.99999, "alpha_cum_end": 9e-06,
+                "gamma_cum_start": 9e-06, "gamma_cum_end": 0.99999}  # fmt: skip
+
+
+def test_the_schedule_of_a_hugging_face_folder() -> None:
+    model = ours().config
+    assert scheduled_rate(HF_SCHEDULER, model) == 0.99999
+    assert scheduled_rate({}, model) == 0.99999  # diffusers' defaults are the released schedule
+    assert scheduled_rate({**HF_SCHEDULER, "gamma_cum_end": 0.9}, model) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "DDPMScheduler"}, "must be a VQDiffusionScheduler"),
+        ({"num_vec_classes": 9}, "num_vec_classes of the scheduler must be 7, got 9"),
+        ({"num_train_timesteps": 50}, "num_train_timesteps of the scheduler must be 5"),
+        ({"alpha_cum_end": 0.3, "gamma_cum_end": 0.5}, "no schedule.mask_rate expresses"),
+        ({"gamma_cum_start": 0.000001}, "no schedule.mask_rate expresses"),
+        ({"gamma_cum_end": "0.9"}, "must be probabilities"),
+        ({"gamma_cum_end": 1.5}, "must be probabilities"),
+    ],
+)
+def test_a_schedule_that_is_not_ours(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scheduled_rate({**HF_SCHEDULER, **changes}, ours().config)
+
+
 def test_every_left_over_missing_or_misshapen_key_is_named() -> None:
     state = training_file(ours(), ours())["model"]
     convert(state, {"n_head": 2})
@@ -304,7 +349,9 @@ def pictures(*prompts: str, ckpt: str = "x.safetensors", **changes: str) -> list
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     settings = [f"{k.replace('_', '.', 1)}={v}" for k, v in changes.items()]
     out = f"out{len(list(Path().iterdir()))}"
-    assert sample.main(["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
+    assert (
+        command(sample.run, ["--ckpt", ckpt, *asked, "--out", out, "--seed", "3", *settings]) == 0
+    )
     return [load_png(f"{out}/{i:05d}.png")[0] for i in range(len(prompts))]
 
 
@@ -384,6 +431,32 @@ def test_codes_that_do_not_fit_are_refused(
     assert not list(tmp_path.glob("x*"))
 
 
+def test_more_tokens_than_positions_are_refused(
+    official: Callable[..., Denoiser], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    official()
+    assert (
+        main([w.replace("data.resolution=8", "data.resolution=16") for w in words("vq_diffusion")])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert "8x8 tokens, and VQ-Diffusion has positions for 16; set data.resolution" in said
+    assert not list(tmp_path.glob("x*"))
+    assert (
+        main([w for w in words("vq_diffusion") if "resolution" not in w]) == 2
+    )  # 256 of the scale
+    assert "data.resolution=256 gives 128x128 tokens" in capsys.readouterr().err
+
+
+def test_sampling_that_the_grid_does_not_allow_is_refused(
+    official: Callable[..., Denoiser], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    official()
+    assert main(words("improved_vqd", "sampling.reveal=released")) == 2
+    assert "reveal=released knows 1024 tokens" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_a_whole_hugging_face_folder_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,8 +468,17 @@ def test_a_whole_hugging_face_folder_samples(
     for name in ("transformer", "vqvae", HF_NULL):
         (folder / name).mkdir(parents=True)
     save_file(hugging_face(network), folder / "transformer" / "model.safetensors")
-    known = {"num_attention_heads": 2, "activation_fn": "geglu-approximate"}
-    (folder / "transformer" / "config.json").write_text(json.dumps(known))
+    known = {"num_attention_heads": 2, "activation_fn": "geglu-approximate", "sample_size": 4}
+    settings = {
+        "transformer/config.json": known,
+        "scheduler/scheduler_config.json": {
+            **HF_SCHEDULER, "num_vec_classes": 13, "gamma_cum_end": 0.9
+        },
+        "tokenizer/tokenizer_config.json": {"pad_token": "<|endoftext|>"},
+    }  # fmt: skip
+    for name, content in settings.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
     save_file({"embeddings": torch.randn(4, 16)}, folder / HF_NULL / "model.safetensors")
     taming = VQGANModule(
         {"model": {**FIRST_STAGE, "quantizer": "nearest"}, "objective": {"disc_weight": 0.0}}
@@ -407,11 +489,12 @@ def test_a_whole_hugging_face_folder_samples(
                           num_attention_heads=2, max_position_embeddings=4)  # fmt: skip
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
 
-    command = ["--paper", "improved_vqd", "--from", str(folder), "--out", "x", "data.resolution=8"]
+    command = ["--paper", "improved_vqd", "--from", str(folder), "--out", "x"]
     assert main([*command, "sampling.steps=3", "sampling.reveal=schedule"]) == 0
     module = load_generator("x.safetensors")
     same(network, module.network.state_dict())
-    assert module.config.text.path == f"{folder}/text_encoder"
+    assert module.config.text.path == f"{folder}/text_encoder" and module.grid == (4, 4)
+    assert module.config.schedule.mask_rate == 0.9 and module.config.text.pad_id == 49407
     assert module.config.sampling.guidance == 5.0 and not list(Path().glob("x.text*"))
     one, other = pictures("a cat", "a dog")
     assert not torch.equal(one, other)

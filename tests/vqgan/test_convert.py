@@ -122,6 +122,14 @@ def test_kept_codes_of_a_taming_file() -> None:
     assert given.num_codes == 4 and given.config.model.unknown_id == 2
 
 
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_kept_codes_that_are_none_are_refused(wrong: int) -> None:
+    state, _ = tokenizer(used_codes=2).export()
+    state["quantize.used"] = torch.tensor([0, wrong])
+    with pytest.raises(ValueError, match=r"quantize\.used must name codes from 0 to 9"):
+        convert.convert(state, HINTS)
+
+
 def diffusers(state: dict[str, Tensor], levels: int, old: bool) -> dict[str, Tensor]:
     """Rename our state as diffusers' VQModel has it, new or old attention names."""
     names = ("query", "key", "value", "proj_attn") if old else ("to_q", "to_k", "to_v", "to_out.0")

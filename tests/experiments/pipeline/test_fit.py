@@ -13,20 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from experiments.config import TrainerConfig, UserError, load
-from experiments.training import RESUME, WholeCheckpoints, curves, device_of, fit, wandb_logger
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from experiments import progress, training
+from experiments import progress
+from experiments.papers.base import TrainerConfig, device_of
+from experiments.pipeline import fit as training
+from experiments.pipeline.fit import RESUME, WholeCheckpoints, curves, fit
+from experiments.pipeline.loop import Loop, Monitor
+from experiments.pipeline.stage import Log, Machine
 from experiments.progress import Counter, clock
+from experiments.settings import ConfigError
+from lightning_modules.common.checkpoint import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
-ROOT = Path(__file__).parents[2]
-CONFIG = TrainerConfig(max_steps=12, epoch_steps=4, batch_size=2, val_batches=1, log_every=1,
-                       accelerator="cpu", progress="none")  # fmt: skip
+ROOT = Path(__file__).parents[3]
+LOOP = Loop(epochs=3, length=4, batch_size=2)
+MONITOR = Monitor(val_batches=1, log_every=1)
+MACHINE = Machine(progress="none", trainer={"accelerator": "cpu", "devices": 1})
 
 
 class Line(LightningModule):
@@ -73,10 +78,15 @@ class Points(LightningDataModule):
         return DataLoader(batches, batch_size=None)
 
 
-def train(module: Line, folder: Path, config: TrainerConfig = CONFIG, **options: Any) -> list[str]:
+def train(
+    module: Line, folder: Path, loop: Loop = LOOP, machine: Machine = MACHINE, **options: Any
+) -> list[str]:
     said: list[str] = []
-    data = Points(config.epochs[1])
-    fit(module, data, config, folder, what="train", say=said.append, **options)
+    log = Log(said.append, machine.progress)
+    options = {"monitor": MONITOR, **options}
+    fit(
+        module, Points(loop.length), loop, folder, what="train", machine=machine, log=log, **options
+    )
     return said
 
 
@@ -162,7 +172,7 @@ def test_the_trainer_writes_with_it(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "devices", "players", "expected"),
+    ("asked", "world", "adversarial", "expected"),
     [
         ("auto", 1, False, "auto"),
         ("auto", 1, True, "auto"),
@@ -173,9 +183,9 @@ def test_the_trainer_writes_with_it(tmp_path: Path, monkeypatch) -> None:
     ],
 )
 def test_strategies(
-    asked: Any, devices: int, players: bool, expected: str, tmp_path: Path, monkeypatch
+    asked: str, world: int, adversarial: bool, expected: str, tmp_path: Path, monkeypatch
 ) -> None:
-    """A GAN leaves one player's parameters unused in either step, also where the user says ddp."""
+    """A GAN leaves one network's parameters unused in either step, also where the user says ddp."""
     asked_for: dict[str, Any] = {}
 
     class SeenError(Exception):
@@ -186,15 +196,18 @@ def test_strategies(
         raise SeenError
 
     monkeypatch.setattr(training, "Trainer", trainer)
-    config = dataclasses.replace(CONFIG, strategy=asked, devices=devices)
+    options = {"accelerator": "cpu", "devices": world, "strategy": asked, "compile": False}
+    machine = dataclasses.replace(MACHINE, trainer=options)
     with pytest.raises(SeenError):
-        train(Line(), tmp_path, config, two_players=players)
-    assert asked_for["strategy"] == expected and asked_for["devices"] == devices
+        loop = dataclasses.replace(LOOP, world=world)
+        train(Line(), tmp_path, loop, machine, adversarial=adversarial)
+    assert asked_for["strategy"] == expected and asked_for["devices"] == world
     assert asked_for["max_epochs"] == 3 and asked_for["limit_train_batches"] == 4
     assert "max_steps" not in asked_for and asked_for["reload_dataloaders_every_n_epochs"] == 1
-    assert asked_for["precision"] == ("bf16-mixed" if torch.cuda.is_available() else "32-true") or (
-        config.accelerator == "cpu" and asked_for["precision"] == "32-true"
-    )
+    assert "compile" not in asked_for and asked_for["precision"] == "32-true"
+    with pytest.raises(SeenError):
+        train(Line(), tmp_path, LOOP, dataclasses.replace(MACHINE, device="cuda"))
+    assert asked_for["precision"] == "bf16-mixed"
 
 
 def test_sigterm_reaches_the_handler_that_was_there(tmp_path: Path) -> None:
@@ -222,7 +235,7 @@ def test_sigterm_reaches_the_handler_that_was_there(tmp_path: Path) -> None:
 
 ORPHAN = """
 import os, sys, time
-from experiments.training import end_with_parent
+from experiments.pipeline.ranks import end_with_parent
 child = os.fork()
 if child:
     print(child, flush=True)
@@ -260,35 +273,30 @@ def test_later_attempts_replace_what_they_repeat(tmp_path: Path) -> None:
 
 
 def test_device_of_a_single_process() -> None:
-    assert device_of(CONFIG).type == "cpu"
-    auto = device_of(TrainerConfig()).type
-    assert auto == ("cuda" if torch.cuda.is_available() else auto) and auto in (
-        "cuda",
-        "mps",
-        "cpu",
-    )
+    assert device_of("cpu") == "cpu"
+    assert device_of("auto") in ("cuda" if torch.cuda.is_available() else "cpu", "mps")
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="accelerator=cuda: this machine shows none"):
-        device_of(TrainerConfig(accelerator="cuda"))
+    with pytest.raises(ConfigError, match="accelerator=cuda: this machine shows none"):
+        device_of("cuda")
 
 
-def test_wandb_logger_of_a_run(tmp_path: Path, monkeypatch) -> None:
-    config = load("paella", "micro", ["logger=csv"])
-    assert wandb_logger(config, "paella", "micro", tmp_path / "a") is None
-    assert not (tmp_path / "a").exists()
-    config = load("paella", "micro", ["logger=wandb"])
-    made = wandb_logger(config, "paella", "micro", tmp_path / "b")
-    assert isinstance(made, WandbLogger)
-    asked = made._wandb_init
-    assert asked["mode"] == "disabled"  # WANDB_MODE of these tests
-    assert (asked["project"], asked["name"], asked["group"]) == ("tokengrid", "b", "paella")
-    assert asked["tags"] == ["micro", "scenes"] and asked["config"]["seed"] == 0
-    monkeypatch.setenv("WANDB_SWEEP_ID", "x")  # a sweep's agent names its runs
-    made = wandb_logger(config, "paella", "micro", tmp_path / "b")
-    assert made is not None and made._wandb_init["name"] is None
+def test_a_loop_is_what_changes_the_result() -> None:
+    config = TrainerConfig(max_steps=12, epoch_steps=4, batch_size=5, accumulate=2, log_every=7)
+    assert config.loop(3) == Loop(3, 4, 5, 2, "auto", world=3)
+
+
+def test_weights_of_every_few_epochs_are_kept(tmp_path: Path) -> None:
+    module = Line()
+    module.save_hyperparameters({"config": {"paper": "line"}})
+    train(module, tmp_path, monitor=Monitor(keep_every=2, log_every=1))
+    (path,) = tmp_path.glob("weights-*.safetensors")
+    assert path.name == "weights-00000008.safetensors"
+    state, config = load_weights(path)
+    assert config["paper"] == "line" and state.keys() == module.state_dict().keys()
+    assert not torch.equal(state["layer.weight"], module.layer.weight)  # four batches ago
 
 
 # Progress ----
@@ -339,11 +347,11 @@ def test_a_training_counts_on_where_it_resumes(tmp_path: Path, monkeypatch) -> N
             super().__init__(*args, **{**options, "every": 0})
             made.append(self)
 
-    monkeypatch.setattr(progress, "Counter", Quick)
-    config = dataclasses.replace(CONFIG, progress="plain")
+    monkeypatch.setattr(training, "Counter", Quick)
+    machine = dataclasses.replace(MACHINE, progress="plain")
     with pytest.raises(RuntimeError):
-        train(Line(6), tmp_path, config)
+        train(Line(6), tmp_path, machine=machine)
     assert (made[0].first, made[0].done) == (0, 6)
-    said = train(Line(), tmp_path, config)
+    said = train(Line(), tmp_path, machine=machine)
     assert (made[1].first, made[1].done, made[1].total) == (4, 12, 12)
     assert len(said) == 8 and said[-1].startswith("      train 12/12, 0:00 left, loss 0.")
