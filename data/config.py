@@ -55,8 +55,8 @@ class DataConfig:
             self.name = "shards"
         if self.name == "shards" and self.shards is None:
             raise ValueError("shards must name your shards when name is shards")
-        at_least = {"resolution": 8, "train_size": 1, "val_size": 1, "heldout_size": 1}
-        for name, lowest in {**at_least, "seed": 0, "shuffle_buffer": 0, "workers": 0}.items():
+        sizes = {"resolution": 8, "train_size": 1, "val_size": 1, "heldout_size": 1}
+        for name, lowest in {**sizes, "seed": 0, "shuffle_buffer": 0, "workers": 0}.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         if not 2 <= self.max_objects <= 4:

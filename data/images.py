@@ -3,6 +3,7 @@
 import io
 import random
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def decode_image(
     flip: bool = False,
     rng: random.Random | None = None,
 ) -> np.ndarray:
-    """Decode, cut the largest square and resize it with bicubic filtering and anti-aliasing.
+    """Decode, cut the largest square and resize it, smoothly, to [resolution, resolution, 3] uint8.
 
     The square is cut before resizing: the same pixels as resizing the short side first, and a
     picture of 1 x 60,000 pixels costs no memory. With crop "adm" both are done by `adm_crop`.
@@ -86,9 +87,6 @@ def decode_image(
         crop: where along the long side the square is cut; adm is the centre.
         flip: mirror half of the pictures.
         rng: draws crop "random" and flip.
-
-    Returns:
-        [resolution, resolution, 3] uint8.
 
     Raises:
         PIL.Image.DecompressionBombError: more than MAX_PIXELS.
@@ -129,9 +127,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if all("label" in s for s in samples):
         batch["label"] = torch.tensor([s["label"] for s in samples])
     if "skipped" in samples[0]:
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for sample in samples:
-            for reason, count in sample["skipped"].items():
-                counts[reason] = counts.get(reason, 0) + count
-        batch["skipped"] = counts
+            counts.update(sample["skipped"])
+        batch["skipped"] = dict(counts)
     return batch

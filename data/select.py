@@ -82,16 +82,13 @@ def decoded(
 def selected(
     urls: Iterable[str], shards: ShardList, view: View, skips: SkipCounter
 ) -> Iterator[Sample]:
-    """Chain the stages before the shuffle: read, choose by key, parse, filter by metadata.
+    """Yield what `parse` makes of samples: read, chosen by key, filtered by metadata.
 
     Args:
         urls: files, possibly without end.
         shards: which keys belong to the split.
         view: the metadata filters.
         skips: counts what is left out.
-
-    Yields:
-        Encoded samples as `parse` returns them.
 
     Raises:
         ValueError: too many bad samples, or 20,000 in a row left out.
@@ -113,7 +110,6 @@ def encoded(
     shards: ShardList,
     view: View,
     skips: SkipCounter,
-    *,
     first: int = 0,
     limit: int | None = None,
 ) -> Iterator[Sample]:
@@ -154,9 +150,7 @@ def captions(
         limit: at most so many positions.
         max_skipped: share of bad samples at which a ValueError is raised.
     """
-    yield from map(
-        described, encoded(shards, view, SkipCounter(max_skipped), first=first, limit=limit)
-    )
+    return map(described, encoded(shards, view, SkipCounter(max_skipped), first, limit))
 
 
 def pictures(
@@ -172,6 +166,6 @@ def pictures(
     Each picture is decoded once, when it is asked for, and none before position `first`.
     """
     skips = SkipCounter(max_skipped)
-    samples = encoded(shards, view, skips, first=first, limit=limit)
+    samples = encoded(shards, view, skips, first, limit)
     yield from apply(lambda s: decoded(s, view), samples, skips)
     skips.check()

@@ -18,19 +18,13 @@ LISTED = "shards.json"
 def write_embedded(
     folder: Path, name: str, split: str, size: int, seed: int, resolution: int, max_objects: int
 ) -> ShardList:
-    """Write a split of scenes or digits; one that stands complete in the folder is kept.
+    """Write a split of `scenes` or `digits`; one that stands complete in the folder is kept.
 
     Args:
         folder: of these settings alone.
         name: scenes or digits.
-        split: one of `data.scenes.SPLITS`; digits have train and val.
-        size: number of samples; of digits at most those that there are.
-        seed: of the data set.
-        resolution: width and height in pixels.
-        max_objects: most things in a scene.
-
-    Raises:
-        ValueError: an unknown name or split.
+        split, size, seed, resolution, max_objects: as `scenes` takes them; of digits at most those
+            that there are.
     """
     listed = folder / LISTED
     if listed.exists():
@@ -70,9 +64,8 @@ def find_shards(
     if split not in ("train", "val"):
         raise ValueError(f"shards have the splits train, val, not {split!r}")
     if val_shards is not None:
-        return ShardList(
-            tuple(expand_shards(shards if split == "train" else val_shards)), limit=limit
-        )
+        own = shards if split == "train" else val_shards
+        return ShardList(tuple(expand_shards(own)), limit=limit)
     paths = tuple(expand_shards(shards))
     return ShardList(paths, holdout_share(paths), split == "val", limit)
 

@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from lightning import LightningDataModule
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -32,7 +31,7 @@ from data.images import to_tensor
 from data.select import decoded, selected
 from data.shards import Sample, SkipCounter, apply
 from data.view import MAX_SKIPPED, ShardList, View
-from data.webdata import WebData
+from data.webdata import EpochData, WebData
 
 SCHEMA = pyarrow.schema(
     [("key", pyarrow.string()), ("caption", pyarrow.string()), ("label", pyarrow.int64())]
@@ -123,11 +122,7 @@ def encode_shard(
 
 
 def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarray:
-    """Return tokens in 2 or 4 bytes, moments in half precision.
-
-    Raises:
-        ValueError: a token outside the codebook, or a moment that is no number of that precision.
-    """
+    """Return tokens of the codebook in 2 or 4 bytes, moments in half precision."""
     if num_codes is None:
         with np.errstate(over="ignore"):
             moments = encoded.astype(np.float16)  # [B, 2C, h, w]
@@ -148,11 +143,7 @@ def _finished(path: Path, stamp: str) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, str], set[str], pyarrow.Table]:
-    """Return what an encoded shard says of itself, the names of its views, and its captions.
-
-    Raises:
-        ValueError: a file that is missing or damaged.
-    """
+    """Return what an encoded shard says of itself, the names of its views, and its captions."""
     file = path
     try:
         with safe_open(path, "numpy") as stored:
@@ -178,8 +169,7 @@ def finish_cache(
         max_skipped: share of bad samples at which a ValueError is raised.
 
     Returns:
-        What cache.json holds: `settings`, "shards", "count", and "skipped", what became of the
-        samples that were read (see `SkipCounter`).
+        Its content: `settings`, "shards", "count", and "skipped", the counts of a `SkipCounter`.
 
     Raises:
         ValueError: a file that is missing or damaged, too many bad samples, or no sample at all.
@@ -202,18 +192,10 @@ def _files(folder: Path, count: int) -> list[Path]:
 
 
 def count_tokens(folder: Path, num_codes: int, sha256: str | None = None) -> Tensor:
-    """Count how often every code occurs in a cache of tokens, those of mirrored images included.
-
-    Args:
-        folder: a finished cache.
-        num_codes: size of the tokenizer's codebook.
-        sha256: of the tokenizer's file; None takes any.
-
-    Returns:
-        [num_codes] int64.
+    """Count how often every code occurs in a cache, mirrored images included: [num_codes] int64.
 
     Raises:
-        ValueError: no cache, or one of another tokenizer.
+        ValueError: no cache, or one of another tokenizer (of that sha256, where one is given).
     """
     if not (folder / "cache.json").is_file():
         raise ValueError(f"{folder} is no finished cache of tokens: there is no cache.json")
@@ -276,12 +258,11 @@ class TokenStream(IterableDataset):
             yield self.data.batch(first + self.world * np.arange(size))
 
 
-class TokenData(LightningDataModule):
+class TokenData(EpochData):
     """Batches {"tokens" [B, h, w] int64, "caption" list, "key" list, "label" [B] if given}.
 
     A cache of moments gives "moments" [B, 2C, h, w] float32 in place of tokens; further views come
-    under their own names. The trainer must be made with `reload_dataloaders_every_n_epochs=1`.
-    Rows are small and mapped from their files, so no worker processes are needed.
+    under their own names. Rows are small and mapped from their files, so no workers are needed.
 
     Args:
         folder: a finished cache.
@@ -362,13 +343,6 @@ class TokenData(LightningDataModule):
             batch_size=None,
             generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
         )
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the loader of the trainer's current epoch."""
-        trainer = self.trainer
-        if trainer is None:
-            return self.stream()
-        return self.stream(trainer.current_epoch, trainer.global_rank, trainer.world_size)
 
     def val_dataloader(self) -> Any:
         """Return the loader of the validation batches, [] without any."""

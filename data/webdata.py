@@ -78,11 +78,26 @@ class ExactBatches(IterableDataset):
         return map(collate, self.batches)
 
 
-class WebData(LightningDataModule):
-    """Batches {"image" [B, 3, H, W] in [-1, 1], "caption" list, "key" list, "label" [B] if given}.
+class EpochData(LightningDataModule):
+    """Training in virtual epochs, each a stream that is seeded when its loader is made.
 
-    The trainer must be made with `reload_dataloaders_every_n_epochs=1`: an epoch's stream is
-    seeded when its loader is made.
+    The trainer must be made with `reload_dataloaders_every_n_epochs=1`.
+    """
+
+    def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
+        """Return the loader of a virtual epoch."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of the trainer's current epoch."""
+        trainer = self.trainer
+        if trainer is None:
+            return self.stream()
+        return self.stream(trainer.current_epoch, trainer.global_rank, trainer.world_size)
+
+
+class WebData(EpochData):
+    """Batches {"image" [B, 3, H, W] in [-1, 1], "caption" list, "key" list, "label" [B] if given}.
 
     Args:
         train: the training split.
@@ -137,13 +152,6 @@ class WebData(LightningDataModule):
             num_workers=self.order.workers,
             generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
         )
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the loader of the trainer's current epoch."""
-        trainer = self.trainer
-        if trainer is None:
-            return self.stream()
-        return self.stream(trainer.current_epoch, trainer.global_rank, trainer.world_size)
 
     def val_dataloader(self) -> Any:
         """Return the loader of this rank's part of the validation samples, [] without any."""

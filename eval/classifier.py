@@ -28,15 +28,10 @@ from eval.classifier_network import (
 )
 
 
-def train_classifier(config: ClassifierConfig, *, quiet: bool = False) -> Classifier:
+def train_classifier(config: ClassifierConfig) -> Classifier:
     """Train a classifier on fresh scenes, three quarters sound and one quarter broken.
 
-    Args:
-        config: the settings; the result depends on them alone (on one machine).
-        quiet: print no progress.
-
-    Returns:
-        The classifier, in eval mode.
+    The result depends on `config` alone (on one machine).
     """
     rng = np.random.default_rng([config.seed, 0x1D6E])
     generator = torch.Generator().manual_seed(config.seed)
@@ -54,7 +49,7 @@ def train_classifier(config: ClassifierConfig, *, quiet: bool = False) -> Classi
         return sum(terms, torch.zeros(()))
 
     weights = list(classifier.parameters())
-    descend("classifier", loss, weights, config.lr, config.steps, quiet=quiet)
+    descend("classifier", loss, weights, config.lr, config.steps)
     return classifier.eval()
 
 
@@ -69,16 +64,7 @@ def reading_accuracy(classifier: Classifier, count: int = 2000) -> float:
 def load_classifier(
     resolution: int = 32, max_objects: int = 2, folder: Path | None = None
 ) -> Classifier:
-    """Return the classifier of pictures of this kind: the shipped one, or one trained once.
-
-    Args:
-        resolution: width and height of the pictures.
-        max_objects: most things in a scene, 2 to 4.
-        folder: where one that does not ship is trained and kept, see `find_weights`.
-
-    Returns:
-        The classifier in eval mode on the CPU.
-    """
+    """Return the classifier of this kind of picture: shipped, or trained once in `folder`."""
     config = ClassifierConfig(resolution, max_objects)
 
     def train(path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a classifier learns from: sound scenes, broken ones, and the wear of pictures."""
 
 from dataclasses import asdict, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -116,23 +117,14 @@ def disordered(
     """Draw a scene whose 4 x 4 patches changed places: the layout is none."""
     step = config.resolution // 4
     image = draw_scene(scene, centres, config.resolution)  # rows that no patch holds stay
-    tiles = (
-        image[: 4 * step, : 4 * step]
-        .reshape(4, step, 4, step, 3)
-        .swapaxes(1, 2)
-        .reshape(16, step, step, 3)
-    )
+    whole = image[: 4 * step, : 4 * step].reshape(4, step, 4, step, 3)
+    tiles = whole.swapaxes(1, 2).reshape(16, step, step, 3)
     tiles = tiles[rng.permutation(16)].reshape(4, 4, step, step, 3).swapaxes(1, 2)
     image[: 4 * step, : 4 * step] = tiles.reshape(4 * step, 4 * step, 3)
     return image, [len(config.heads[0])] + [IGNORE] * (len(config.heads) - 1)
 
 
-BROKEN = {
-    "mixed": mixed,
-    "patched": patched,
-    "miscounted": miscounted,
-    "disordered": disordered,
-}
+BROKEN = {f.__name__: f for f in (mixed, patched, miscounted, disordered)}
 
 
 def wear(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -172,16 +164,11 @@ def fresh_scenes(
     count: int, config: ClassifierConfig, seed: int = 987_654
 ) -> tuple[Tensor, list[dict], list[str]]:
     """Return pictures [N, 3, H, W] uint8, attributes and captions, half val and half heldout."""
-    samples = [
-        sample
+    size, most = config.resolution, config.max_objects
+    halves = [
+        scenes(split, count // 2, seed=seed, resolution=size, max_objects=most)
         for split in ("val", "heldout")
-        for sample in scenes(
-            split,
-            count // 2,
-            seed=seed,
-            resolution=config.resolution,
-            max_objects=config.max_objects,
-        )
     ]
+    samples = list(chain(*halves))
     images = to_tensor([s["image"] for s in samples])
     return images, [s["attributes"] for s in samples], [s["caption"] for s in samples]

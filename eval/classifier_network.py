@@ -194,7 +194,6 @@ def descend(
     steps: int,
     *,
     most: float = math.inf,
-    quiet: bool = False,
 ) -> None:
     """Train with AdamW and a one-cycle schedule.
 
@@ -205,7 +204,6 @@ def descend(
         lr: highest learning rate.
         steps: training steps.
         most: largest norm of the gradient, which is scaled down to it.
-        quiet: print nothing.
     """
     optimizer = torch.optim.AdamW(weights, lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
@@ -218,7 +216,7 @@ def descend(
             nn.utils.clip_grad_norm_(weights, most)
         optimizer.step()
         schedule.step()
-        if not quiet and (step + 1) % max(1, steps // 40) == 0:
+        if (step + 1) % max(1, steps // 40) == 0:
             left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
             print(
                 f"{what}: step {step + 1}/{steps}, loss {value:.4f}, {left:.0f} s left", flush=True

@@ -1,6 +1,5 @@
 """Digit accuracy: does a classifier of real handwritten digits read what was asked?"""
 
-from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,23 +11,20 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
-from eval.interval import Score, mean_score
+from eval.interval import Scored, mean_score
 from eval.metric import Metric
-from eval.rows import Measured
+from eval.rows import Asked, Measured
 
 SEED = 0  # of the split: the classifier is a fixed measure, not a setting
 MODEL = "SVM (RBF, C=10) on 1,437 of the 8x8 digits of scikit-learn"
 SHOWN = {
     "digit_accuracy": Metric(
-        "Digit accuracy",
-        "samples that a classifier reads as asked",
-        percent=True,
-        better="higher",
+        "Digit accuracy", "samples that a classifier reads as asked", percent=True, better="higher"
     ),
 }
 
 
-def measure_digits(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+def measure_digits(images: Tensor, asked: Asked, first: int) -> Measured:
     """Return the rows of `DigitRows`, see `eval.rows.Measure`."""
     return Measured({"read": read_digits(images).astype(np.int16)}, models={"read": MODEL})
 
@@ -53,13 +49,7 @@ def held_out_digits() -> list[np.ndarray]:
 
 
 def read_digits(images: Tensor) -> np.ndarray:
-    """Read pictures of digits.
-
-    Args:
-        images: [N, 3, H, W] uint8, light digit on a dark ground; averaged to grey 8x8 in 0..16.
-
-    Returns:
-        [N] int64 in 0..9.
+    """Read digits, light on dark, [N, 3, H, W] uint8 averaged to grey 8x8 in 0..16: [N] int64.
 
     Raises:
         ValueError: pictures of another type or shape.
@@ -74,53 +64,27 @@ def read_digits(images: Tensor) -> np.ndarray:
 
 
 def score_digits(
-    made: Measured,
-    asked: Sequence[Mapping[str, Any]],
-    reference: Measured | None,
-    *,
-    prefix: str,
-    resamples: int,
-    seed: int,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Score generated digits against the asked ones.
-
-    Args:
-        made: rows of `DigitRows`, N pictures.
-        asked: N times what was asked, with "label" in 0..9.
-        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
+    made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+) -> Scored:
+    """Score generated digits against the asked "label" in 0..9, see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/digit_accuracy, and /digit_accuracy/0 ... /9 for the digits that were
-            asked; each {"value", "low", "high", "n", "model", "reader_accuracy"}.
+            asked, with "reader_accuracy".
         verdicts: {"right": bool, "wrong": [] or ["digit"], "read": int, "text": str} per picture.
-
-    Raises:
-        ValueError: labels of another number than pictures.
     """
     if len(made) != len(asked):
         raise ValueError(f"{len(made)} pictures and {len(asked)} labels do not pair up")
     read = made.rows["read"]
     labels = np.array([a["label"] for a in asked])
     right = read == labels
-    what: dict[str, Any] = {
-        "resamples": resamples,
-        "seed": seed,
-        "model": made.models["read"],
-        "reader_accuracy": digit_classifier()[1],
-        **about,
-    }
+    what = {"model": made.models["read"], "reader_accuracy": digit_classifier()[1], **what}
     name = f"{prefix}/digit_accuracy"
     scores = {name: mean_score(right, **what)}
     for digit in np.unique(labels):
         scores[f"{name}/{digit}"] = mean_score(right[labels == digit], **what)
-    verdicts = [
-        {
-            "right": bool(ok),
-            "wrong": [] if ok else ["digit"],
-            "read": int(digit),
-            "text": f"a handwritten {digit}",
-        }
-        for digit, ok in zip(read, right, strict=True)
-    ]
+    verdicts: list[dict[str, Any]] = []
+    for digit, ok in zip(read.tolist(), right.tolist(), strict=True):
+        verdict = {"right": ok, "wrong": [] if ok else ["digit"]}
+        verdicts.append({**verdict, "read": digit, "text": f"a handwritten {digit}"})
     return scores, verdicts

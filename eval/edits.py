@@ -16,19 +16,16 @@ from torch import Tensor
 from data.scenes import COLORS, SHAPES, SIZES, Scene, Thing, caption
 from eval.classifier_config import ClassifierConfig
 from eval.classifier_network import Classifier, decode, encode
-from eval.interval import Score, mean_score
+from eval.interval import Scored, mean_score
 from eval.metric import Metric
-from eval.rows import Measure, Measured, reduced
+from eval.rows import Asked, Measure, Measured, reduced
 
 SHOWN = {
     "object_accuracy": Metric(
         "Asked thing", "edits in which it is there, in its place", percent=True, better="higher"
     ),
     "rest_accuracy": Metric(
-        "The rest",
-        "edits after which all else is read as before",
-        percent=True,
-        better="higher",
+        "The rest", "edits after which all else is read as before", percent=True, better="higher"
     ),
     "rest_l1": Metric(
         "L1 of the rest", "to the unedited picture outside the mask; 0 is the same", better="lower"
@@ -39,7 +36,7 @@ SHOWN = {
 def edit_measure(classifier: Classifier, resolution: int) -> Measure:
     """Return what makes the rows of `EditRows` of pictures reduced to this width."""
 
-    def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
         originals = torch.stack([a["original"] for a in asked])
         images, originals = (reduced(x, resolution) for x in (images, originals))
         labels = classifier.read(images)[0]
@@ -102,29 +99,14 @@ def half_mask(task: Mapping[str, Any], height: int, width: int) -> Tensor:
 
 
 def score_edits(
-    made: Measured,
-    asked: Sequence[Mapping[str, Any]],
-    reference: Measured | None,
-    *,
-    prefix: str,
-    resamples: int,
-    seed: int,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Score edited pictures.
-
-    Args:
-        made: rows of `EditRows`, N pictures.
-        asked: N tasks of `edit_tasks`.
-        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
+    made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+) -> Scored:
+    """Score edited pictures against the tasks of `edit_tasks`, see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/object_accuracy, the asked thing is read in its place; /rest_accuracy, the
             other thing, layout and background are read as they were; /rest_l1.
         verdicts: one {"right": both are right, "wrong": names, "read": attributes} per picture.
-
-    Raises:
-        ValueError: another number of tasks than of pictures.
     """
     if len(made) != len(asked):
         raise ValueError(f"{len(made)} edited pictures and {len(asked)} tasks do not pair up")
@@ -134,7 +116,6 @@ def score_edits(
     in_slot = (np.arange(labels.shape[1]) - 2) // 3  # slot of each label; below 0: the scene's
     own = in_slot == np.array([a["thing"] for a in asked])[:, None]
     thing, rest = (same | ~own).all(1), (same | own).all(1)
-    what: dict[str, Any] = {"resamples": resamples, "seed": seed, **about}
     model = made.models["labels"]
     scores = {
         f"{prefix}/object_accuracy": mean_score(thing, model=model, **what),

@@ -6,16 +6,15 @@ and its distance falls below the floor. Even rows of the reference are what is c
 rows give the floor. Both sides are cut to one n, since the distance falls with n.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from eval.classifier_network import Classifier
 from eval.frechet import frechet_score
-from eval.interval import Score
+from eval.interval import Score, Scored
 from eval.metric import Metric
-from eval.rows import Measure, Measured
+from eval.rows import Asked, Measure, Measured
 
 SHOWN = {
     "fd_scenes": Metric(
@@ -33,7 +32,7 @@ ABOUT = (
 def feature_measure(classifier: Classifier) -> Measure:
     """Return what makes the rows of `FeatureRows`."""
 
-    def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
         features = classifier.read(images)[1].numpy()
         return Measured({"features": features}, models={"features": classifier.name})
 
@@ -41,33 +40,19 @@ def feature_measure(classifier: Classifier) -> Measure:
 
 
 def score_features(
-    made: Measured,
-    asked: Sequence[Mapping[str, Any]],
-    reference: Measured | None,
-    *,
-    prefix: str,
-    resamples: int,
-    seed: int,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Score pictures of which nothing but their features is known.
+    made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+) -> Scored:
+    """Score pictures of which only `FeatureRows` are known, see `eval.scorers.Scorer`.
 
-    Args:
-        made: rows of `FeatureRows`.
-        asked: of no influence.
-        reference: rows of real pictures of other captions; without them there are no scores.
-        prefix, resamples, seed, about: see `eval.scorers.Scorer`.
-
-    Returns:
-        `prefix`/fd_scenes, /fd_scenes_floor, and an empty verdict per picture.
+    Without a reference there are no scores; verdicts are empty.
     """
-    what = {"resamples": resamples, "seed": seed, "about": ABOUT, **about}
+    what = {"about": ABOUT, **what}
     scores = {} if reference is None else frechet_scores(made, reference, prefix, **what)
     return scores, [{} for _ in range(len(made))]
 
 
 def frechet_scores(
-    made: Measured, reference: Measured, prefix: str, *, resamples: int, seed: int, **about: Any
+    made: Measured, reference: Measured, prefix: str, *, resamples: int, **what: Any
 ) -> dict[str, Score]:
     """Return `prefix`/fd_scenes and its floor /fd_scenes_floor, by the rule of this module.
 
@@ -76,8 +61,7 @@ def frechet_scores(
         reference: features [M, d] of real ones, M >= 4.
         prefix: put before the names.
         resamples: bootstrap draws of a mean; a fifth of it is taken here.
-        seed: seed of the bootstrap.
-        about: stored beside the scores.
+        what: seed of the bootstrap, and what is stored beside the scores.
 
     Raises:
         ValueError: too few pictures, or features of different networks.
@@ -92,8 +76,8 @@ def frechet_scores(
         raise ValueError(f"features of {model} and {reference.models['features']} do not compare")
     base, floor = reference.rows["features"][0::2], reference.rows["features"][1::2]
     n = min(len(made), len(floor))
-    what: dict[str, Any] = {"resamples": max(2, resamples // 5), "seed": seed, "model": model}
-    what |= {"reference": f"{len(base)} {OTHERS}", **about}
+    own = {"resamples": max(2, resamples // 5), "model": model}
+    what = {**own, "reference": f"{len(base)} {OTHERS}", **what}
     return {
         f"{prefix}/fd_scenes": frechet_score(made.rows["features"][:n], base, **what),
         f"{prefix}/fd_scenes_floor": frechet_score(floor[:n], base, **what),

@@ -30,27 +30,13 @@ class FeatureStats:
 
     @property
     def covariance(self) -> Tensor:
-        """The unbiased covariance [d, d] float64, M2 / (n - 1).
-
-        Raises:
-            ValueError: fewer than two rows were seen.
-        """
+        """The unbiased covariance [d, d] float64, M2 / (n - 1), of at least two rows."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 pictures, got {self.n}")
         return self.m2 / (self.n - 1)
 
     def update(self, features: Tensor) -> "FeatureStats":
-        """Add a batch of features.
-
-        Args:
-            features: [b, d], any float type; accumulated in float64.
-
-        Returns:
-            Itself.
-
-        Raises:
-            ValueError: features of another shape.
-        """
+        """Add features [b, d] of any float type, in float64; return itself."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features must be [b, {len(self.mean)}], got {list(features.shape)}")
         if len(features) == 0:
@@ -61,12 +47,9 @@ class FeatureStats:
         return self._add(len(batch), mean, centred.T @ centred)
 
     def merge(self, other: "FeatureStats") -> "FeatureStats":
-        """Add the statistics of another set (Chan, Golub & LeVeque 1979).
+        """Add the statistics of another set (Chan, Golub & LeVeque 1979); return itself.
 
         delta = m_b - m_a; m = m_a + delta n_b / n; M2 = M2_a + M2_b + delta delta^T n_a n_b / n.
-
-        Returns:
-            Itself.
         """
         return self._add(other.n, other.mean.to(self.mean), other.m2.to(self.m2))
 
@@ -88,13 +71,6 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     1706.08500, eq. 6), with tr (S_a S_b)^(1/2) = sum_i sqrt(lambda_i(R^T S_b R)), S_a = R R^T from
     eigh: symmetric, hence real, also where a covariance is singular. Equal sets give 0 up to
     rounding, of either sign.
-
-    Args:
-        a: statistics of one set, n >= 2.
-        b: statistics of the other set, n >= 2.
-
-    Raises:
-        ValueError: sets of different dimension, or of fewer than 2 rows.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers do not compare")

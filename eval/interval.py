@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 Score = dict[str, Any]
+Scored = tuple[dict[str, Score], list[dict[str, Any]]]
+"""Scores by name, and of every picture what is right and wrong in it."""
 
 
 def mean_score(values: Any, *, resamples: int = 1000, seed: int = 0, **what: Any) -> Score:
@@ -18,13 +20,7 @@ def mean_score(values: Any, *, resamples: int = 1000, seed: int = 0, **what: Any
         values: n numbers, one per independent unit (a picture, not a thing in it).
         resamples: number of draws.
         seed: seed of the draws.
-        what: what the score is, stored beside it (model, reference, ...).
-
-    Returns:
-        {"value", "low", "high", "n", **what}.
-
-    Raises:
-        ValueError: no values.
+        what: what the score is, stored beside "value", "low", "high" and "n" (model, ...).
     """
     values = np.asarray(values, dtype=np.float64).ravel()  # [n]
     n = values.size
@@ -55,12 +51,7 @@ def normal_score(
         value: the statistic of the full sample.
         n: size of the sample.
         resample: maps drawn indices [n] int64 to the statistic of that resample.
-        resamples: number of draws.
-        seed: seed of the draws.
-        what: what the score is, stored beside it.
-
-    Returns:
-        {"value", "low", "high", "n", **what}.
+        resamples, seed, what: as in `mean_score`.
     """
     rng = np.random.default_rng(seed)
     spread = float(np.std([resample(rng.integers(0, n, n)) for _ in range(resamples)], ddof=1))

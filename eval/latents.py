@@ -46,29 +46,20 @@ SHOWN = {
     "sigma2_part": Metric("sigma², parts", "the same within half a thing", better="lower"),
     "rho_part": Metric("rho, parts", "the same between the halves of a thing", better="higher"),
 }
+PSNR = "mean of per-picture PSNR, dB, 8 bit, at most 100"
 NOISE = "/noise="  # parts the name of rows and scores from the strength of the noise
 NO_SPREAD = 1e-12  # of channels of unit variance: below it, rounding is all that is left
 
 
 def latent_noise(latents: Tensor, first: int, seed: int) -> Tensor:
-    """Draw standard normal noise like `latents`; that of picture i depends on (seed, i) alone.
-
-    Args:
-        latents: [B, C, h, w].
-        first: index of the first picture.
-        seed: seed of the noise.
-    """
-    rows = [
-        torch.randn(
-            latents.shape[1:], generator=torch.Generator().manual_seed(mix_seed(seed, first + i))
-        )
-        for i in range(len(latents))
-    ]
-    return torch.stack(rows).to(latents)
+    """Draw standard normal noise like `latents` [B, C, h, w], of picture first + i by (seed, i)."""
+    seeds = [mix_seed(seed, first + i) for i in range(len(latents))]
+    sources = [torch.Generator().manual_seed(own) for own in seeds]
+    return torch.stack([torch.randn(latents.shape[1:], generator=g) for g in sources]).to(latents)
 
 
 def score_smoothness(
-    made: Measured, *, prefix: str, resamples: int, seed: int, **about: Any
+    made: Measured, *, prefix: str, resamples: int, **what: Any
 ) -> dict[str, Score]:
     """Score reconstructions of latents to which noise was added.
 
@@ -77,8 +68,7 @@ def score_smoothness(
             [N, d] and psnr/noise=E [N] of the reconstructions, N >= 2.
         prefix: put before the names.
         resamples: bootstrap draws of the PSNR's interval; a fifth of it for the Frechet distance.
-        seed: seed of the bootstrap.
-        about: stored beside every score.
+        what: seed of the bootstrap, and what is stored beside every score.
 
     Returns:
         `prefix`/rfd_scenes/noise=E (with features) and `prefix`/psnr/noise=E for every level E;
@@ -94,26 +84,13 @@ def score_smoothness(
         kind, noise, level = name.partition(NOISE)
         end = f"{noise}{level}" if noise and float(level) else ""
         if noise and kind == "features":
-            scores[f"{prefix}/rfd_scenes{end}"] = frechet_score(
-                rows,
-                made.rows["features"],
-                paired=True,
-                resamples=max(2, resamples // 5),
-                seed=seed,
-                noise=float(level),
-                model=made.models["features"],
-                reference="the originals",
-                **about,
-            )
+            originals = made.rows["features"]
+            own: dict[str, Any] = {"resamples": max(2, resamples // 5), "noise": float(level)}
+            own |= {"model": made.models["features"], "reference": "the originals", **what}
+            scores[f"{prefix}/rfd_scenes{end}"] = frechet_score(rows, originals, paired=True, **own)
         elif end:
-            scores[f"{prefix}/psnr{end}"] = mean_score(
-                rows,
-                resamples=resamples,
-                seed=seed,
-                noise=float(level),
-                model="mean of per-picture PSNR, dB, 8 bit, at most 100",
-                **about,
-            )
+            own = {"resamples": resamples, "noise": float(level), "model": PSNR, **what}
+            scores[f"{prefix}/psnr{end}"] = mean_score(rows, **own)
     return scores
 
 
@@ -251,13 +228,8 @@ def ratio_score(
 
     Args:
         sums: [n] sum of the terms of each group (picture).
-        numbers: [n] how many they are, 0 for groups without any.
-        resamples: bootstrap draws of groups.
-        seed: seed of the draws.
-        what: what the score is, stored beside it.
-
-    Returns:
-        {"value", "low", "high", "n", "terms", **what}; n counts the groups that have terms.
+        numbers: [n] how many they are, 0 for groups without any, which "n" does not count.
+        resamples, seed, what: as in `mean_score`.
     """
     there = numbers > 0
     sums, numbers = sums[there], numbers[there]

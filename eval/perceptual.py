@@ -51,14 +51,8 @@ class Reader(nn.Module):
         return list(self.head(last.flatten(1)).split(self.sizes, 1))
 
 
-def train_lpips(config: ClassifierConfig, steps: int = STEPS, *, quiet: bool = False) -> Reader:
-    """Train the reader on fresh, worn scenes.
-
-    Args:
-        config: which scenes; its batch size, rate and seed hold.
-        steps: training steps.
-        quiet: print no progress.
-    """
+def train_lpips(config: ClassifierConfig, steps: int = STEPS) -> Reader:
+    """Train the reader on fresh, worn scenes of `config`, whose batch size, rate and seed hold."""
     rng = np.random.default_rng([config.seed, 0x1B1B5])
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -73,7 +67,7 @@ def train_lpips(config: ClassifierConfig, steps: int = STEPS, *, quiet: bool = F
         return sum((F.cross_entropy(logits, want) for logits, want in rows), torch.zeros(()))
 
     weights = [p for p in reader.parameters() if p.requires_grad]
-    descend("perceptual", loss, weights, config.lr, steps, most=1.0, quiet=quiet)
+    descend("perceptual", loss, weights, config.lr, steps, most=1.0)
     return reader.eval()
 
 

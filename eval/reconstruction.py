@@ -1,6 +1,6 @@
 """How well a first stage gives pictures back, and how it uses its codebook or its latents."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.classifier_network import Classifier
-from eval.interval import Score, mean_score
+from eval.interval import Scored, mean_score
 from eval.latents import (
     NOISE,
     compression_rows,
@@ -17,7 +17,7 @@ from eval.latents import (
     score_smoothness,
 )
 from eval.metric import Metric
-from eval.rows import Measure, Measured
+from eval.rows import Asked, Measure, Measured
 from eval.scenes import score_labels
 from lightning_modules.common.perceptual import LPIPS, VGG_WIDTHS
 
@@ -60,7 +60,7 @@ def reconstruction_measure(
     num_codes: int | None = getattr(first_stage, "num_codes", None)
 
     @torch.no_grad()
-    def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
         images = images.to(device)
         pixels = images.float() / 127.5 - 1
         encoded = first_stage.encode(pixels)  # tokens [B, h, w], or latents [B, C, h, w]
@@ -223,15 +223,8 @@ def eight_bit_psnr(real: Tensor, made: Tensor) -> Tensor:
 
 
 def score_reconstruction(
-    made: Measured,
-    asked: Sequence[Mapping[str, Any]],
-    reference: Measured | None,
-    *,
-    prefix: str,
-    resamples: int,
-    seed: int,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+) -> Scored:
     """Score what comes back from a first stage.
 
     All scores but the codebook's are means of per-picture values. Captions say nothing of a first
@@ -241,7 +234,7 @@ def score_reconstruction(
     Args:
         made: rows of `ReconstructionRows`, N pictures.
         asked: N times what is known of the originals, with "attributes" where labels were read.
-        reference, prefix, resamples, seed, about: see `eval.scorers.Scorer`.
+        reference, prefix, what: see `eval.scorers.Scorer`.
 
     Returns:
         scores: `prefix`/psnr, /ssim, /l1, /mse, with LPIPS also /lpips or /lpips_scenes, with a
@@ -249,7 +242,7 @@ def score_reconstruction(
             parts; of continuous latents those of eval/latents.py.
         verdicts: those of `score_labels`, or an empty one per picture.
     """
-    what: dict[str, Any] = {"resamples": resamples, "seed": seed, **about}
+    about = {k: v for k, v in what.items() if k not in ("resamples", "seed")}
     scores = {
         f"{prefix}/{name}": mean_score(made.rows[name], model=f"mean of per-picture {mean}", **what)
         for name, mean in MEANS.items()

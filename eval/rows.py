@@ -36,7 +36,9 @@ class Measured:
         return len(next(iter(self.rows.values())))
 
 
-Measure = Callable[[Tensor, Sequence[Mapping[str, Any]], int], Measured]
+Asked = Sequence[Mapping[str, Any]]
+"""What was asked of each picture: prompt or caption, attributes, label, ..."""
+Measure = Callable[[Tensor, Asked, int], Measured]
 
 
 class Extractor(Protocol):
@@ -51,8 +53,8 @@ class Extractor(Protocol):
             first_stage: encodes [B, 3, H, W] in [-1, 1] and decodes, for those who ask it.
 
         Returns:
-            images [B, 3, H, W] uint8 on the CPU, what was asked of each (prompt or caption,
-            attributes, label, ...) and the index of the first picture to what is kept of them.
+            images [B, 3, H, W] uint8 on the CPU, what was asked of each and the index of the first
+            picture to what is kept of them.
         """
         ...
 
@@ -70,10 +72,7 @@ def save_measured(path: Path, measured: Measured) -> None:
 
 
 def load_measured(paths: Sequence[Path]) -> Measured:
-    """Read what `save_measured` wrote, one file after another.
-
-    Returns:
-        The rows and the pictures shown joined in the order of `paths`, the sums added.
+    """Read what `save_measured` wrote: rows and shown pictures in the order of paths, sums added.
 
     Raises:
         ValueError: no file, a file that holds no rows, or files of different extractors.
@@ -84,11 +83,7 @@ def load_measured(paths: Sequence[Path]) -> Measured:
 
 
 def joined(parts: Sequence[Measured], names: Sequence[Any] | None = None) -> Measured:
-    """Join what was measured of successive batches.
-
-    Args:
-        parts: at least one.
-        names: what to call each part in the message.
+    """Join what was measured of successive batches, which a message calls by their `names`.
 
     Raises:
         ValueError: parts of different extractors.

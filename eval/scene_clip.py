@@ -168,19 +168,12 @@ def training_caption(scene: Scene, rng: np.random.Generator, back: float) -> str
             return text
 
 
-def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
+def train_clip(config: ClipConfig) -> SceneClip:
     """Train both towers on fresh pairs.
 
     The loss is CLIP's (2103.00020, figure 3) plus the cross-entropy of one linear layer, shared by
     pictures and texts and dropped afterwards, that reads the attributes off the embeddings: it
-    brings small towers there in minutes.
-
-    Args:
-        config: the settings; the result depends on them alone (on one machine).
-        quiet: print no progress.
-
-    Returns:
-        The model, in eval mode.
+    brings small towers there in minutes. The result depends on `config` alone (on one machine).
     """
     rng = np.random.default_rng([config.seed, 0xC11F])
     generator = torch.Generator().manual_seed(config.seed)
@@ -212,7 +205,7 @@ def train_clip(config: ClipConfig, *, quiet: bool = False) -> SceneClip:
         return loss
 
     weights = [*model.parameters(), *reader.parameters()]
-    descend("clip", total_loss, weights, config.lr, config.steps, most=1.0, quiet=quiet)
+    descend("clip", total_loss, weights, config.lr, config.steps, most=1.0)
     return model.eval()
 
 
@@ -232,16 +225,7 @@ def retrieval_accuracy(model: SceneClip, count: int = 1000, among: int = 100) ->
 
 
 def load_clip(resolution: int = 32, max_objects: int = 2, folder: Path | None = None) -> SceneClip:
-    """Return the CLIP of pictures of this kind: the shipped one, or one trained once.
-
-    Args:
-        resolution: width and height of the pictures.
-        max_objects: most things in a scene, 2 to 4.
-        folder: where one that does not ship is trained and kept, see `find_weights`.
-
-    Returns:
-        The model in eval mode on the CPU.
-    """
+    """Return the CLIP of this kind of picture: shipped, or trained once in `folder`."""
     config = ClipConfig(resolution=resolution, max_objects=max_objects)
 
     def train(path: Path) -> None:

@@ -8,7 +8,7 @@ two things in swapped places have a wrong relation and right colours. A picture 
 nothing is wrong, so the order can never be forgiven there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import permutations
 from typing import Any
 
@@ -20,9 +20,9 @@ from data.scenes import COLORS
 from eval.classifier_config import ClassifierConfig
 from eval.classifier_network import Classifier, decode, encode
 from eval.features import OTHERS, frechet_scores
-from eval.interval import Score, mean_score
+from eval.interval import Scored, mean_score
 from eval.metric import Metric
-from eval.rows import Measure, Measured, reduced
+from eval.rows import Asked, Measure, Measured, reduced
 from eval.scene_clip import SceneClip
 
 PARTS = ("color", "shape", "size", "relation", "background")
@@ -42,7 +42,7 @@ def scene_measure(classifier: Classifier, clip: SceneClip, resolution: int) -> M
     """Return what makes the rows of `SceneRows`; both networks read pictures of this width."""
     models = {"labels": classifier.name, "features": classifier.name, "cosine": clip.name}
 
-    def measure(images: Tensor, asked: Sequence[Mapping[str, Any]], first: int) -> Measured:
+    def measure(images: Tensor, asked: Asked, first: int) -> Measured:
         images = reduced(images, resolution)
         labels, features = classifier.read(images)
         texts = [a["prompt"] if "prompt" in a else a["caption"] for a in asked]
@@ -57,16 +57,9 @@ def scene_measure(classifier: Classifier, clip: SceneClip, resolution: int) -> M
 
 
 def score_scenes(
-    made: Measured,
-    asked: Sequence[Mapping[str, Any]],
-    reference: Measured | None,
-    *,
-    prefix: str,
-    resamples: int,
-    seed: int,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Score generated scenes against what was asked and against real ones.
+    made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+) -> Scored:
+    """Score generated scenes against what was asked and real ones, see `eval.scorers.Scorer`.
 
     Args:
         made: rows of `SceneRows`, N pictures.
@@ -74,12 +67,11 @@ def score_scenes(
             background), as samples hold them.
         reference: rows of M >= 4 real pictures of other captions (see eval/features.py); without
             them there are no scores that need real pictures.
-        prefix, resamples, seed, about: see `eval.scorers.Scorer`.
+        prefix, what: see there.
 
     Returns:
         scores: `prefix`/scene_accuracy, /scene_accuracy/{color,shape,size,relation,background},
-            /clip_scenes, and with a reference /fd_scenes, /fd_scenes_floor, /clip_scenes_real;
-            each {"value", "low", "high", "n", "model", ...}. The intervals are over pictures.
+            /clip_scenes, and with a reference /fd_scenes, /fd_scenes_floor, /clip_scenes_real.
         verdicts: one {"right": bool, "wrong": names of the wrong parts, "read": attributes as the
             classifier read them, None where it recognised nothing, "text": these in words} per
             picture.
@@ -87,11 +79,10 @@ def score_scenes(
     Raises:
         ValueError: lists of different lengths, or too few pictures.
     """
-    means: dict[str, Any] = {"resamples": resamples, "seed": seed, **about}
-    scores, verdicts = score_labels(made, asked, prefix=prefix, **means)
-    clip = {"model": made.models["cosine"], "scale": "raw cosine, no prefix", **means}
+    scores, verdicts = score_labels(made, asked, prefix=prefix, **what)
+    clip = {"model": made.models["cosine"], "scale": "raw cosine, no prefix", **what}
     if reference is not None:
-        scores |= frechet_scores(made, reference, prefix, **means)
+        scores |= frechet_scores(made, reference, prefix, **what)
     scores[f"{prefix}/clip_scenes"] = mean_score(made.rows["cosine"], **clip)
     if reference is not None:
         cosines = reference.rows["cosine"]
@@ -99,14 +90,8 @@ def score_scenes(
     return scores, verdicts
 
 
-def score_labels(
-    made: Measured, asked: Sequence[Mapping[str, Any]], *, prefix: str, **what: Any
-) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Return the accuracies and the verdicts of `score_scenes`; `what` goes to `mean_score`.
-
-    Raises:
-        ValueError: lists of different lengths.
-    """
+def score_labels(made: Measured, asked: Asked, *, prefix: str, **what: Any) -> Scored:
+    """Return the accuracies and the verdicts of `score_scenes`; `what` goes to `mean_score`."""
     if len(made) != len(asked):
         raise ValueError(
             f"{len(made)} pictures and {len(asked)} sets of attributes do not belong together"

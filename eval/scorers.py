@@ -1,28 +1,19 @@
 """Every score by name: how it is made of rows, and how it is shown."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from eval import digits, edits, features, latents, reconstruction, scenes
-from eval.interval import Score
+from eval.interval import Scored
 from eval.metric import Metric
-from eval.rows import Measured
+from eval.rows import Asked, Measured
 
 
 class Scorer(Protocol):
     """Rows to scores."""
 
     def __call__(
-        self,
-        made: Measured,
-        asked: Sequence[Mapping[str, Any]],
-        reference: Measured | None,
-        *,
-        prefix: str,
-        resamples: int,
-        seed: int,
-        about: Mapping[str, Any],
-    ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+        self, made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+    ) -> Scored:
         """Return the scores by name, and of every picture what is right and wrong in it.
 
         Args:
@@ -30,9 +21,8 @@ class Scorer(Protocol):
             asked: what was asked of each picture.
             reference: rows of real pictures that share no caption with what is scored.
             prefix: put before the names.
-            resamples: bootstrap draws of the intervals.
-            seed: seed of the bootstrap.
-            about: stored beside every score.
+            what: resamples and seed of the intervals' bootstrap, and what is stored beside every
+                score.
         """
         ...
 

@@ -53,7 +53,7 @@ class Score(Stage):
                 log.note(f"{one.prefix}: too few real pictures of other captions for a distance")
             found, read = SCORERS[one.scorer](
                 made, asked, reference, prefix=one.prefix, resamples=self.resamples,
-                seed=self.seed, about=dict(one.about),
+                seed=self.seed, **one.about,
             )  # fmt: skip
             scores |= found
             verdicts[one.prefix] = dict(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_modules.common.checks import at_least, within
+from lightning_modules.common.checks import at_least, require, within
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.vq_diffusion import config as plain
 
@@ -37,16 +37,13 @@ class InitConfig:
     """false takes ckpt as it is: guidance and purity without training (null_condition=empty)."""
 
     def __post_init__(self) -> None:
-        if not self.train and self.ckpt is None:
-            raise ValueError("train must be true without ckpt, got false")
+        require(self.train or self.ckpt is not None, "train must be true without ckpt, got false")
 
     @property
     def file(self) -> Path | None:
         """The checkpoint, of a run folder that which lies in it."""
-        if self.ckpt is None:
-            return None
-        path = Path(self.ckpt)
-        return path / "checkpoint.safetensors" if path.is_dir() else path
+        path = None if self.ckpt is None else Path(self.ckpt)
+        return path / "checkpoint.safetensors" if path and path.is_dir() else path
 
 
 @dataclass
@@ -75,28 +72,18 @@ class SamplingConfig(plain.SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "purity_weight")
-        if self.tokens_per_call is not None:
-            at_least(self, 1, "tokens_per_call")
-        if not 0 < self.compare_truncation <= 1:
-            raise ValueError(f"compare_truncation must be in (0, 1], got {self.compare_truncation}")
-        if self.reveal == "constant" and self.tokens_per_call is None:
-            raise ValueError("tokens_per_call must be set with reveal=constant, got null")
-        if self.rule == "released" and self.order != "diffusion":
-            raise ValueError(f"rule must be exact with order={self.order}, got {self.rule}")
+        at_least(self, 1, "tokens_per_call")
+        rate, order, rule = self.compare_truncation, self.order, self.rule
+        require(0 < rate <= 1, f"compare_truncation must be in (0, 1], got {rate}")
+        unset = "tokens_per_call must be set with reveal=constant, got null"
+        require(self.reveal != "constant" or self.tokens_per_call is not None, unset)
+        exact = f"rule must be exact with order={order}, got {rule}"
+        require(rule != "released" or order == "diffusion", exact)
 
     def plain(self) -> "SamplingConfig":
-        """Return those of VQ-Diffusion's own loop, with which `compare` samples the same weights.
-
-        Guidance is off, masks open by the posterior, and the truncation is `compare_truncation`.
-        """
-        return replace(
-            self,
-            guidance=1.0,
-            order="diffusion",
-            reveal="schedule",
-            tokens_per_call=None,
-            truncation=self.compare_truncation,
-        )
+        """Return those of VQ-Diffusion's own loop, with which `compare` samples the weights."""
+        opened: Any = {"order": "diffusion", "reveal": "schedule", "tokens_per_call": None}
+        return replace(self, guidance=1.0, truncation=self.compare_truncation, **opened)
 
 
 # n_sample of the released code: tokens revealed at time t; entry 0 is not used
@@ -111,16 +98,12 @@ RELEASED_SLOW_TABLE = [1, 6] + [11, 10, 10] * 32 + [11, 15]  # T = 100, at most 
 
 
 def check_released(tokens: int, steps: int) -> None:
-    """Check that the released code has a table for so many tokens and training steps.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if tokens != RELEASED_TOKENS or steps not in RELEASED_TABLES:
-        raise ValueError(
-            f"reveal=released knows {RELEASED_TOKENS} tokens and {sorted(RELEASED_TABLES)} steps, "
-            f"not {tokens} tokens and {steps} steps; take reveal=schedule"
-        )
+    """Check that the released code has a table for so many tokens and training steps."""
+    require(
+        tokens == RELEASED_TOKENS and steps in RELEASED_TABLES,
+        f"sampling.reveal=released knows {RELEASED_TOKENS} tokens and {sorted(RELEASED_TABLES)} "
+        f"steps, not {tokens} tokens and {steps} steps; take reveal=schedule",
+    )
 
 
 @dataclass
@@ -140,17 +123,10 @@ class ImprovedVQDConfig(plain.VQDiffusionConfig):
         return self.model.class_number - (self.null_condition.name == "learned")
 
     def check_sampling(self, sampling: Any, first: Geometry) -> None:
-        """Check that this model can be sampled in this way.
-
-        Raises:
-            ValueError: it cannot; the message begins with the setting.
-        """
+        """Check that this model can be sampled in this way."""
         super().check_sampling(sampling, first)
         if sampling.order != "diffusion" and sampling.reveal == "released":
-            try:
-                check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)
-            except ValueError as error:
-                raise ValueError(f"sampling.{error}") from error
+            check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)
 
 
 # The paper reveals z tokens per call at the time whose share of masks is nearest; the released code

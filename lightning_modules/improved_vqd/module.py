@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.common.checkpoint import load_strict, load_weights
+from lightning_modules.common.checks import require
 from lightning_modules.common.request import Request
 from lightning_modules.improved_vqd import process as improved
 from lightning_modules.improved_vqd.config import ImprovedVQDConfig, SamplingConfig
-from lightning_modules.vq_diffusion.module import VQDiffusionModule
+from lightning_modules.vq_diffusion.module import Guidance, VQDiffusionModule
 from lightning_modules.vq_diffusion.network import Side
 
 TABLE = "ln2.emb.weight"  # the class table of every block
@@ -38,15 +39,7 @@ class ImprovedVQDModule(VQDiffusionModule):
 
     @classmethod
     def adopt(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        """Take a VQ-Diffusion's weights and settings as an Improved one, with the zero-shot null.
-
-        Args:
-            state: its tensors.
-            config: its plain settings.
-
-        Raises:
-            ValueError: a checkpoint of another paper or size.
-        """
+        """Take a VQ-Diffusion's weights and settings; the null is the zero-shot one."""
         if config.get("paper") not in cls.ADOPTS:
             return super().adopt(state, config)
         own = {
@@ -59,34 +52,24 @@ class ImprovedVQDModule(VQDiffusionModule):
         return module
 
     def begin(self, first_stage: str) -> bool:
-        """Take over the weights of init.ckpt; False where nothing is to be trained.
-
-        Args:
-            first_stage: sha256 of the first stage's file.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: a checkpoint of another paper, first stage or size.
-        """
+        """Take over the weights of init.ckpt, of this paper or VQ-Diffusion, where it is given."""
         file = self.config.init.file
         if file is None:
             return True
         state, config = load_weights(file)
-        if config.get("paper") not in ("vq_diffusion", "improved_vqd"):
-            raise ValueError(
-                f"init.ckpt: {file} is a checkpoint of {config.get('paper')}, not of vq_diffusion"
-            )
+        paper = config.get("paper")
+        known = f"init.ckpt: {file} is a checkpoint of {paper}, not of vq_diffusion"
+        require(paper in ("vq_diffusion", "improved_vqd"), known)
         # older checkpoints say "tokenizer"
         beneath = config.get("first_stage") or config.get("tokenizer") or {}
-        if beneath.get("sha256", first_stage) != first_stage:
-            raise ValueError(f"init.ckpt: {file} was trained on another first stage than this one")
-        learned = self.null is not None or self.config.model.condition == "class"
-        if not self.config.init.train and learned and self.config.null_condition.name == "learned":
-            if config["paper"] != "improved_vqd":
-                raise ValueError(
-                    "null_condition must be empty with init.train=false: "
-                    f"{file} never learned a null"
-                )
+        same = f"init.ckpt: {file} was trained on another first stage than this one"
+        require(beneath.get("sha256", first_stage) == first_stage, same)
+        learned = self.config.null_condition.name == "learned"
+        if not self.config.init.train and learned and self.config.model.condition != "none":
+            never = (
+                f"null_condition must be empty with init.train=false: {file} never learned a null"
+            )
+            require(paper == "improved_vqd", never)
         load_strict(self, self._completed(state), f"init.ckpt {file}")
         return self.config.init.train
 
@@ -136,19 +119,12 @@ class ImprovedVQDModule(VQDiffusionModule):
             return self.network.prepare(self.null[None])
         return self._condition([""])
 
-    def _guided(
-        self,
-        conditions: list[Side],
-        weights: list[float],
-        settings: Any,
-        negative: Sequence[str] | None,
-    ) -> tuple[list[Side], list[float]]:
-        """Conditions and weights with those of the guidance."""
+    def _guidance(self, settings: Any, negative: Sequence[str] | None) -> Guidance:
+        """The null condition, and the weights of the own and of the null."""
         if settings.guidance == 1 or self.config.model.condition == "none":
-            return conditions, weights
+            return None
         own, other = improved.guidance_shares(settings.guidance)
-        null = self._null_condition(negative)
-        return [*conditions, null], [*(own * weight for weight in weights), other]
+        return self._null_condition(negative), own, other
 
     def _steps(self, settings: Any, tokens: int) -> list[Any]:
         """The network calls that the settings ask for."""
@@ -164,32 +140,19 @@ class ImprovedVQDModule(VQDiffusionModule):
 
     def _loop(self, predict: Any, steps: list[Any], settings: Any, **arguments: Any) -> Tensor:
         """Run the sampling loop."""
-        height, width = arguments["x"].shape[1:]
+        arguments |= {"order": settings.order, "purity_weight": settings.purity_weight}
         return improved.sample(
-            predict,
-            self.network.head,
-            calls=steps,
-            order=settings.order,
-            purity_weight=settings.purity_weight,
-            tokens=height * width,
-            truncation=settings.truncation,
-            **arguments,
+            predict, self.network.head, calls=steps, truncation=settings.truncation, **arguments
         )
 
 
 def with_null(
     tokens: Tensor, mask: Tensor | None, null: Tensor, hide: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Put the learned null text in the place of some conditions.
+    """Put the learned null text in the place of the conditions of hide [B].
 
-    Args:
-        tokens: [B, L, D] token vectors.
-        mask: [B, L] bool, True where a token is real; None where all are.
-        null: [M, D].
-        hide: [B] bool, whose condition the null replaces.
-
-    Returns:
-        [B, max(L, M), D] and its mask, None where all tokens are real.
+    Tokens [B, L, D] with the mask [B, L] of real ones (None: all) and null [M, D] give
+    [B, max(L, M), D] and its mask.
     """
     length = max(tokens.shape[1], len(null))
     if mask is None and tokens.shape[1] != len(null):

@@ -13,21 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.common import foreign
 from lightning_modules.common.checkpoint import load_foreign
-from lightning_modules.common.foreign import (
-    Foreign,
-    Settings,
-    check_types,
-    count,
-    fitted,
-    numbers,
-    pad_id,
-    read_settings,
-    section,
-    shape,
-    trained_side,
-    typed,
-)
+from lightning_modules.common.foreign import Foreign, Settings
 from lightning_modules.common.settings import plain
 from lightning_modules.muse.config import PRESETS, UViTConfig
 from lightning_modules.muse.uvit import UViT
@@ -80,8 +68,8 @@ OPEN_MUSE = (
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
     """Read aMUSEd's U-ViT: the folder of its pipeline (diffusers' or open-muse's), or it alone."""
     network = source / "transformer" if (source / "transformer").is_dir() else source
-    known = read_settings(network / "config.json")
-    tensors, model = convert(load_foreign(network), {**known, **section(hints, "uvit")})
+    known = foreign.read_settings(network / "config.json")
+    tensors, model = convert(load_foreign(network), {**known, **foreign.section(hints, "uvit")})
     settings: Settings = [("network", "uvit"), *((f"uvit.{k}", v) for k, v in model.items())]
     settings += [("superres.enabled", False), ("superres.tokenizer", None), ("critic.layers", 0)]
     settings += [("text.name", "clip")]
@@ -90,7 +78,7 @@ def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
     defaults = [(f"sampling.{k}", v) for k, v in decoding.items() if not isinstance(v, dict)]
     if "text.pad_id" not in hints:
         words = "tokenizer" if (source / "tokenizer").is_dir() else "text_encoder"
-        defaults.append(("text.pad_id", pad_id(source / words)))
+        defaults.append(("text.pad_id", foreign.pad_id(source / words)))
     if (source / "text_encoder").is_dir():
         defaults.append(("text.path", str(source / "text_encoder")))
     # the first is diffusers' folder, the other open-muse's
@@ -102,7 +90,7 @@ def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
         defaults,
         {f"network.{k}": v for k, v in tensors.items()},
         tokenizer=tokenizers[0] if tokenizers else None,
-        side=trained_side(known),
+        side=foreign.trained_side(known),
     )
 
 
@@ -130,7 +118,9 @@ def convert(
             "down_block.res_blocks.0.depthwise.weight"
         )
     config = _config(state, hints or {})
-    network = fitted(lambda: UViT(typed(UViTConfig, config)), state, "the U-ViT checkpoint")
+    network = foreign.fitted(
+        lambda: UViT(foreign.typed(UViTConfig, config)), state, "the U-ViT checkpoint"
+    )
     return network, config
 
 
@@ -145,7 +135,9 @@ def open_muse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if value.ndim == 0 or value.shape != state[gate].shape:
                 raise ValueError(f"{key} and {gate} must have one shape")
             joint = re.sub(r"\.ffn\.wi_1\.", ".ff.net.0.proj.", key)
-            own[joint] = torch.cat([numbers(key, value), numbers(gate, state[gate])])
+            own[joint] = torch.cat(
+                [foreign.numbers(key, value), foreign.numbers(gate, state[gate])]
+            )
         elif ".ffn.wi_0." not in key:
             for pattern, name in OPEN_MUSE:
                 key = re.sub(pattern, name, key)
@@ -154,25 +146,25 @@ def open_muse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
-    vocab, in_channels = shape(state, "embed.embeddings.weight", 2)
-    hidden, encoder_hidden = shape(state, "encoder_proj.weight", 2)
-    width = shape(state, "embed.conv.weight", 4)[0]
+    vocab, in_channels = foreign.shape(state, "embed.embeddings.weight", 2)
+    hidden, encoder_hidden = foreign.shape(state, "encoder_proj.weight", 2)
+    width = foreign.shape(state, "embed.conv.weight", 4)[0]
     given = {name: hints[name] for name in HINTS if name in hints}
-    check_types(UViTConfig, given)
+    foreign.check_types(UViTConfig, given)
     micro = given.get("micro_cond_embed_dim", UViTConfig.micro_cond_embed_dim)
     return {
         "hidden_size": hidden,
-        "num_hidden_layers": count(state, "transformer_layers"),
+        "num_hidden_layers": foreign.count(state, "transformer_layers"),
         "num_attention_heads": max(1, hidden // RELEASED_HEAD_WIDTH),
-        "intermediate_size": shape(state, "transformer_layers.0.ff.net.2.weight", 2)[1],
+        "intermediate_size": foreign.shape(state, "transformer_layers.0.ff.net.2.weight", 2)[1],
         "in_channels": in_channels,
         "block_out_channels": width,
         "block_num_heads": max(1, width // RELEASED_HEAD_WIDTH),
-        "num_res_blocks": count(state, "down_block.res_blocks"),
+        "num_res_blocks": foreign.count(state, "down_block.res_blocks"),
         "downsample": "down_block.downsample.conv.weight" in state,
         "vocab_size": vocab,
-        "codebook_size": shape(state, "mlm_layer.conv2.weight", 4)[0],
+        "codebook_size": foreign.shape(state, "mlm_layer.conv2.weight", 4)[0],
         "encoder_hidden_size": encoder_hidden,
-        "cond_embed_dim": shape(state, "cond_embed.linear_1.weight", 2)[1] - micro,
+        "cond_embed_dim": foreign.shape(state, "cond_embed.linear_1.weight", 2)[1] - micro,
         **given,
     }

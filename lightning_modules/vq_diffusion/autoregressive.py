@@ -1,4 +1,4 @@
-"""VQ-AR, the autoregressive baseline of VQ-Diffusion: its loss and its sampling loop.
+"""VQ-AR, the autoregressive baseline of VQ-Diffusion: its sampling loop.
 
 The network is the same with a causal mask (Table 3 of arXiv 2111.14822); tokens come one by one in
 raster order, drawn from the truncated prediction as in VQ-Diffusion.
@@ -7,17 +7,11 @@ raster order, drawn from the truncated prediction as in VQ-Diffusion.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
 from lightning_modules.common.request import OnStep
 from lightning_modules.vq_diffusion.process import Draw, Head, truncate
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross entropy of tokens [B, h, w]; row i of an image's logits [B N, K] is of token i."""
-    return F.cross_entropy(logits, tokens.flatten())
 
 
 def sample(

@@ -15,22 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.common import foreign
 from lightning_modules.common.checkpoint import load_entries, load_foreign
-from lightning_modules.common.foreign import (
-    Foreign,
-    Settings,
-    State,
-    check_types,
-    count,
-    fitted,
-    numbers,
-    pad_id,
-    read_settings,
-    section,
-    shape,
-    trained_side,
-    typed,
-)
+from lightning_modules.common.foreign import Foreign, Settings, State
 from lightning_modules.common.text import openai_clip_text
 from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.network import Denoiser
@@ -132,11 +119,11 @@ def read_parts(source: Path, hints: Mapping[str, Any]) -> tuple[Official, Foreig
         ValueError: another file, or a schedule that `mask_rate` does not express.
     """
     state, known = load(source)
-    found = convert(state, {**known, **section(hints, "model")})
-    model = typed(ModelConfig, found.model)
+    found = convert(state, {**known, **foreign.section(hints, "model")})
+    model = foreign.typed(ModelConfig, found.model)
     settings: Settings = [(f"model.{k}", v) for k, v in found.model.items()]
     defaults: Settings = []
-    scheduler = read_settings(source / "scheduler" / "scheduler_config.json")
+    scheduler = foreign.read_settings(source / "scheduler" / "scheduler_config.json")
     rate = scheduled_rate(scheduler, model) if scheduler else found.mask_rate
     if rate is not None:
         settings.append(("schedule.mask_rate", rate))
@@ -145,11 +132,11 @@ def read_parts(source: Path, hints: Mapping[str, Any]) -> tuple[Official, Foreig
         if (source / "text_encoder").is_dir():
             defaults.append(("text.path", str(source / "text_encoder")))
         if (source / "tokenizer").is_dir() and "text.pad_id" not in hints:
-            defaults.append(("text.pad_id", pad_id(source / "tokenizer")))
+            defaults.append(("text.pad_id", foreign.pad_id(source / "tokenizer")))
     own = {f"network.{k}": v for k, v in found.network.items()}
     for ours, theirs in STATISTICS.items():
         value = found.statistics.get(theirs, torch.zeros(model.diffusion_steps))
-        own[ours] = numbers(theirs, value)
+        own[ours] = foreign.numbers(theirs, value)
     inside = source if source.is_file() and any(k.startswith(CODEC) for k in state) else None
     return found, Foreign(
         "VQ-Diffusion",
@@ -159,7 +146,7 @@ def read_parts(source: Path, hints: Mapping[str, Any]) -> tuple[Official, Foreig
         own,
         found.text,
         tokenizer=source / "vqvae" if (source / "vqvae").is_dir() else inside,
-        side=trained_side(known),
+        side=foreign.trained_side(known),
         places=model.spatial_size[0] * model.spatial_size[1],
     )
 
@@ -206,7 +193,7 @@ def load(path: Path | str) -> tuple[State, dict[str, Any]]:
         if (path / HF_NULL).is_dir():
             null = load_foreign(path / HF_NULL)
             state |= {f"{HF_NULL}.{k}": v for k, v in null.items()}
-        return state, read_settings(path / "transformer" / "config.json")
+        return state, foreign.read_settings(path / "transformer" / "config.json")
     entries = load_entries(path)
     found = entries.get("model") or entries.get("state_dict") or entries.get("")
     if not found:
@@ -231,7 +218,7 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
         rest = _without(rest, "transformer.")
     prefix = "condition_emb."
     names = [k for k in rest if k.startswith(prefix)]
-    text = {k.removeprefix(prefix): numbers(k, rest.pop(k)) for k in names}
+    text = {k.removeprefix(prefix): foreign.numbers(k, rest.pop(k)) for k in names}
     if text:
         _check_text(text)
     found: dict[str, Any] = {"text": text}
@@ -240,11 +227,11 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
         found["statistics"] = {k: rest.pop(k) for k in STATISTICS.values() if k in rest}
         null = rest.pop(NULL, None)
         if LAST_MASK in rest:
-            times = shape(rest, LAST_MASK, 1)[0] - 1
+            times = foreign.shape(rest, LAST_MASK, 1)[0] - 1
             if times < 1:
                 raise ValueError(f"{LAST_MASK} must have an entry for each time and one more")
             last = rest[LAST_MASK][-2:-1].double()
-            found["mask_rate"] = round(float(numbers(LAST_MASK, last).exp()), 6)
+            found["mask_rate"] = round(float(foreign.numbers(LAST_MASK, last).exp()), 6)
             hints = {"diffusion_steps": times, **(hints or {})}
         schedule = [k for k in rest if re.fullmatch(SCHEDULE, k)]
         rest = _without({k: v for k, v in rest.items() if k not in schedule}, "transformer.")
@@ -267,12 +254,12 @@ def convert(state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None)
     # diffusers' learnable=false leaves it empty; class models carry one too, which nothing reads
     found["learnable"] = null is not None and null.numel() > 0
     if null is not None and found["learnable"] and model["condition"] == "text":
-        width = shape({NULL: null}, NULL, 2)[1]
+        width = foreign.shape({NULL: null}, NULL, 2)[1]
         if width != model["condition_dim"]:
             raise ValueError(f"{NULL} must be {model['condition_dim']} wide, got {width}")
-        found["null"] = numbers(NULL, null)
+        found["null"] = foreign.numbers(NULL, null)
     what = "the VQ-Diffusion checkpoint"
-    network = fitted(lambda: Denoiser(typed(ModelConfig, model)), network, what)
+    network = foreign.fitted(lambda: Denoiser(foreign.typed(ModelConfig, model)), network, what)
     return Official(model=model, network=network, **found)
 
 
@@ -281,18 +268,18 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
     first = "blocks.0"
     labelled = "class" if f"{first}.ln2.linear.weight" in state else "none"
     condition = "text" if f"{first}.attn2.key.weight" in state else labelled
-    num_codes, n_embd = shape(state, "to_logits.1.weight", 2)
+    num_codes, n_embd = foreign.shape(state, "to_logits.1.weight", 2)
     conv = f"{first}.mlp.conv1.weight" in state
     mlp = ("conv1.weight", 4) if conv else ("0.weight", 2)
-    hidden = shape(state, f"{first}.mlp.{mlp[0]}", mlp[1])[0]
+    hidden = foreign.shape(state, f"{first}.mlp.{mlp[0]}", mlp[1])[0]
     parameter = "content_emb.height_emb" in state
     tables = ("", 3) if parameter else (".weight", 2)
     names = [f"content_emb.{side}_emb{tables[0]}" for side in ("height", "width")]
-    sides = [shape(state, name, tables[1])[-2] for name in names]
+    sides = [foreign.shape(state, name, tables[1])[-2] for name in names]
     model: dict[str, Any] = {
         "condition": condition,
         "num_codes": num_codes,
-        "n_layer": count(state, "blocks"),
+        "n_layer": foreign.count(state, "blocks"),
         "n_embd": n_embd,
         "n_head": RELEASED_HEADS,
         "mlp_type": "conv_mlp" if conv else "fc",
@@ -302,7 +289,7 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
         "timestep_type": "adalayernorm_abs",
     }
     given = {HINTS[k]: v for k, v in hints.items() if k in HINTS and v is not None}
-    check_types(ModelConfig, given)
+    foreign.check_types(ModelConfig, given)
     model |= given
     if "activation_fn" in hints:
         name, known = hints["activation_fn"], [*HF_ACTIVATIONS]
@@ -311,11 +298,11 @@ def _settings(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
         model["block_activate"] = HF_ACTIVATIONS[name]
     if f"{first}.ln1.emb.weight" in state:
         model["timestep_type"] = "adalayernorm"
-        model["diffusion_steps"] = shape(state, f"{first}.ln1.emb.weight", 2)[0]
+        model["diffusion_steps"] = foreign.shape(state, f"{first}.ln1.emb.weight", 2)[0]
     if condition == "text":
-        model["condition_dim"] = shape(state, f"{first}.attn2.key.weight", 2)[1]
+        model["condition_dim"] = foreign.shape(state, f"{first}.attn2.key.weight", 2)[1]
     if condition == "class":
-        model["class_number"] = shape(state, f"{first}.ln2.emb.weight", 2)[0]
+        model["class_number"] = foreign.shape(state, f"{first}.ln2.emb.weight", 2)[0]
     return model
 
 
@@ -323,7 +310,7 @@ def _check_text(state: State) -> None:
     """Refuse a text encoder that is none of OpenAI's."""
     _none_left([k for k in state if not re.match(CLIP_PARTS, k)], "the text encoder")
     for name in ("token_embedding.weight", "positional_embedding", "text_projection"):
-        shape(state, name, 2)
+        foreign.shape(state, name, 2)
     try:
         with torch.device("meta"):
             openai_clip_text({k: v.to("meta") for k, v in state.items()})

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
@@ -13,6 +14,9 @@ from lightning_modules.vq_diffusion import autoregressive, process
 from lightning_modules.vq_diffusion.config import VQDiffusionConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Past, Side
 from lightning_modules.vq_diffusion.process import Kernel
+
+Guidance = tuple[Side, float, float] | None
+"""A null condition, the weight of the others and its own."""
 
 
 class VQDiffusionModule(GeneratorModule):
@@ -106,7 +110,7 @@ class VQDiffusionModule(GeneratorModule):
         t = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         logits = self.network.head(self.network.mixed_rows(tokens, t, [condition], [1.0])).float()
         accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
-        return autoregressive.next_token_loss(logits, tokens), {"accuracy": accuracy}
+        return F.cross_entropy(logits, tokens.flatten()), {"accuracy": accuracy}
 
     def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
         """The condition of a training batch."""
@@ -171,7 +175,10 @@ class VQDiffusionModule(GeneratorModule):
         if request.blend_with is not None:
             conditions.append(self._condition(request.blend_with))
             weights = [1 - request.blend, request.blend]
-        conditions, weights = self._guided(conditions, weights, settings, request.negative)
+        guidance = self._guidance(settings, request.negative)
+        if guidance is not None:
+            null, own, other = guidance
+            conditions, weights = [*conditions, null], [*(own * w for w in weights), other]
         start = None if request.start is None else request.start.to(self.device)
         mask = None if request.mask is None else request.mask.to(self.device)
         if self.config.model.causal:
@@ -198,15 +205,9 @@ class VQDiffusionModule(GeneratorModule):
         x = self._beginning(noise.pop("start"), start, mask, settings, steps[0].t)
         return self._loop(predict, steps, settings, x=x, mask=mask, on_step=on_step, **noise)
 
-    def _guided(
-        self,
-        conditions: list[Side],
-        weights: list[float],
-        settings: Any,
-        negative: Sequence[str] | None,
-    ) -> tuple[list[Side], list[float]]:
-        """Conditions and weights with those of the guidance, of which VQ-Diffusion has none."""
-        return conditions, weights
+    def _guidance(self, settings: Any, negative: Sequence[str] | None) -> Guidance:
+        """The null condition and both weights, of which VQ-Diffusion has none."""
+        return None
 
     def _steps(self, settings: Any, tokens: int) -> list[Any]:
         """The network calls that the settings ask for."""

@@ -41,7 +41,7 @@ def test_score_table_and_verdicts(pictures: tuple[torch.Tensor, np.ndarray]) -> 
         prefix="eval",
         resamples=100,
         seed=0,
-        about={"pictures": "enlarged"},
+        pictures="enlarged",
     )
     top = scores["eval/digit_accuracy"]
     assert "SVM" in top["model"] and top["pictures"] == "enlarged"
@@ -61,5 +61,5 @@ def test_refuses_floats_and_unpaired_labels() -> None:
     with pytest.raises(ValueError, match="uint8"):
         read_digits(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="pair up"):
-        made, options = Measured({"read": np.zeros(2)}), {"resamples": 9, "seed": 0, "about": {}}
+        made, options = Measured({"read": np.zeros(2)}), {"resamples": 9, "seed": 0}
         score_digits(made, [{"label": 1}], None, prefix="eval", **options)

@@ -34,7 +34,7 @@ def scored(images: Tensor, originals: Tensor, tasks: list[dict]) -> tuple[dict, 
     measure = EditRows(SceneRows.of(32, 2)).load("cpu", folder=Path("unused"))
     asked = [{**t, "original": o} for t, o in zip(tasks, originals, strict=True)]
     made = measure(images, asked, 0)
-    return score_edits(made, tasks, None, prefix="edit", resamples=20, seed=0, about={})
+    return score_edits(made, tasks, None, prefix="edit", resamples=20, seed=0)
 
 
 def test_tasks_ask_for_another_thing_in_one_place(samples: list[dict[str, Any]]) -> None:
@@ -96,4 +96,4 @@ def test_scores_of_perfect_missing_and_careless_edits(samples: list[dict[str, An
 def test_rows_and_tasks_must_pair_up(samples: list[dict[str, Any]]) -> None:
     made, tasks = Measured({"labels": np.zeros((3, 8), np.int16)}), edit_tasks(samples, 2)
     with pytest.raises(ValueError, match="3 edited pictures and 2 tasks"):
-        score_edits(made, tasks, None, prefix="edit", resamples=2, seed=0, about={})
+        score_edits(made, tasks, None, prefix="edit", resamples=2, seed=0)

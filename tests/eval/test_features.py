@@ -76,7 +76,7 @@ def test_unknown_pictures_have_a_distance_that_says_what_it_is() -> None:
     )
     measure = FeatureRows().load("cpu", folder=Path("unused"))
     real, same, other = (measure(x, [], 0) for x in (smooth[:40], smooth[40:], rough[:20]))
-    options = {"prefix": "eval", "resamples": 50, "seed": 0, "about": {"pictures": "96 px"}}
+    options = {"prefix": "eval", "resamples": 50, "seed": 0, "pictures": "96 px"}
     near, verdicts = score_features(same, [], real, **options)
     far, _ = score_features(other, [], real, **options)
     assert list(near) == ["eval/fd_scenes", "eval/fd_scenes_floor"] and verdicts == [{}] * 20

@@ -14,7 +14,7 @@ from lightning_modules.common.perceptual import load_lpips
 
 def test_training_is_reproducible_and_learns() -> None:
     config = ClassifierConfig(batch_size=16, lr=2e-3)
-    one, two = (perceptual.train_lpips(config, 3, quiet=True).state_dict() for _ in range(2))
+    one, two = (perceptual.train_lpips(config, 3).state_dict() for _ in range(2))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     weights = [v for k, v in one.items() if k.startswith("lpips.lin")]
     assert len(weights) == 5 and all(torch.equal(w, torch.full_like(w, 0.2)) for w in weights)

@@ -84,7 +84,7 @@ def measured(
 
 def scores_of(made: Measured, asked: list[dict] | None = None) -> dict[str, dict]:
     about = {"pictures": "as they are"}
-    options: dict[str, Any] = {"prefix": "eval", "resamples": 20, "seed": 0, "about": about}
+    options: dict[str, Any] = {"prefix": "eval", "resamples": 20, "seed": 0, **about}
     return score_reconstruction(made, asked or [{}] * len(made), None, **options)[0]
 
 

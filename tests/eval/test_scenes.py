@@ -79,7 +79,7 @@ def score(shown: list[Scene], asked: list[Scene]) -> tuple[dict, list[dict]]:
     prompts = [{"attributes": asdict(s), "prompt": caption(s, rng)} for s in asked]
     made = measure()(pictures(shown), prompts, 0)
     return score_scenes(
-        made, prompts, reference(), prefix="eval", resamples=50, seed=0, about={"pictures": "drawn"}
+        made, prompts, reference(), prefix="eval", resamples=50, seed=0, pictures="drawn"
     )
 
 
@@ -234,7 +234,7 @@ def test_real_pictures_score_at_the_floor() -> None:
 def test_without_real_pictures_there_is_no_score_that_needs_them() -> None:
     prompts = [{"attributes": asdict(s), "prompt": ""} for s in [Scene((RED, BLUE), "row", "grey")]]
     made = measure()(pictures([Scene((RED, BLUE), "row", "grey")]), prompts, 0)
-    options = {"prefix": "eval", "resamples": 5, "seed": 0, "about": {}}
+    options = {"prefix": "eval", "resamples": 5, "seed": 0}
     scores, verdicts = score_scenes(made, prompts, None, **options)
     names = ["scene_accuracy", *(f"scene_accuracy/{p}" for p in PARTS), "clip_scenes"]
     assert list(scores) == [f"eval/{n}" for n in names] and verdicts[0]["right"]
@@ -254,7 +254,7 @@ def test_scores_fall_with_the_pictures() -> None:
 
 def test_scores_refuse_lists_that_do_not_belong_together() -> None:
     asked = [{"attributes": a, "prompt": c} for a, c in zip(*fresh()[1:], strict=True)]
-    options = {"prefix": "eval", "resamples": 5, "seed": 0, "about": {}}
+    options = {"prefix": "eval", "resamples": 5, "seed": 0}
     made = measure()(fresh()[0][:3], asked[:3], 0)
     with pytest.raises(ValueError, match="do not belong together"):
         score_scenes(made, asked[:2], None, **options)
@@ -325,7 +325,7 @@ def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
 
 def test_training_is_a_matter_of_the_settings(tmp_path: Path) -> None:
     config = ClassifierConfig(max_objects=3, width=4, steps=3, batch_size=8)
-    first, second = (train_classifier(config, quiet=True) for _ in range(2))
+    first, second = (train_classifier(config) for _ in range(2))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     save_classifier(first, tmp_path / "classifier.safetensors")

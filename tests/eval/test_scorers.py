@@ -42,7 +42,7 @@ def test_every_score_can_be_shown(name: str) -> None:
     made = measure(images, asked, 0)
     assert all(len(rows) == 12 for rows in made.rows.values())
     scores, verdicts = SCORERS[name](
-        made, asked, made, prefix="eval", resamples=9, seed=0, about={"pictures": "drawn"}
+        made, asked, made, prefix="eval", resamples=9, seed=0, pictures="drawn"
     )
     assert len(verdicts) == 12 and scores
     for full, score in scores.items():
