@@ -74,8 +74,9 @@ class MuseRun(MuseConfig, TokenRun):
         size = self.high_resolution
         low_view = EncodedView("low", m.first_stage, stage.factor)
         pairs = self.encoded(m.data, EncodedView("tokens", own), low_view, resolution=size)
+        high = {**resolved(stage), "tokenizer": existing("superres.tokenizer", stage.tokenizer)}
         recipe = SuperResRecipe(
-            m.paper, {**self.trained_settings(), "superres": resolved(stage)}, m.first_stage, own,
+            m.paper, {**self.trained_settings(), "superres": high}, m.first_stage, own,
             base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
         )  # fmt: skip
         trainer = self.superres_trainer
