@@ -22,6 +22,7 @@ from experiments.pipeline.score import Score
 from experiments.pipeline.stage import Log, SplitStage, Stage
 from experiments.pipeline.store import Store
 
+pytestmark = pytest.mark.bits
 SPLIT = (Encode, Sample, Features)
 # processes are forks of one that has imported torch and run nothing
 FORKS = multiprocessing.get_context("forkserver")
