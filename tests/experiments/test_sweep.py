@@ -195,7 +195,7 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
                 found = row[f"{name} {key}"]
                 assert (float(found) if found else None) == score.get(key)
     page = (out / "table.html").read_text()
-    assert "data:image/png" in page and 'src="http' not in page and "clip_scenes" in page
+    assert "data:image/svg+xml" in page and 'src="http' not in page and "clip_scenes" in page
 
     # one point more; one whose folder was lost, one of another day; the rest stands
     (Path(rows[3]["run"]) / "metrics.json").unlink()
