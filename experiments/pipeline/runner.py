@@ -112,6 +112,7 @@ def wandb_mode(say: Callable[[str], None]) -> str | None:
     """
     import wandb
 
+    wandb.setup()  # reads WANDB_SILENT before there is anything to warn of
     asked = os.environ.get("WANDB_MODE")
     if asked not in (None, "online"):
         return asked
