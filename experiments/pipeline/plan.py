@@ -61,6 +61,14 @@ class Plan:
         return order([self.score])
 
     @property
+    def published(self) -> list[Stage]:
+        """The stages whose results the run folder is filled from."""
+        drawing = [] if self.drawing is None else [self.drawing.generator]
+        edits = [] if self.edits is None else [self.edits]
+        pictures = [*self.samples.values(), *edits, self.reconstructions]
+        return [self.score, self.first_stage, *drawing, *pictures, *self.trainings]
+
+    @property
     def trainings(self) -> list[Train]:
         """The run's own trainings: of its generator, or of the first stage where that is all."""
         found = [stage for stage in self.stages if isinstance(stage, Train)]

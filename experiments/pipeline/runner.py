@@ -75,7 +75,8 @@ def _execute(
         check_writable(out)
     loggers = {} if until else wandb_loggers(planned, run, titles, out, say)
     machine = replace(machine, loggers=loggers)
-    store.run(stages, machine, Log(say, machine.progress))
+    read = stages[-1:] if until else planned.published
+    store.run(stages, machine, Log(say, machine.progress), read)
     if not store.leader or until:
         return Outcome()
     outcome = publish(planned, run, store, out, titles)

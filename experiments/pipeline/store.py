@@ -55,10 +55,18 @@ class Store:
                 return str(path)
         return None
 
-    def run(self, stages: Sequence[Stage], machine: Machine, log: Log) -> set[Stage]:
+    def run(
+        self, stages: Sequence[Stage], machine: Machine, log: Log, read: Sequence[Stage] = ()
+    ) -> set[Stage]:
         """Make the results of stages, in order, where they do not stand.
 
         A stage that was interrupted keeps its folder, and goes on with what it finds there.
+
+        Args:
+            stages: what is needed first comes first.
+            machine: where and how they work.
+            log: gets one line per event.
+            read: stages whose results are read afterwards; without any, the last one.
 
         Returns:
             Those that were reused.
@@ -67,12 +75,13 @@ class Store:
             SystemExit: the leader of this launch ended before a stage was done.
         """
         reused: set[Stage] = set()
+        damaged = self._find_damaged(stages, read)
         if self.leader:
-            self._drop_damaged(stages, log)
+            self._drop(damaged, log)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage.name}"
             if not self.leader:
-                if self._follow(stage):
+                if self._follow(stage, damaged.get(stage)):
                     self._work(stage, machine, log)
             elif self._reuse(stage, head, log):
                 reused.add(stage)
@@ -87,26 +96,33 @@ class Store:
         folders = [stage.folder for stage in stages]
         write_json(self.root / "runs" / f"{name}.json", {"out": place, "stages": folders})
 
-    def _drop_damaged(self, stages: Sequence[Stage], log: Log) -> None:
-        """Take the mark off results that will be read and are not what was written.
+    def _find_damaged(
+        self, stages: Sequence[Stage], read: Sequence[Stage]
+    ) -> dict[Stage, tuple[str, dict[str, Any]]]:
+        """Find results that will be read and are not what was written: first such file, and marker.
 
-        Looked at are the last stage and the inputs of stages that will work: what nobody reads
-        costs nothing.
+        Looked at are `read` and the inputs of stages that will work: what nobody reads costs
+        nothing.
         """
-        read = [*stages[-1:]]
+        found: dict[Stage, tuple[str, dict[str, Any]]] = {}
+        needed = {*(read or stages[-1:])}
         for stage in reversed(stages):  # those that need others come after them
             marker = self.done(stage)
-            if marker is not None and stage in read:
-                file = self.damaged(stage, marker)
-                if file is not None:
-                    log.note(f"{file} is damaged; {stage.name} is done again")
-                    (self.folders[stage] / "done.json").unlink()
-                    Path(file).unlink(missing_ok=True)
-                    if isinstance(stage, SplitStage):  # whichever part the file was of
-                        shutil.rmtree(self.folders[stage])
-                    marker = None
-            if marker is None:
-                read += stage.inputs
+            file = self.damaged(stage, marker) if marker and stage in needed else None
+            if marker and file:
+                found[stage] = (file, marker)
+            if marker is None or file:
+                needed |= {*stage.inputs}
+        return found
+
+    def _drop(self, damaged: dict[Stage, tuple[str, dict[str, Any]]], log: Log) -> None:
+        """Take the marks off damaged results."""
+        for stage, (file, _) in damaged.items():
+            log.note(f"{file} is damaged; {stage.name} is done again")
+            (self.folders[stage] / "done.json").unlink(missing_ok=True)
+            Path(file).unlink(missing_ok=True)
+            if isinstance(stage, SplitStage):  # whichever part the file was of
+                shutil.rmtree(self.folders[stage])
 
     def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
         folder = self.folders[stage]
@@ -187,10 +203,11 @@ class Store:
             log.say(f"{head}: reused from {self.folders[stage]} ({marker['when']})")
         return marker is not None
 
-    def _follow(self, stage: Stage) -> bool:
+    def _follow(self, stage: Stage, damaged: tuple[str, dict[str, Any]] | None = None) -> bool:
         """Wait as a follower; True when the leader began work in which every rank takes part."""
         parent = os.getppid()
-        while self.done(stage) is None:
+        stale = None if damaged is None else damaged[1]  # a mark that the leader will take off
+        while self.done(stage) in (None, stale):
             if stage.RANKS != "leader" and self._begun_by_my_leader(stage):
                 return True
             if os.getppid() != parent:
