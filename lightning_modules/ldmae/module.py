@@ -184,10 +184,7 @@ class LDMAEModule(GeneratorModule):
 
     @torch.no_grad()
     def sample_tokens(
-        self,
-        request: Request,
-        settings: SamplingConfig | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw normalised latents [B, C, h, w]; with condition=label prompts name a class."""
         settings = settings or self.config.sampling

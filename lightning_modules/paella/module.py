@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.request import OnStep, Request, seeded_uniforms
 from lightning_modules.paella import process
-from lightning_modules.paella.config import PaellaConfig, SamplingConfig
+from lightning_modules.paella.config import PaellaConfig
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
 
@@ -128,10 +128,7 @@ class PaellaModule(GeneratorModule):
 
     @torch.no_grad()
     def sample_tokens(
-        self,
-        request: Request,
-        settings: SamplingConfig | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw tokens [B, h, w] int64; image_condition holds vectors of `encode_images`."""
         settings = settings or self.config.sampling
