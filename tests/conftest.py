@@ -12,7 +12,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
-pytest_plugins = ["pytest_golden"]
+pytest_plugins = ["tests.pytest_golden"]
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # the same examples every time in CI: a law that fails there can be looked at here

@@ -1,6 +1,8 @@
 """The floors of the house: imports go down only, and nothing loads a file by running it."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,9 +168,20 @@ def test_safe_words_stay_allowed() -> None:
 
 def test_packages_hold_only_their_docstring() -> None:
     for path in files():
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and path.parent != MODULES:  # which has the lazy names
             (only,) = ast.parse(path.read_text()).body
             assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), path
+
+
+def test_the_papers_are_imported_by_name() -> None:
+    import lightning_modules
+
+    for name in lightning_modules.HOMES:
+        assert getattr(lightning_modules, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = lightning_modules.Nothing
+    code = "import sys, lightning_modules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_tests_are_no_package() -> None:

@@ -20,7 +20,7 @@ def without_cases(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Comple
     command = [sys.executable, "-m", "pytest", "-m", "golden", "--golden", str(empty)]
     options = ["-q", "--tb=line", "-p", "no:cacheprovider"]
     # the plugin as if it were installed, so that this also holds for a bare checkout
-    env = {**os.environ, "PYTEST_PLUGINS": "pytest_golden", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTEST_PLUGINS": "tests.pytest_golden", "PYTHONPATH": str(ROOT)}
     env.pop("PYTEST_ADDOPTS", None)
     return subprocess.run(
         [*command, *options], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
@@ -36,8 +36,9 @@ def test_nothing_passes_without_its_case(without_cases: subprocess.CompletedProc
 
 def test_the_option_is_installed_with_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["entry-points"]["pytest11"] == {"pytest_golden": "pytest_golden"}
-    assert project["tool"]["setuptools"]["py-modules"] == ["pytest_golden"]
+    plugin = "tests.pytest_golden"  # its name too, or conftest.py would register it again
+    assert project["project"]["entry-points"]["pytest11"] == {plugin: plugin}
+    assert "tests" in project["tool"]["setuptools"]["packages"]["find"]["include"]
 
 
 def test_every_case_is_asked_for(without_cases: subprocess.CompletedProcess) -> None:

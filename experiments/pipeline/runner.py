@@ -93,10 +93,13 @@ def check_writable(out: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    there = out.exists()
     try:
         with atomic(out / "config.yaml.try") as temporary:
             temporary.touch()
         (out / "config.yaml.try").unlink()
+        if not there:
+            out.rmdir()  # a run that fails leaves no folder
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
 

@@ -4,10 +4,11 @@ import dataclasses
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,53 @@ def test_a_finished_training_is_only_read(tmp_path: Path) -> None:
     train(again, tmp_path)
     assert again.seen == []
     assert torch.equal(first.layer.weight, again.layer.weight)
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-30], lambda whole: b"", None])
+def test_a_damaged_checkpoint_is_not_resumed(
+    damage: Callable[[bytes], bytes] | None, tmp_path: Path
+) -> None:
+    whole = Line()
+    train(whole, tmp_path)
+    content = bytearray((tmp_path / RESUME).read_bytes())
+    content[content.index(struct.pack("f", whole.layer.bias.item()))] ^= 1  # of a weight
+    (tmp_path / RESUME).write_bytes(damage(content) if damage else content)
+    again = Line()
+    said = train(again, tmp_path)
+    assert said == [f"      {tmp_path / RESUME} is damaged; train begins anew"]
+    assert again.seen == whole.seen and torch.equal(again.layer.weight, whole.layer.weight)
+
+
+class Diverging(Line):
+    """Its loss, or only a weight, is no number from some batch on."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if len(self.seen) == 6 and self.what == "weight":
+            self.register_buffer("scale", torch.tensor(float("inf")))
+        if len(self.seen) == 6 and self.what == "loss":
+            loss = loss * float("nan")
+            self.log("train/loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("loss", "batch 6 with learning rate 0.1: the loss is nan; try a lower optim.lr"),
+        ("weight", "batch 8 with learning rate 0.1: scale holds numbers that are not finite"),
+    ],
+)
+def test_a_training_that_diverges_ends_at_once(what: str, found: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^train diverged at {found}") as raised:
+        train(Diverging(what), tmp_path)
+    assert "\n" not in str(raised.value)
+    # what is kept is the last border of an epoch, before it happened
+    assert torch.load(tmp_path / RESUME, weights_only=True)["global_step"] == 4
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
@@ -334,9 +382,8 @@ def test_other_styles_say_nothing(style: str, now: list[float]) -> None:
 
 
 def test_clock() -> None:
-    assert [clock(s) for s in (0, 59.4, 61, 3600, 36_061)] == [
-        "0:00", "0:59", "1:01", "1:00:00", "10:01:01",
-    ]  # fmt: skip
+    said = ["0:00", "0:59", "1:01", "1:00:00", "10:01:01"]
+    assert [clock(s) for s in (0, 59.4, 61, 3600, 36_061)] == said
 
 
 def test_a_training_counts_on_where_it_resumes(tmp_path: Path, monkeypatch) -> None:

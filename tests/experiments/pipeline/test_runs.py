@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import wandb
 from torch import Tensor
 
 from data.files import file_hash
@@ -30,11 +32,11 @@ from experiments.papers.registry import load
 from experiments.pipeline.fit import RESUME, curves
 from experiments.pipeline.plan import plan
 from experiments.pipeline.publish import Titles
-from experiments.pipeline.runner import execute, wandb_loggers
+from experiments.pipeline.runner import execute, wandb_loggers, wandb_mode
 from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.report.pictures import load_png
-from experiments.settings import UserError
+from experiments.settings import ConfigError, UserError
 from lightning_modules.common.checkpoint import load_weights
 from lightning_modules.registry import load_first_stage, load_generator
 
@@ -44,8 +46,8 @@ pytestmark = pytest.mark.filterwarnings(
 ROOT = Path(__file__).parents[3]
 TOKENIZER = ["data-train", "data-val", "tokenizer"]
 TRAINED = [*TOKENIZER, "encode", "train", "generator"]
-VAL = ["captions-val", "sample-val", "features-sample-val", "data-reference",
-       "captions-reference", "features-reference"]  # fmt: skip
+VAL = ["captions-val", "sample-val", "features-sample-val"]
+VAL += ["data-reference", "captions-reference", "features-reference"]
 HELDOUT = [name.replace("val", "heldout").replace("reference", "heldout_reference") for name in VAL]
 STAGES = {
     "paella": [*TRAINED, *VAL, "data-heldout", *HELDOUT, "features-val", "score"],
@@ -98,10 +100,8 @@ def started(
     env.pop("PL_GLOBAL_SEED", None)
     module = ["-m", "experiments.run"] if not script else [script]
     options = ["--scale", "micro", "--out", str(out), f"cache={cache}", *words]
-    process = subprocess.Popen(
-        [sys.executable, *module, *options], cwd=out.parent, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    argv, pipe = [sys.executable, *module, *options], subprocess.PIPE
+    process = subprocess.Popen(argv, cwd=out.parent, env=env, text=True, stdout=pipe, stderr=pipe)
     try:
         yield process
     finally:
@@ -157,15 +157,15 @@ def copied(first: Run, tmp_path: Path) -> Path:
 
 
 def test_a_run_leaves_scores_pictures_page_and_checkpoint(first: Run) -> None:
-    names = ["checkpoint.json", "checkpoint.safetensors", "config.yaml", "metrics.json",
-             "report.html", "samples.png", "stages.json", "tokenizer.safetensors"]  # fmt: skip
-    assert sorted(p.name for p in first.out.iterdir()) == names
+    shown = {"config.yaml", "metrics.json", "report.html", "samples.png", "stages.json"}
+    trained = {"checkpoint.json", "checkpoint.safetensors", "tokenizer.safetensors"}
+    assert {p.name for p in first.out.iterdir()} == shown | trained
     assert first.fate() == dict.fromkeys(STAGES["paella"], "runs")
     assert list(first.plan) == STAGES["paella"]
     assert [line for line in first.lines if "done in" in line][4].startswith("[5/21] train: done")
 
-    for name in ("eval/scene_accuracy", "eval/scene_accuracy/relation", "eval/clip_scenes",
-                 "eval/heldout/scene_accuracy", "tokenizer/psnr"):  # fmt: skip
+    names = ["scene_accuracy", "scene_accuracy/relation", "clip_scenes", "heldout/scene_accuracy"]
+    for name in (*(f"eval/{name}" for name in names), "tokenizer/psnr"):
         score = first.metrics[name]
         assert score["n"] == 16 and score["low"] <= score["value"] <= score["high"]
     assert {"eval/fd_scenes", "eval/fd_scenes_floor"} <= first.metrics.keys()
@@ -188,9 +188,8 @@ def test_nothing_large_is_copied_and_every_result_is_named(first: Run) -> None:
         assert (folder / "checkpoint.safetensors").samefile(trained)
         assert (folder / "tokenizer.safetensors").samefile(tokenizer)
     about = json.loads((first.out / "checkpoint.json").read_text())
-    assert about["first_stage"] == {
-        "file": "tokenizer.safetensors", "sha256": file_hash(tokenizer)
-    }  # fmt: skip
+    named = {"file": "tokenizer.safetensors", "sha256": file_hash(tokenizer)}
+    assert about["first_stage"] == named
 
 
 def test_every_marker_tells_what_the_result_depends_on(first: Run) -> None:
@@ -230,9 +229,8 @@ def test_vqgan_shares_the_tokenizer(first: Run, tmp_path: Path) -> None:
     alone = go("vqgan", tmp_path / "alone", first.cache)
     assert alone.fate() == {s: "reused" for s in STAGES["vqgan"]} | {"score": "runs"}
     assert alone.stage("tokenizer") == first.stage("tokenizer")
-    names = ["config.yaml", "metrics.json", "report.html", "samples.png", "stages.json",
-             "tokenizer.safetensors"]  # fmt: skip
-    assert sorted(p.name for p in alone.out.iterdir()) == names
+    without = {p.name for p in first.out.iterdir()} - {p.name for p in alone.out.iterdir()}
+    assert without == {"checkpoint.json", "checkpoint.safetensors"}
     assert alone.metrics["eval/psnr"] == first.metrics["tokenizer/psnr"]
     scores = {"psnr", "ssim", "codebook_usage", "codebook_perplexity", "scene_accuracy"}
     assert {f"eval/{name}" for name in scores} <= alone.metrics.keys()
@@ -268,7 +266,7 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:
     finally:
         os.environ.update(shown)
     assert code == 0, err
-    assert err == "" and "superres: done" in out
+    assert err == "" and "superres: done" in out and "curves go to W&B offline: " in out
     (offline,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     (path,) = offline.glob("*.wandb")
     stored = path.read_bytes()
@@ -284,11 +282,11 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:
 
 def test_the_trainings_of_a_run_share_one_wandb_run(tmp_path: Path) -> None:
     run = load("muse", "micro", ["logger=csv", f"cache={tmp_path / 'cache'}"])
-    titles, out = Titles("muse", "micro", "words"), tmp_path / "out"
-    assert wandb_loggers(plan("muse", run), run, titles, out) == {}
+    titles, out, said = Titles("muse", "micro", "words"), tmp_path / "out", list[str]()
+    assert wandb_loggers(plan("muse", run), run, titles, out, said.append) == {}
     assert not out.exists()
     run.logger = "wandb"
-    made = wandb_loggers(plan("muse", run), run, titles, out)
+    made = wandb_loggers(plan("muse", run), run, titles, out, said.append)
     assert list(made) == ["train", "superres"]  # the tokenizer's is shared by other runs
     asked = made["train"]._wandb_init
     assert asked["mode"] == "disabled"  # WANDB_MODE of these tests
@@ -297,14 +295,35 @@ def test_the_trainings_of_a_run_share_one_wandb_run(tmp_path: Path) -> None:
     assert made["superres"]._prefix == "superres" and not made["train"]._prefix
     assert made["superres"].experiment is made["train"].experiment
     tokenizer = load("vqgan", "micro", ["logger=wandb"])
-    assert list(wandb_loggers(plan("vqgan", tokenizer), tokenizer, titles, out)) == ["tokenizer"]
+    made = wandb_loggers(plan("vqgan", tokenizer), tokenizer, titles, out, said.append)
+    assert list(made) == ["tokenizer"] and said == []
 
 
 def test_a_sweeps_agent_names_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "x")
     run = load("paella", "micro", ["logger=wandb"])
-    made = wandb_loggers(plan("paella", run), run, Titles("paella", "micro", ""), tmp_path)
+    made = wandb_loggers(plan("paella", run), run, Titles("paella", "micro", ""), tmp_path, print)
     assert made["train"]._wandb_init["name"] is None
+
+
+def test_without_network_or_key_wandb_writes_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ConnectionRefusedError
+
+    said: list[str] = []
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert wandb_mode(said.append) == "offline"
+    assert said == ["      curves go to W&B offline: wandb.example cannot be reached"]
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **options: socket.socket())
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
+    assert wandb_mode(said.append) == "offline" and said[1].endswith("there is no W&B key")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="WANDB_MODE=online: there is no W&B key; leave it out"):
+        wandb_mode(said.append)
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
+    assert wandb_mode(said.append) is None and len(said) == 2
 
 
 def asked_of(run: Run, split: str) -> list[dict[str, Any]]:
@@ -382,9 +401,10 @@ def test_sampling_goes_on_where_it_was_interrupted(
 
 def test_a_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
     """Ctrl-C in the middle of the tokenizer, SIGTERM and SIGKILL in that of the generator."""
-    words = ["tokenizer.trainer.max_steps=48", "tokenizer.trainer.epoch_steps=8",
-             "tokenizer.objective.disc_start=4", "trainer.max_steps=240",
-             "trainer.epoch_steps=20", "optim.ema=0.9", "model.dropout=0.1"]  # fmt: skip
+    tokenizer = ["trainer.max_steps=48", "trainer.epoch_steps=8", "objective.disc_start=4"]
+    words = [f"tokenizer.{word}" for word in tokenizer]
+    words += ["trainer.max_steps=240", "trainer.epoch_steps=20", "optim.ema=0.9"]
+    words += ["model.dropout=0.1", "eval.heldout=0"]
     cache, command = tmp_path / "cache", ["--paper", "paella", "logger=csv", *words]
     # both in processes of their own: another number of threads rounds sums differently
     quiet = tmp_path / "quiet"
@@ -474,9 +494,9 @@ sys.exit(cli.command(run.run, sys.argv[1:]))
 def test_two_ranks_train_alike_and_end_together(tmp_path: Path) -> None:
     script, cache = tmp_path / "ranks.py", tmp_path / "cache"
     script.write_text(RANKS)
-    words = ["--paper", "paella", "logger=csv", "trainer.devices=2", "trainer.accelerator=cpu",
-             "trainer.strategy=ddp", "trainer.max_steps=200", "trainer.epoch_steps=20",
-             "optim.ema=0.9"]  # fmt: skip
+    trainer = ["devices=2", "accelerator=cpu", "strategy=ddp", "max_steps=200", "epoch_steps=20"]
+    words = ["--paper", "paella", "logger=csv", *(f"trainer.{word}" for word in trainer)]
+    words += ["optim.ema=0.9", "eval.heldout=0"]
     with started(str(script), tmp_path / "out", cache, *words, NOTES=str(tmp_path)) as process:
         wait_for(cache, f"train-*/{RESUME}", process)
         process.send_signal(signal.SIGTERM)
@@ -589,6 +609,10 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exists|directory") as raised:
         go("paella", tmp_path / "out", tmp_path / "file" / "cache")
     assert str(tmp_path / "file") in str(raised.value)
+    out = tmp_path / "file" / "out"
+    with pytest.raises(ConfigError, match=f"--out {out} cannot be written: Not a directory"):
+        go("paella", out, tmp_path / "cache")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # no work was done for it
 
 
 def test_pictures_encoded_in_every_step(first: Run, tmp_path: Path) -> None:
@@ -602,18 +626,15 @@ def test_the_papers_condition(
 ) -> None:
     """ByT5, pooled CLIP text and CLIP image, with small stand-ins; nothing frozen is stored."""
     clip = [f"text.{name}={value}" for name, value in tiny_clip.items()]
-    full = go(
-        "paella", tmp_path / "full", first.cache, "text=byt5", f"text.path={tiny_t5}", *clip,
-        "model.byt5_embd=16", "model.clip_embd=12", "model.clip_image=true",
-        "model.clip_seq_len=2", "data.cache=false",
-    )  # fmt: skip
+    sizes = ["byt5_embd=16", "clip_embd=12", "clip_image=true", "clip_seq_len=2"]
+    words = ["text=byt5", f"text.path={tiny_t5}", *clip, *(f"model.{size}" for size in sizes)]
+    full = go("paella", tmp_path / "full", first.cache, *words, "data.cache=false")
     assert {name.partition(".")[0] for name in weights(full)} == {"network"}
     assert "clip_image_mapper.weight" in {n.partition(".")[2] for n in weights(full)}
-    v1 = go(
-        "paella", tmp_path / "v1", first.cache, "network=v1", "text=open_clip", *clip,
-        "v1.num_labels=32", "v1.c_hidden=16", "v1.c_clip=12", "v1.c_r=8", "v1.down_levels=[1,1]",
-        "v1.up_levels=[1,1]", "sampling.schedule=cosine",
-    )  # fmt: skip
+    sizes = ["num_labels=32", "c_hidden=16", "c_clip=12", "c_r=8", "down_levels=[1,1]"]
+    words = ["network=v1", "text=open_clip", *clip, *(f"v1.{size}" for size in sizes)]
+    words += ["v1.up_levels=[1,1]", "sampling.schedule=cosine"]
+    v1 = go("paella", tmp_path / "v1", first.cache, *words)
     assert {name.partition(".")[0] for name in weights(v1)} == {"network"}
     for run in (full, v1):
         assert run.metrics["eval/scene_accuracy"]["n"] == 16

@@ -102,11 +102,62 @@ def test_interrupted_work_is_not_done_and_goes_on(tmp_path: Path) -> None:
     assert not (folder / "running.json").exists()
 
 
-def test_a_broken_marker_is_no_result(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+@pytest.mark.parametrize("content", [b'{"name": ', b"[]", b'{"name": "step"}', b"\xff\xfe\x00"])
+def test_a_broken_marker_is_no_result(content: bytes, tmp_path: Path) -> None:
+    store, said = Store(tmp_path), list[str]()
     folder = run(store, step())
-    (folder / "done.json").write_text('{"stage": ')
+    (folder / "done.json").write_bytes(content)
     assert store.done(step()) is None
+    run(store, step(), said)
+    assert said[0] == f"[1/1] step: continues in {folder}" and store.done(step()) is not None
+
+
+def chain(calls: list[int]) -> list[Stage]:
+    """Three stages, each of which builds on the one before and writes its number."""
+
+    def work(number: int) -> Work:
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / "sub").mkdir(exist_ok=True)
+            (folder / "sub" / "file").write_text(str(number))
+            calls.append(number)
+            return {}
+
+        return write
+
+    made: list[Stage] = []
+    for number in range(3):
+        kind = type("Step", (Step,), {"work": staticmethod(work(number))})
+        made.append(kind(number, tuple(made[-1:])))
+    return made
+
+
+@pytest.mark.parametrize("how", ["flipped", "shorter", "gone"])
+def test_a_damaged_result_is_made_again_where_it_is_read(how: str, tmp_path: Path) -> None:
+    calls: list[int] = []
+    said: list[str] = []
+    store, stages, log = Store(tmp_path), chain(calls), Log(said.append, "none")
+    store.run(stages, Machine(), log)
+    before = store.done(stages[0])
+    file = store.folders[stages[0]] / "sub" / "file"
+    file.unlink() if how == "gone" else file.write_text("x" if how == "flipped" else "")
+    assert store.run(stages, Machine(), log) == {*stages}  # nobody reads it
+    (store.folders[stages[1]] / "done.json").unlink()
+    said.clear()
+    assert store.run(stages, Machine(), log) == {stages[2]}
+    assert calls == [0, 1, 2, 0, 1]
+    assert said[0] == f"      {file} is damaged; step is done again"
+    after = store.done(stages[0])
+    assert before is not None and after is not None and after["files"] == before["files"]
+    assert list(after["files"]) == ["sub/file"] and file.read_text() == "0"
+
+
+def test_the_result_that_was_asked_for_is_always_looked_at(tmp_path: Path) -> None:
+    calls: list[int] = []
+    store, stages, log = Store(tmp_path), chain(calls), Log([].append, "none")
+    store.run(stages, Machine(), log)
+    (store.folders[stages[2]] / "sub" / "file").write_text("x")
+    assert store.run(stages, Machine(), log) == {*stages[:2]}
+    assert calls == [0, 1, 2, 2]
 
 
 def test_what_a_kill_left_half_written_goes_away(tmp_path: Path) -> None:
