@@ -116,7 +116,8 @@ def encode_shard(
     table = pyarrow.Table.from_pylist(rows, SCHEMA)
     with atomic(path.with_suffix(".parquet")) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
-    told = {"stamp": stamp, "skipped": json.dumps(skips.counts)}
+    # one entry: the order of several in the file is another one in every process
+    told = {"encoded": json.dumps({"stamp": stamp, "skipped": skips.counts})}
     with atomic(path) as temporary:  # last: it stands for both
         save_file(tensors, temporary, told)
 
@@ -137,17 +138,20 @@ def _packed(encoded: np.ndarray, num_codes: int | None, path: Path) -> np.ndarra
 def _finished(path: Path, stamp: str) -> bool:
     """Say whether a shard was encoded to its end with this stamp."""
     with suppress(OSError, SafetensorError), safe_open(path, "numpy") as stored:
-        told = stored.metadata() or {}
-        return told.get("stamp") == stamp and path.with_suffix(".parquet").exists()
+        return _told(stored).get("stamp") == stamp and path.with_suffix(".parquet").exists()
     return False
 
 
-def _read(path: Path) -> tuple[dict[str, str], set[str], pyarrow.Table]:
+def _told(stored: Any) -> dict[str, Any]:
+    return json.loads((stored.metadata() or {}).get("encoded", "{}"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], set[str], pyarrow.Table]:
     """Return what an encoded shard says of itself, the names of its views, and its captions."""
     file = path
     try:
         with safe_open(path, "numpy") as stored:
-            told, views = stored.metadata(), set(stored.keys())
+            told, views = _told(stored), set(stored.keys())
         file = path.with_suffix(".parquet")
         return told, views, pyarrow.parquet.read_table(file, schema=SCHEMA)
     except (OSError, SafetensorError, pyarrow.ArrowException) as error:
@@ -178,7 +182,7 @@ def finish_cache(
     for path in _files(folder, count):
         told, _, table = _read(path)
         rows += len(table)
-        skipped.update(json.loads(told["skipped"]))
+        skipped.update(told["skipped"])
     SkipCounter(max_skipped).check(skipped)
     if not rows:
         raise ValueError("the training shards hold no sample to encode")

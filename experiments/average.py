@@ -4,14 +4,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from data.files import link, write_json
-from experiments.cli import Parser, command
+from experiments.cli import Parser, command, first_line
 from experiments.settings import ConfigError
-from lightning_modules.common.checkpoint import load_weights, save_weights
-from lightning_modules.common.ema import offline_average
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMAND = "python -m experiments.average"
 HELP = f"""The average a <- decay a + (1 - decay) w over weights w in the order given.
@@ -27,9 +26,8 @@ def run(argv: Sequence[str]) -> None:
     """Write the average that the command line asks for.
 
     Raises:
-        ConfigError: a wrong word on the command line.
-        ValueError: files that are not of one series.
-        FileNotFoundError: a file that is not there.
+        ConfigError: a wrong word on the command line, a file that is not there, or files that are
+            not of one series.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -38,11 +36,35 @@ def run(argv: Sequence[str]) -> None:
         return
     if args.ckpt is None or args.out is None or len(args.files) < 2:
         raise ConfigError("needs --ckpt, --out and at least two files of weights; see --help")
-    source = args.ckpt / "checkpoint.safetensors" if args.ckpt.is_dir() else args.ckpt
+    try:
+        average(args.ckpt, args.files, args.decay, args.out)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(first_line(error)) from error
+    print(f"{args.out}: the average of {len(args.files)} checkpoints, decay {args.decay}")
+
+
+def average(ckpt: Path, files: Sequence[Path], decay: float, out: Path) -> None:
+    """Write the average of weights, with what the checkpoint works with beside it.
+
+    Args:
+        ckpt: run folder or checkpoint of the same model.
+        files: weights in the order of training.
+        decay: weight of the average so far.
+        out: the file to write.
+
+    Raises:
+        ValueError: files that are not of one series.
+        FileNotFoundError: a file that is not there.
+    """
+    from data.files import link, write_json
+    from lightning_modules.common.checkpoint import load_weights, save_weights
+    from lightning_modules.common.ema import offline_average
+
+    source = ckpt / "checkpoint.safetensors" if ckpt.is_dir() else ckpt
     state, config = load_weights(source)
 
-    def states() -> Iterator[dict[str, Tensor]]:
-        for path in args.files:
+    def states() -> Iterator[dict[str, "Tensor"]]:
+        for path in files:
             own, settings = load_weights(path)
             if settings.get("paper") != config.get("paper"):
                 raise ValueError(
@@ -53,20 +75,21 @@ def run(argv: Sequence[str]) -> None:
                 raise ValueError(f"{path} does not match {source}: {odd[0]}")
             yield own
 
-    average = offline_average(states(), args.decay)
-    save_weights(args.out, {**state, **average}, config)
+    averaged = offline_average(states(), decay)
+    save_weights(out, {**state, **averaged}, config)
     about = source.with_suffix(".json")
     if about.is_file():
         known = json.loads(about.read_text())
-        files = [known["first_stage"], *known.get("parts", {}).values()]
-        files += known.get("further", {}).values()
-        write_json(args.out.with_suffix(".json"), known)
+        beside = [known["first_stage"], *known.get("parts", {}).values()]
+        beside += known.get("further", {}).values()
+        write_json(out.with_suffix(".json"), known)
     else:
-        files = [n for n in (config.get("tokenizer"), config.get("high", {}).get("tokenizer")) if n]
-    for named in files:
-        if not args.out.with_name(named["file"]).exists():
-            link(source.with_name(named["file"]), args.out.with_name(named["file"]))
-    print(f"{args.out}: the average of {len(args.files)} checkpoints, decay {args.decay}")
+        beside = [
+            n for n in (config.get("tokenizer"), config.get("high", {}).get("tokenizer")) if n
+        ]
+    for named in beside:
+        if not out.with_name(named["file"]).exists():
+            link(source.with_name(named["file"]), out.with_name(named["file"]))
 
 
 def make_parser() -> Parser:

@@ -1,7 +1,6 @@
 """Train, sample and score one paper: `python -m experiments.run --paper paella [key=value ...]`."""
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -16,9 +15,11 @@ from rich.text import Text
 from experiments.cli import Parser, columns, command, console, prepare_torch, speaker
 from experiments.papers.base import RunSettings
 from experiments.papers.registry import PAPERS, header, load, scales
+from experiments.pipeline.plan import chosen, plan
 from experiments.pipeline.ranks import is_leader
+from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
-from experiments.settings import ConfigError, describe, diff, pick, resolved, to_yaml
+from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
 COMMAND = "python -m experiments.run"
 MAIN_SETTINGS = (
@@ -69,9 +70,12 @@ def run(argv: Sequence[str]) -> int:
         print(printed(args.paper, settings), end="")
         return 0
     scale = Path(args.scale).stem
-    out = args.out or run_folder(args.paper, scale, settings)
+    planned = plan(args.paper, settings)
+    stages = chosen(planned.stages, args.until)
+    # by what is computed: a run that only shows more of its progress goes to the same folder
+    out = args.out or Path("runs") / f"{args.paper}-{scale}-{planned.score.key[:8]}"
     if args.dry_run:
-        show_plan(args.paper, settings, out, args.until, args.json)
+        show_plan(stages, Store(settings.cache), out, args.json)
         return 0
     prepare_torch()
     from experiments.pipeline.publish import Titles
@@ -82,13 +86,6 @@ def run(argv: Sequence[str]) -> int:
     if is_leader() and outcome.files:
         show_outcome(outcome.scores, outcome.files)
     return 0
-
-
-def run_folder(paper: str, scale: str, settings: RunSettings) -> Path:
-    """Return the default folder of a run: named by paper, scale and a hash of the settings."""
-    plain = {k: v for k, v in resolved(settings).items() if k not in ("logger", "cache")}
-    text = json.dumps(plain, sort_keys=True)
-    return Path("runs") / f"{paper}-{scale}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -109,7 +106,7 @@ def general_help() -> str:
     lines += ["", "options"]
     options = {
         "--scale NAME": "size of the experiment, or the path of a YAML (default: tiny)",
-        "--out DIR": "run folder (default: runs/<paper>-<scale>-<hash of the config>)",
+        "--out DIR": "run folder (default: runs/<paper>-<scale>-<key of its scores>)",
         "--print-config": "print the resolved config as YAML",
         "--dry-run": "print which stages would run and which would be reused (--json for programs)",
         "--until STAGE": "stop after a stage, e.g. encode",
@@ -158,13 +155,8 @@ def printed(paper: str, config: RunSettings) -> str:
     return text
 
 
-def show_plan(
-    paper: str, settings: RunSettings, out: Path, until: str | None, as_json: bool
-) -> None:
+def show_plan(stages: Sequence[Stage], store: Store, out: Path, as_json: bool) -> None:
     """Print which stages would run, which would be reused, and where."""
-    from experiments.pipeline.plan import chosen, plan
-
-    store = Store(settings.cache)
     rows = [
         {
             "stage": stage.name,
@@ -172,7 +164,7 @@ def show_plan(
             "would": "run" if store.done(stage) is None else "reuse",
             "folder": str(store.folders[stage]),
         }
-        for stage in chosen(plan(paper, settings).stages, until)
+        for stage in stages
     ]
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -1,5 +1,7 @@
 """Pictures from a checkpoint: `python -m experiments.sample --ckpt PATH --prompt "..."`."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -8,30 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from experiments.cli import Parser, command, first_line, prepare_torch, speaker
-from experiments.edits import (
-    Edit,
-    describe_edit,
-    make_edit,
-    parse_expand,
-    parse_size,
-    read_picture,
-    vary,
-)
 from experiments.papers.base import MAX_SEED
 from experiments.papers.registry import PAPERS
 from experiments.progress import Counter
-from experiments.report.pictures import grid, save_png, to_uint8
 from experiments.settings import ConfigError, describe, override, resolved
-from lightning_modules.common.generator import GeneratorModule
-from lightning_modules.common.request import Request
-from lightning_modules.registry import load_generator
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from experiments.edits import Edit
+    from lightning_modules.common.generator import GeneratorModule
+    from lightning_modules.common.request import Request
 
 COMMAND = "python -m experiments.sample"
 CHECKPOINT = "checkpoint.safetensors"
@@ -81,7 +76,7 @@ def run(argv: Sequence[str]) -> None:
     if args.help:
         print(parser.format_help())
         if args.ckpt is not None:
-            module = load(args.ckpt, args.tokenizer, torch.device("cpu"), args.paper)
+            module = load(args.ckpt, args.tokenizer, "cpu", args.paper)
             print("settings of this checkpoint:")
             for row in describe(module.config.sampling):
                 print(f"  sampling.{row.key}={row.default}  [{row.type}]\n      {row.help}")
@@ -89,12 +84,34 @@ def run(argv: Sequence[str]) -> None:
     check(args)
     prompts = read_prompts(args)
     tasks = make_tasks(args, prompts)
+    prepare_torch()
+    draw(args, words, prompts, tasks)
+
+
+def draw(
+    args: argparse.Namespace, words: Sequence[str], prompts: Sequence[str], tasks: list[Task]
+) -> None:
+    """Draw the pictures of some tasks, as the options say.
+
+    Raises:
+        ConfigError: an unfit file or setting; no picture was made.
+    """
+    import torch
+
+    from experiments.edits import (
+        describe_edit,
+        make_edit,
+        parse_expand,
+        parse_size,
+        read_picture,
+        vary,
+    )
+    from experiments.report.pictures import grid, save_png, to_uint8
+
     picture = None if args.image is None else read_picture(args.image)
     mask = None if args.mask is None else read_picture(args.mask)
     device = find_device(args.device)
     say = speaker()
-    prepare_torch()
-
     module = load(args.ckpt, args.tokenizer, device, args.paper)
     settings = read_settings(module, words)
     size = parse_size(module, args.size)
@@ -279,6 +296,8 @@ def find_device(name: str) -> torch.device:
     Raises:
         ConfigError: this machine has no such device.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -290,13 +309,15 @@ def find_device(name: str) -> torch.device:
 
 
 def load(
-    path: Path, tokenizer: Path | None, device: torch.device, paper: str | None = None
+    path: Path, tokenizer: Path | None, device: torch.device | str, paper: str | None = None
 ) -> GeneratorModule:
     """Load the generator of a run folder or file.
 
     Raises:
         ConfigError: a missing file, or one of another kind.
     """
+    from lightning_modules.registry import load_generator
+
     file = path / CHECKPOINT if path.is_dir() else path
     if tokenizer is not None and not tokenizer.is_file():
         raise ConfigError(f"there is no tokenizer {tokenizer}")
@@ -355,6 +376,8 @@ def make_request(
     Raises:
         ConfigError: an option that this checkpoint's paper does not know.
     """
+    from lightning_modules.common.request import Request
+
     count = len(tasks)
     request = Request([t.prompt for t in tasks], [t.seed for t in tasks])
     if negative is not None:

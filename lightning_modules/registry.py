@@ -1,6 +1,5 @@
 """The papers by name, and their checkpoints as modules that are ready to use."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from data.files import file_hash
 from lightning_modules.common.checkpoint import load_weights
+from lightning_modules.common.foreign import read_settings
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.improved_vqd.module import ImprovedVQDModule
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
@@ -41,14 +41,9 @@ def load_first_stage(
 ) -> Any:
     """Load a tokenizer or an autoencoder (or its Lightning checkpoint), frozen and in eval mode.
 
-    Args:
-        path: its file.
-        device: where it goes.
-        paper: which of FIRST_STAGES it must be; None takes any.
-
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another checkpoint.
+        ValueError: it is none of FIRST_STAGES, or another than `paper`.
     """
     state, config = load_weights(path)
     found = str(config.get("paper"))
@@ -88,7 +83,7 @@ def load_generator(
     trained = str(config.get("paper"))
     if trained not in GENERATORS:
         raise ValueError(f"{path} is a checkpoint of {trained}, not of {', '.join(GENERATORS)}")
-    beside, config = _beside(path), _text_beside(config, path.parent)
+    beside, config = read_settings(path.with_suffix(".json")), _text_beside(config, path.parent)
     noted, further = beside.get("sampling", {}), beside.get("further", {})
     cls = GENERATORS.get(paper or trained)
     if cls is GENERATORS[trained]:
@@ -116,17 +111,6 @@ def load_generator(
     found = _find(path, named, "first stage", first_stage)
     module.attach(load_first_stage(found, device), **others)
     return module.eval().requires_grad_(False).to(device)
-
-
-def _beside(checkpoint: Path) -> dict[str, Any]:
-    """Read what stands beside a checkpoint, where anything does."""
-    file = checkpoint.with_suffix(".json")
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
 
 
 def _find(

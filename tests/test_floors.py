@@ -1,9 +1,11 @@
 """The floors of the house: imports go down only, and nothing loads a file by running it."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ OURS = ("experiments", "eval", "data", "lightning_modules", "tests", "sweeps")
 MODULES = ROOT / "lightning_modules"
 PAPERS = sorted(p.name for p in MODULES.iterdir() if (p / "config.py").exists())
 PAPERS.remove("common")
+NAMES = {path.stem for path in (ROOT / "experiments" / "configs").iterdir() if path.is_dir()}
+NAMES.remove("autoencoder")  # which is also the name of a kind of first stage
 
 # what the files of a room may import besides their own room; a prefix stands for all below it
 COMMON, DATA, FILES = "lightning_modules.common", "data", "data.files"
@@ -49,6 +53,69 @@ def imports(path: Path, tree: ast.AST) -> Iterator[str]:
             yield from (a.value for a in node.args if isinstance(a, ast.Constant))
 
 
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files()
+    }
+
+
+def needs() -> dict[str, set[str]]:
+    """Module -> those of ours that it imports."""
+    known = modules()
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        found = imports(path, ast.parse(path.read_text()))
+        own = {n if n in known else n.rpartition(".")[0] for n in found}
+        graph[name] = own & known.keys() - {name}
+    return graph
+
+
+def private_names(source: str) -> list[str]:
+    """Names with an underscore that a module takes from another, or reads in another's object."""
+    tree, found = ast.parse(source), []
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {
+        n.attr for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"
+        and isinstance(n.ctx, ast.Store)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            found += [a.name for a in node.names if a.name.startswith("_")]
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            of = ast.unparse(node.value)
+            if of not in ("self", "cls", "super()", "os", "torch") and node.attr not in own:
+                found.append(f"{of}.{node.attr}")
+    return found
+
+
+def papers_named(source: str) -> list[str]:
+    """Names of papers that a module knows: as a text of its own, or as a package it imports."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value in NAMES:
+            found.append(node.value)
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            text = ast.unparse(node)
+            named = re.findall(r"lightning_modules(?:\.| import )(\w+)", text)
+            found += [name for name in named if name in PAPERS]
+            named = re.findall(r"experiments\.papers(?:\.| import )(\w+)", text)
+            found += [name for name in named if name not in ("base", "registry")]
+    return found
+
+
+def kinds_asked(source: str) -> list[str]:
+    """Classes of settings of papers that a module asks an object about."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            asked = re.findall(r"\w+", ast.unparse(node.args[1]))
+            found += [name for name in asked if re.search(r"(Run|RunSettings|Config)$", name)]
+    return found
+
+
 def room_of(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
     return "/".join(parts[:2]) if parts[0] == "lightning_modules" and len(parts) > 2 else parts[0]
@@ -73,7 +140,7 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_every_paper_is_known() -> None:
     folders = {p.name for p in MODULES.iterdir() if (p / "__init__.py").exists()}
-    assert folders == {*PAPERS, "common"} and {"paella", "vqgan"} <= folders
+    assert folders == {*PAPERS, "common"} and {"paella", "vqgan"} <= folders & NAMES
     assert len(files()) > 40
 
 
@@ -110,6 +177,52 @@ def test_a_climb_is_seen(path: str, source: str) -> None:
 )
 def test_a_way_down_is_open(path: str, source: str) -> None:
     assert climbs(ROOT / path, source) == []
+
+
+def test_imports_go_in_no_circle() -> None:
+    graph = needs()
+    assert {"data.files"} < graph["experiments.pipeline.train"]
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    assert private_names(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in files() if (p.parent.name, p.name) != ("lightning_modules", "registry.py")
+     and p.parent.name not in ("papers", *PAPERS)],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)  # fmt: skip
+def test_only_its_own_files_name_a_paper(path: Path) -> None:
+    source = path.read_text()
+    assert papers_named(source) == []
+    assert kinds_asked(source) == []
+
+
+def test_what_names_a_paper_or_something_private_is_seen() -> None:
+    for source in (
+        "paper == 'muse'",
+        "from lightning_modules.paella.config import P",
+        "from lightning_modules import muse",
+        "import lightning_modules.ldmae.network",
+        "from experiments.papers.muse import MuseRun",
+        "from experiments.papers import muse",
+    ):
+        assert papers_named(source)
+    for source in ("from data.tokens import _read", "module._attached", "self.a._b"):
+        assert private_names(source)
+    assert kinds_asked("isinstance(run, a.MuseRun)") and kinds_asked(
+        "issubclass(c, (int, XConfig))"
+    )
+
+
+def test_what_names_nothing_stays_allowed() -> None:
+    assert not papers_named("help = 'such as muse'\nfrom experiments.papers.registry import PAPERS")
+    assert not private_names("class A:\n    def f(self):\n        self._x = 1\na._x\nos._exit(1)")
+    assert not kinds_asked("isinstance(stage, Train)")
 
 
 def unsafe(tree: ast.AST) -> list[str]:

@@ -65,7 +65,7 @@ def run(save: Save, tmp_path: Path) -> Path:
 
 def note(folder: Path, **content: Any) -> None:
     """Add to what stands beside a checkpoint."""
-    file = folder / "generator.json"
+    file = folder / "checkpoint.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**before, **content}))
 
@@ -77,7 +77,7 @@ def test_a_run_folder_its_file_and_an_older_one_are_the_same(run: Path, save: Sa
     assert pictures.shape == (2, 3, 8, 8)
     assert torch.equal(load_generator(run / "checkpoint.safetensors").sample(ASKED), pictures)
     first = named(run / "stages/first.safetensors", run)
-    (run / "generator.json").unlink()
+    (run / "checkpoint.json").unlink()
     for key in ("tokenizer", "first_stage"):
         save("checkpoint.safetensors", "muse", **{key: first})
         assert torch.equal(load_generator(run).sample(ASKED), pictures)
@@ -152,11 +152,11 @@ def test_first_stages_are_known_by_their_content(run: Path, save: Save, tmp_path
     # a decoder that was trained further
     finer = save("finer.safetensors", "vqgan", seed=5, tokens_of=file_hash(elsewhere))
     assert torch.equal(load_generator(run, finer).sample_tokens(ASKED), module.sample_tokens(ASKED))
-    (run / "generator.json").unlink()
-    with pytest.raises(ValueError, match=r"nor a generator\.json beside it names its first stage"):
+    (run / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"nor a checkpoint\.json beside it names its first stage"):
         load_generator(run, elsewhere)
-    (run / "generator.json").write_text("{")
-    with pytest.raises(ValueError, match=r"generator\.json is no JSON"):
+    (run / "checkpoint.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint\.json is no readable JSON"):
         load_generator(run)
 
 

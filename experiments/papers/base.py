@@ -198,6 +198,8 @@ class Drawing:
     generator: Generator
     """The generator with all its parts."""
     draw: Draw
+    sampling: Mapping[str, Any]
+    """Settings of sampling, all that its pictures depend on."""
     shown: str = "eval"
     """Prefix of the pictures that a person is shown."""
     resolution: int | None = None
@@ -242,8 +244,12 @@ class RunSettings:
 
     @classmethod
     def reader(cls) -> Reader:
-        """Return how foreign files of this paper are read."""
-        raise NotImplementedError
+        """Return how foreign files of this paper are read; there are none unless it says so."""
+
+        def refuse(*_: Any) -> Any:
+            raise ValueError("no files of others are known of this paper")
+
+        return Reader(refuse, "nothing yet")
 
     @property
     def first_stage(self) -> Any:
@@ -343,6 +349,7 @@ class GeneratorRun(RunSettings):
     """A generator on top of a first stage."""
 
     LATER: ClassVar[tuple[str, ...]] = ()  # sections that the generator's training does not read
+    ASIDE: ClassVar[tuple[str, ...]] = ()  # settings of sampling that no picture of a run reads
 
     @property
     def first_stage(self) -> Any:
@@ -382,6 +389,10 @@ class GeneratorRun(RunSettings):
         plain["text"] = used_text(plain["text"]) if self.reads_text() else {}
         return plain
 
+    def sampling_settings(self) -> dict[str, Any]:
+        """Return the settings of sampling that pictures of a run depend on, as plain containers."""
+        return {k: v for k, v in resolved(self)["sampling"].items() if k not in self.ASIDE}
+
     def encoded(
         self, data: Data, *views: EncodedView, resolution: int | None = None
     ) -> Encode | PictureSource:
@@ -404,12 +415,12 @@ class GeneratorRun(RunSettings):
         """Return what is drawn: one set of pictures, scored as `eval`."""
         first, name = materials.first_stage, self.FIRST_STAGE.section
         generator = Generator(self.base(materials), first, name)
-        sampling = resolved(self)["sampling"]
+        sampling = self.sampling_settings()
 
         def draw(captions: Captions, seed: int, traces: int) -> dict[str, Sample]:
             return {"eval": Sample(generator, captions, sampling, seed, traces)}
 
-        return Drawing(generator, draw)
+        return Drawing(generator, draw, sampling)
 
 
 def existing(name: str, path: str | None) -> Path | None:
@@ -442,6 +453,8 @@ def measures_of_file(kind: FirstStageKind, path: Path) -> tuple[int, int | None,
     try:
         with safe_open(path, "np") as file:
             config = json.loads((file.metadata() or {})["config"])
+        if config["paper"] != kind.paper:
+            return None
         names = {f.name for f in dataclasses.fields(kind.config)}
         return kind.measures(build(kind.config, {k: v for k, v in config.items() if k in names}))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):

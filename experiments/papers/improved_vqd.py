@@ -17,6 +17,7 @@ from lightning_modules.improved_vqd.config import PRESETS, ImprovedVQDConfig
 class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
     """Improved VQ-Diffusion: VQ-Diffusion with classifier-free guidance and purity sampling."""
 
+    ASIDE: ClassVar[tuple[str, ...]] = ("compare",)
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         **VQDiffusionRun.PRESETS,
         "sampling": PRESETS,
@@ -47,7 +48,7 @@ class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
         own = super().drawing(materials)
         if not self.sampling.compare:
             return own
-        without = resolved(self.sampling.plain())
+        without = {k: v for k, v in resolved(self.sampling.plain()).items() if k in own.sampling}
 
         def draw(captions: Captions, seed: int, traces: int) -> dict[str, Sample]:
             plain = Sample(own.generator, captions, without, seed)

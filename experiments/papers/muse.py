@@ -26,12 +26,15 @@ from experiments.settings import resolved
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.muse.config import MODELS, PRESETS, SUPERRES_MODELS, UVIT_MODELS, MuseConfig
 
+BASE_TRAINING = ("objective", "optim", "critic")  # sections of the base alone
+
 
 @dataclass
 class MuseRun(MuseConfig, TokenRun):
     """Muse: text to tokens by parallel decoding of masked tokens, and super-resolution on top."""
 
     LATER: ClassVar[tuple[str, ...]] = ("superres", "superres_trainer")
+    ASIDE: ClassVar[tuple[str, ...]] = ("edit",)
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         "model": MODELS,
         "uvit": UVIT_MODELS,
@@ -64,6 +67,11 @@ class MuseRun(MuseConfig, TokenRun):
             if measures is not None:
                 self.superres.check_high(Geometry.of(self.high_resolution, *measures))
 
+    def sampling_settings(self) -> dict[str, Any]:
+        """Leave those of super-resolution out, where there is none."""
+        plain = super().sampling_settings()
+        return plain if self.superres.enabled else {k: plain[k] for k in plain if k != "superres"}
+
     def drawing(self, materials: Materials) -> Drawing:
         """Return the base's pictures, and those of super-resolution from the same tokens."""
         if not self.superres.enabled:
@@ -75,9 +83,11 @@ class MuseRun(MuseConfig, TokenRun):
         size = self.high_resolution
         low_view = EncodedView("low", m.first_stage, stage.factor)
         pairs = self.encoded(m.data, EncodedView("tokens", own), low_view, resolution=size)
+        # of the base only what must fit; how it was trained counts where it predicts
+        shared = {k: v for k, v in self.trained_settings().items() if k not in BASE_TRAINING}
         recipe = SuperResRecipe(
-            m.paper, {**self.trained_settings(), "superres": resolved(stage)}, m.first_stage, own,
-            base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
+            m.paper, {**shared, "superres": {**resolved(stage), "tokenizer": None}}, m.first_stage,
+            own, base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
         )  # fmt: skip
         trainer = self.superres_trainer
         superres = Train(
@@ -89,15 +99,16 @@ class MuseRun(MuseConfig, TokenRun):
             base, m.first_stage, parts={"superres": superres},
             further={} if path is None else {"high": own},
         )  # fmt: skip
-        sampling = resolved(self)["sampling"]
-        enlarging = {"superres": sampling.pop("superres")}
+        sampling = self.sampling_settings()
+        enlarging = {"superres": sampling["superres"]}
+        lower = {k: v for k, v in sampling.items() if k not in enlarging}
 
         def draw(captions: Captions, seed: int, traces: int) -> dict[str, Sample]:
-            small = Sample(low, captions, sampling, seed, traces, keep_tokens=True)
+            small = Sample(low, captions, lower, seed, traces, keep_tokens=True)
             large = Sample(whole, captions, enlarging, seed, part="superres", low=small)
             return {"eval": small, "superres": large}
 
-        return Drawing(whole, draw, "superres", size)
+        return Drawing(whole, draw, sampling, "superres", size)
 
 
 @dataclass(frozen=True)

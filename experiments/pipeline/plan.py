@@ -22,7 +22,7 @@ from experiments.pipeline.sample import Sample
 from experiments.pipeline.score import Score, Scored
 from experiments.pipeline.stage import FileStage, Stage, order
 from experiments.pipeline.train import FirstStageRecipe, Train
-from experiments.settings import pick, resolved
+from experiments.settings import pick
 
 
 class Scoring(NamedTuple):
@@ -114,8 +114,7 @@ def plan(paper: str, run: RunSettings) -> Plan:
     if e.edits and scenes is not None:
         size = drawing.resolution or run.data.resolution
         captions = data.captions("val", run.data.val_size, size)
-        sampling = resolved(run)["sampling"]
-        edits = Edits(drawing.generator, captions, e.edits, sampling, e.seed)
+        edits = Edits(drawing.generator, captions, e.edits, drawing.sampling, e.seed)
         sets.append(Scored("edits", "edit", Features(edits, EditRows(scenes))))
     return Plan(first, Score((*sets, own), e.bootstrap, e.seed), real, drawing, samples, edits)
 

@@ -8,6 +8,7 @@ of `split` by claiming parts that nobody has claimed.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -101,6 +102,8 @@ class Store:
                     log.note(f"{file} is damaged; {stage.name} is done again")
                     (self.folders[stage] / "done.json").unlink()
                     Path(file).unlink(missing_ok=True)
+                    if isinstance(stage, SplitStage):  # whichever part the file was of
+                        shutil.rmtree(self.folders[stage])
                     marker = None
             if marker is None:
                 read += stage.inputs
@@ -146,6 +149,8 @@ class Store:
             while missing and make is not None:
                 made = 0
                 for i in missing:
+                    if (folder / names[i]).exists():
+                        continue
                     # the lock belongs to the operating system, so that of a killed process is free
                     lock = FileLock(folder / f".{names[i]}.lock")
                     with suppress(Timeout), lock.acquire(timeout=0):

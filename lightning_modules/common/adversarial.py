@@ -4,8 +4,6 @@ Names and arithmetic follow taming/modules/losses/vqperceptual.py where that fil
 says; the departures are stated where they are.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -46,11 +44,8 @@ class ActNorm(nn.Module):
 class NLayerDiscriminator(nn.Module):
     """PatchGAN: one logit per overlapping patch (Isola et al. 2017, section 3.2.2).
 
-    Args:
-        in_channels: channels of an image.
-        width: channels of the first convolution.
-        layers: strided convolutions.
-        use_actnorm: ActNorm instead of BatchNorm; the convolutions then have a bias.
+    It has `layers` strided convolutions, the first of `width` channels; with ActNorm in place of
+    BatchNorm they have a bias.
     """
 
     def __init__(
@@ -87,10 +82,7 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-DISC_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "hinge": hinge_loss,
-    "vanilla": vanilla_loss,
-}
+DISC_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
 
 def disc_factor(config: AdversarialConfig, batches_seen: int) -> float:
@@ -120,3 +112,22 @@ def adaptive_weight(
     (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
     ratio = nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)
     return ratio.clamp(0, config.adaptive_max).detach() * config.disc_weight
+
+
+def generator_loss(
+    loss: Tensor,
+    nll: Tensor,
+    fake_logits: Tensor,
+    last_layer: Tensor,
+    config: AdversarialConfig,
+    factor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return loss + d_weight * factor * g_loss, g_loss = -mean D(xr), and both parts.
+
+    Equation 6 of Esser et al. `loss` is all but the adversarial term, nll the reconstruction loss
+    alone, `fake_logits` are D(xr) with graph; last_layer as of `adaptive_weight`, factor of
+    `disc_factor`.
+    """
+    g_loss = -fake_logits.float().mean()
+    d_weight = adaptive_weight(nll, g_loss, last_layer, config)
+    return loss + d_weight * factor * g_loss, {"g_loss": g_loss, "d_weight": d_weight}

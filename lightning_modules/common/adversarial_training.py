@@ -1,23 +1,27 @@
 """Training of an autoencoder, against a discriminator where it has one: everything but its loss."""
 
-import math
 from abc import abstractmethod
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_modules.common.adversarial import NLayerDiscriminator
+from lightning_modules.common.adversarial import (
+    DISC_LOSSES,
+    NLayerDiscriminator,
+    disc_factor,
+    generator_loss,
+)
 from lightning_modules.common.config import AdversarialConfig, AdversarialOptimConfig
+from lightning_modules.common.optim import adamw, cosine
 from lightning_modules.common.perceptual import LPIPS, load_lpips
-from lightning_modules.common.seeding import mix_seed
+from lightning_modules.common.training import SeededModule
 
 
-class AdversarialModule(L.LightningModule):
+class AdversarialModule(SeededModule):
     """An autoencoder and its discriminator under manual optimization.
 
     Two departures from the released training loop of VQGAN: a batch passes the autoencoder once
@@ -26,16 +30,21 @@ class AdversarialModule(L.LightningModule):
     batches (`batches_seen`), not optimizer steps, of which Lightning sees two per batch.
 
     Args:
-        config: plain containers, kept as the hyperparameters; `seed` (0) is what every epoch's
-            random numbers follow from, together with epoch and rank.
+        config: plain containers, kept as the hyperparameters.
         optim: optimizers of autoencoder and discriminator.
+        adversarial: the discriminator and its losses.
     """
 
-    def __init__(self, config: dict[str, Any], optim: AdversarialOptimConfig) -> None:
-        super().__init__()
-        self.save_hyperparameters({"config": config})
-        self.seed = int(config.get("seed", 0))
-        self.optim = optim
+    factor: int
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        optim: AdversarialOptimConfig,
+        adversarial: AdversarialConfig,
+    ) -> None:
+        super().__init__(config)
+        self.optim, self.adversarial = optim, adversarial
         self.automatic_optimization = False
         self.batches_seen = 0
         self.discriminator: NLayerDiscriminator | None = None
@@ -43,69 +52,45 @@ class AdversarialModule(L.LightningModule):
         self._lpips: list[LPIPS] = []
 
     @abstractmethod
-    def trained_network(self) -> nn.Module:
+    def trained_network(self) -> Any:
         """Return the autoencoder, whose parameters the first optimizer steps."""
 
-    def add_discriminator(self, adversarial: AdversarialConfig, in_channels: int = 3) -> None:
-        """Build the discriminator, unless its weight is 0."""
-        if adversarial.adversarial:
+    def add_discriminator(self, in_channels: int) -> None:
+        """Build the discriminator of images of `in_channels`, unless its weight is 0."""
+        c = self.adversarial
+        if c.adversarial:
             self.discriminator = NLayerDiscriminator(
-                in_channels,
-                adversarial.disc_width,
-                adversarial.disc_layers,
-                adversarial.use_actnorm,
+                in_channels, c.disc_width, c.disc_layers, c.use_actnorm
+            )
+
+    def check_size(self, images: Tensor) -> None:
+        """Refuse images [B, 3, H, W] whose sides `factor` does not divide."""
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"the first stage needs sides that are multiples of {self.factor}, "
+                f"got {height} x {width}"
             )
 
     def use_lpips(self, path: str | None, weight: float, stage: str) -> None:
-        """Load LPIPS for training or validation, or say once that it is off.
-
-        Args:
-            path: file or folder of its weights; None turns it off.
-            weight: of the perceptual term; nothing is loaded or said at 0.
-            stage: Lightning's name of what is about to happen.
-        """
+        """Load LPIPS for the stages that have a loss, or say once that it is off (no path)."""
         if self._lpips or weight == 0 or stage not in ("fit", "validate"):
             return
         if path is None:
             rank_zero_info("the perceptual term is off, because objective.lpips_path names no file")
-            return
-        self._lpips = [load_lpips(path)]
+        else:
+            self._lpips = [load_lpips(path)]
 
     def perceptual(self) -> LPIPS | None:
         """Return LPIPS on this module's device, or None where it is off."""
-        if not self._lpips:
-            return None
-        self._lpips[0] = self._lpips[0].to(self.device)
-        return self._lpips[0]
+        return self._lpips[0].to(self.device) if self._lpips else None
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Make one AdamW for the autoencoder and, where there is one, one for its discriminator."""
-        optimizers: list[Optimizer] = [self._adamw(self.trained_network(), self.optim.lr)]
+        optimizers: list[Optimizer] = [adamw(self.optim, [self.trained_network()])]
         if self.discriminator is not None:
-            disc_lr = self.optim.disc_lr or self.optim.lr
-            optimizers.append(self._adamw(self.discriminator, disc_lr))
+            optimizers.append(adamw(self.optim, [self.discriminator], self.optim.disc_lr))
         return optimizers
-
-    def _adamw(self, network: nn.Module, lr: float) -> AdamW:
-        optim = self.optim
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        decayed = [p for p in parameters if optim.decay_all or p.ndim >= 2]
-        groups: list[dict[str, Any]] = [{"params": decayed}]
-        if len(decayed) < len(parameters):
-            others = [p for p in parameters if p.ndim < 2]
-            groups.append({"params": others, "weight_decay": 0.0})
-        b1, b2 = optim.betas
-        return AdamW(groups, lr=lr, betas=(b1, b2), weight_decay=optim.weight_decay)
-
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Make the random numbers of an epoch a function of (seed, epoch, rank).
-
-        A run resumed at an epoch border then draws what an uninterrupted one draws. This waits for
-        the first batch because a data loader's iterator, made before or after
-        on_train_epoch_start depending on resuming, takes a number from the same generator.
-        """
-        if batch_idx == 0:
-            torch.manual_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the batch counter."""
@@ -118,8 +103,7 @@ class AdversarialModule(L.LightningModule):
     def optimizer_list(self) -> list[LightningOptimizer]:
         """Return the autoencoder's optimizer, then the discriminator's if there is one."""
         found = self.optimizers()
-        found = found if isinstance(found, list) else [found]
-        return [o for o in found if isinstance(o, LightningOptimizer)]
+        return found if isinstance(found, list) else [found]
 
     def set_rates(self, optimizers: list[LightningOptimizer]) -> None:
         """Set the learning rates of this batch."""
@@ -143,21 +127,42 @@ class AdversarialModule(L.LightningModule):
             self.clip_gradients(optimizer, self.optim.clip, "norm")  # type: ignore[arg-type]
         optimizer.step()
 
-    def freeze_discriminator(self, frozen: bool) -> None:
-        """Keep the generator's backward pass from computing the discriminator's gradients."""
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(not frozen)
+    def update(self, images: Tensor, made: Tensor, nll: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """Step the autoencoder, then the discriminator once disc_start batches were seen.
 
-    def discriminate(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] to the discriminator's logits [B, 1, h, w]."""
-        assert self.discriminator is not None
-        return self.discriminator(images)
+        Args:
+            images: [B, 3, H, W].
+            made: their reconstructions, with graph.
+            nll: the reconstruction loss, which the adaptive weight compares.
+            loss: all but the adversarial term.
 
-
-def cosine(start: float, end: float, done: int, total: int) -> float:
-    """Return the value after `done` of `total` batches of a half cosine from start to end."""
-    progress = min(1.0, done / total) if total > 0 else 1.0
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+        Returns:
+            Scalars to log.
+        """
+        optimizers = self.optimizer_list()
+        self.set_rates(optimizers)
+        network, factor = self.discriminator, 0.0
+        logs: dict[str, Tensor] = {}
+        if network is not None:
+            factor = disc_factor(self.adversarial, self.batches_seen)
+            network.requires_grad_(False)  # its gradients are not the generator's business
+        if network is not None and factor:
+            last_layer = self.trained_network().last_layer
+            loss, logs = generator_loss(
+                loss, nll, network(made), last_layer, self.adversarial, factor
+            )
+        self.step(optimizers[0], loss)
+        if network is not None:
+            network.requires_grad_(True)
+        if network is not None and factor:
+            real, fake = network(images), network(made.detach())
+            disc_loss = DISC_LOSSES[self.adversarial.disc_loss](real.float(), fake.float())
+            self.step(optimizers[1], factor * disc_loss)
+            logs["disc_loss"] = factor * disc_loss
+            logs |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
+        self.batches_seen += 1
+        rate, seen = optimizers[0].param_groups[0]["lr"], float(self.batches_seen)
+        return logs | {"loss": loss, "lr": torch.tensor(rate), "batch": torch.tensor(seen)}
 
 
 def image_psnr(images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -49,15 +49,9 @@ def draw_rows(
         rows: [n, C] features in front of the output head.
         uniforms: [n] in [0, 1).
         head: maps [m, C] to logits [m, K].
-        temperature: the logits are divided by it, > 0.
+        temperature: as of `draw`; ValueError where it is not positive.
         logits_filter: maps logits [m, K] at temperature 1 to logits with excluded labels at -inf.
         chunk: rows that pass the head at once.
-
-    Returns:
-        [n] int64.
-
-    Raises:
-        ValueError: a temperature that is not positive (use the argmax mode for the limit 0).
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

@@ -16,12 +16,10 @@ from data.files import atomic
 
 
 def save_weights(path: Path | str, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    """Write tensors and the settings that rebuild their module as one safetensors file.
+    """Write tensors, and the plain settings that rebuild their module, as one safetensors file.
 
-    Args:
-        path: the file; it appears whole or not at all.
-        state: tensors by name; those that share storage are written one by one.
-        config: plain containers, stored as JSON in the file's metadata under "config".
+    It appears whole or not at all. Tensors that share storage are written one by one; the settings
+    are JSON in the file's metadata under "config".
     """
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -35,10 +33,7 @@ def save_weights(path: Path | str, state: Mapping[str, Tensor], config: dict[str
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and settings from a safetensors file of this suite or a Lightning checkpoint.
-
-    Returns:
-        The tensors by name and the plain settings.
+    """Read tensors and plain settings of a file of this suite or of a Lightning checkpoint.
 
     Raises:
         ValueError: a file that this suite did not write.
@@ -119,12 +114,7 @@ def load_foreign(path: Path | str) -> dict[str, Tensor]:
 
 
 def load_tensor(path: Path | str) -> Tensor:
-    """Read the one tensor of a foreign file, bare or under a name, as safely as `load_foreign`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: none, or several.
-    """
+    """Read the one tensor of a foreign file, bare or under a name, as safely as `load_foreign`."""
     content = _load_any(Path(path))
     found = [*_tensors({"it": content} if isinstance(content, Tensor) else content).values()]
     if len(found) != 1:
@@ -133,15 +123,11 @@ def load_tensor(path: Path | str) -> Tensor:
 
 
 def load_entries(path: Path | str) -> dict[str, dict[str, Tensor]]:
-    """Read the state dicts of an official training file by the names of their entries.
+    """Read the state dicts of an official training file, as safely as `load_foreign` does.
 
     Returns:
         Tensors by entry (`model`, `ema`, ...) and by foreign name; the bare tensors of a file, if
-        it has any, under the empty name. Read as safely as `load_foreign` does.
-
-    Raises:
-        FileNotFoundError: no such file, or a folder without weights.
-        ValueError: tensors that hold no plain numbers.
+        it has any, under the empty name.
     """
     content = _load_any(Path(path))
     parts = {"": content, **{str(k): v for k, v in _mapping(content).items()}}
@@ -190,11 +176,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index of weights names.
-
-    Raises:
-        ValueError: an index of another form, or one that names files elsewhere.
-    """
+    """The files that an index of weights names, all in its own folder."""
     try:
         names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -225,15 +207,10 @@ def _stand_in(name: str) -> Any:
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load `state` into `module`; every key must fit.
-
-    Args:
-        module: the network to fill.
-        state: tensors by the module's own names.
-        what: the name of the file or part, for the message.
+    """Load `state` into `module`; every key and shape must fit.
 
     Raises:
-        ValueError: missing or left-over keys, or a tensor of another shape.
+        ValueError: they do not; `what` names the file or part.
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

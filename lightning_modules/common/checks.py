@@ -25,9 +25,10 @@ def positive(config: Any, *names: str) -> None:
         require(value is None or 0 < value < math.inf, f"{name} must be positive, got {value}")
 
 
-def within(config: Any, low: float, high: float, *names: str) -> None:
-    """Refuse settings outside [low, high]; with high infinite, inside [low, inf)."""
-    limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+def within(config: Any, low: float, high: float, *names: str, called: str = "") -> None:
+    """Refuse settings outside [low, high], where high may be `called` by what it follows from."""
+    top = f"{called} ({high})" if called else f"{high}"
+    limits = f"at least {low}" if high == math.inf else f"from {low} to {top}"
     for name in names:
         value = getattr(config, name)
         fits = value is None or (low <= value <= high and math.isfinite(value))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_modules.common.checks import at_least, positive
+from lightning_modules.common.checks import at_least, below_one, positive, require
 
 
 @dataclass
@@ -43,10 +43,17 @@ class TextConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "layers", "buckets", "max_length")
         at_least(self, 0, "pad_id")
-        if self.hidden_state >= 0:
-            raise ValueError(f"hidden_state counts from the end, got {self.hidden_state}")
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"width must be even and at least 2, got {self.width}")
+        end = self.hidden_state
+        require(end < 0, f"hidden_state counts from the end, got {end}")
+        even = self.width >= 2 and self.width % 2 == 0
+        require(even, f"width must be even and at least 2, got {self.width}")
+
+    def check_width(self, name: str, width: int) -> None:
+        """Refuse a network's setting `name` that is not the width of vectors trained with it."""
+        require(
+            self.name != "bytes" or width == self.width,
+            f"{name} must be text.width ({self.width}) with text.name=bytes, got {width}",
+        )
 
     @property
     def pooled(self) -> bool:
@@ -81,8 +88,47 @@ class OptimConfig:
         positive(self, "lr")
         at_least(self, 0, "weight_decay", "warmup_steps", "clip")
         _check_betas(self.betas)
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        below_one(self, "ema")
+
+
+@dataclass
+class ConvConfig:
+    """Sizes of a convolutional autoencoder; defaults: SD3's."""
+
+    in_channels: int = 3
+    """channels of an image"""
+    ch: int = 128
+    """base width"""
+    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    """width of each level as a multiple of ch; one level fewer halvings than entries"""
+    num_res_blocks: int = 2
+    """residual blocks per level (the decoder has one more)"""
+    attn_resolutions: list[int] = field(default_factory=list)
+    """feature map sizes that get attention, counted from `resolution` when building"""
+    attn_type: Literal["vanilla", "none"] = "vanilla"
+    """none removes all attention, also the one in the middle"""
+    resolution: int = 256
+    """image size that attn_resolutions refers to; other sizes may still be encoded"""
+    norm_groups: int = 32
+    """groups of GroupNorm; every width must be a multiple"""
+    dropout: float = 0.0
+    """dropout inside the residual blocks"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "in_channels", "ch", "num_res_blocks", "resolution", "norm_groups")
+        require(bool(self.ch_mult), "ch_mult must name at least one level, got []")
+        below_one(self, "dropout")
+        self.check_widths(self.ch)
+
+    def check_widths(self, base: int) -> None:
+        """Refuse levels of width base * m that GroupNorm cannot divide."""
+        odd = [base * m for m in self.ch_mult if base * m % self.norm_groups]
+        require(not odd, f"norm_groups must divide every width, got {self.norm_groups} at {odd}")
+
+    @property
+    def conv_factor(self) -> int:
+        """Image pixels per latent position along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
 
 
 @dataclass
@@ -142,11 +188,11 @@ class AdversarialOptimConfig:
     """largest gradient norm of each network; 0 does not clip"""
 
     def __post_init__(self) -> None:
-        positive(self, "lr", *(["disc_lr"] if self.disc_lr is not None else []))
+        positive(self, "lr", "disc_lr")
         at_least(self, 0, "weight_decay", "warmup_batches", "decay_batches", "lr_end", "clip")
         _check_betas(self.betas)
 
 
 def _check_betas(betas: list[float]) -> None:
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    fit = len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    require(fit, f"betas must be two numbers in [0, 1), got {betas}")

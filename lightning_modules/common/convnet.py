@@ -4,60 +4,10 @@ Attribute names are those of the released state dicts (CompVis/taming-transforme
 taming/modules/diffusionmodules/model.py; Esser et al. 2021, table 7).
 """
 
-from collections.abc import Sequence
-from typing import Protocol
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class ConvSettings(Protocol):
-    """What `Encoder` and `Decoder` are built from."""
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image."""
-        ...
-
-    @property
-    def ch(self) -> int:
-        """Base width."""
-        ...
-
-    @property
-    def ch_mult(self) -> Sequence[int]:
-        """Width of each level as a multiple of ch; the map is halved between levels."""
-        ...
-
-    @property
-    def num_res_blocks(self) -> int:
-        """Residual blocks per level; the decoder has one more."""
-        ...
-
-    @property
-    def attn_resolutions(self) -> Sequence[int]:
-        """Feature map sizes that get attention, counted from `resolution`."""
-        ...
-
-    @property
-    def attn_type(self) -> str:
-        """Of vanilla and none; none removes all attention, also the one in the middle."""
-        ...
-
-    @property
-    def resolution(self) -> int:
-        """Image size that attn_resolutions refers to."""
-        ...
-
-    @property
-    def norm_groups(self) -> int:
-        """Groups of GroupNorm."""
-        ...
-
-    @property
-    def dropout(self) -> float:
-        """Dropout inside the residual blocks."""
-        ...
+from lightning_modules.common.config import ConvConfig
 
 
 class ResidualBlock(nn.Module):
@@ -125,37 +75,29 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution and the change to the next.
-
-    Args:
-        c_in: channels of the input.
-        c_out: channels after the first block.
-        blocks: number of residual blocks.
-        attention: whether each block is followed by attention.
-        resize: `Downsample`, `Upsample`, or None on the last level.
-        config: groups and dropout.
-    """
+    """`blocks` residual blocks, maybe with attention behind each, and the change of size."""
 
     def __init__(
         self,
         c_in: int,
-        c_out: int,
+        level: int,
         blocks: int,
-        attention: bool,
         resize: type[Downsample] | type[Upsample] | None,
-        config: ConvSettings,
+        config: ConvConfig,
     ) -> None:
         super().__init__()
-        groups = config.norm_groups
+        c, groups = config.ch * config.ch_mult[level], config.norm_groups
+        attention = config.resolution // 2**level in config.attn_resolutions
         self.block = nn.ModuleList(
-            ResidualBlock(c_in if j == 0 else c_out, c_out, groups, config.dropout)
-            for j in range(blocks)
+            ResidualBlock(c_in if j == 0 else c, c, groups, config.dropout) for j in range(blocks)
         )
         self.attn = nn.ModuleList(
-            AttentionBlock(c_out, groups) for _ in range(blocks if attention else 0)
+            AttentionBlock(c, groups)
+            for _ in self.block
+            if attention and config.attn_type != "none"
         )
-        self.downsample = Downsample(c_out) if resize is Downsample else nn.Identity()
-        self.upsample = Upsample(c_out) if resize is Upsample else nn.Identity()
+        self.downsample = Downsample(c) if resize is Downsample else nn.Identity()
+        self.upsample = Upsample(c) if resize is Upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, c_in, H, W] to [B, c_out, H', W']."""
@@ -169,7 +111,7 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """The bottleneck, with attention whatever attn_resolutions says."""
 
-    def __init__(self, c: int, config: ConvSettings) -> None:
+    def __init__(self, c: int, config: ConvConfig) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(c, c, config.norm_groups, config.dropout)
         self.attn_1 = (
@@ -185,25 +127,16 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Images to maps of c_out channels; c_first behind the first convolution, 0 is config.ch."""
 
-    def __init__(self, config: ConvSettings, c_out: int, c_first: int = 0) -> None:
+    def __init__(self, config: ConvConfig, c_out: int, c_first: int = 0) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         blocks, last = config.num_res_blocks, len(widths) - 1
         c_first = c_first or config.ch
         self.conv_in = nn.Conv2d(config.in_channels, c_first, 3, padding=1)
-        self.down = nn.Sequential(
-            *(
-                Level(
-                    widths[i - 1] if i > 0 else c_first,
-                    width,
-                    blocks,
-                    _has_attention(config, i),
-                    Downsample if i < last else None,
-                    config,
-                )
-                for i, width in enumerate(widths)
-            )
-        )
+        self.down = nn.Sequential()
+        for i in range(len(widths)):
+            c_in, resize = widths[i - 1] if i > 0 else c_first, Downsample if i < last else None
+            self.down.append(Level(c_in, i, blocks, resize, config))
         self.mid = Middle(widths[-1], config)
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
@@ -217,22 +150,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Maps of c_in channels to images; `up.i` is level i, so up.0 runs last."""
 
-    def __init__(self, config: ConvSettings, c_in: int) -> None:
+    def __init__(self, config: ConvConfig, c_in: int) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         blocks, last = config.num_res_blocks + 1, len(widths) - 1
         self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config)
         self.up = nn.ModuleList(
-            Level(
-                widths[min(i + 1, last)],
-                width,
-                blocks,
-                _has_attention(config, i),
-                Upsample if i > 0 else None,
-                config,
-            )
-            for i, width in enumerate(widths)
+            Level(widths[min(i + 1, last)], i, blocks, Upsample if i > 0 else None, config)
+            for i in range(len(widths))
         )
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
@@ -243,8 +169,3 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def _has_attention(config: ConvSettings, level: int) -> bool:
-    size = config.resolution // 2**level
-    return config.attn_type != "none" and size in config.attn_resolutions

@@ -27,9 +27,8 @@ class WeightAverage:
         state = module.state_dict()
         self.shadow = {k: v.to(state[k].device) for k, v in self.shadow.items()}
         moving = [k for k, v in state.items() if v.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.shadow[k] for k in moving], [state[k] for k in moving], 1 - decay
-        )
+        shadow, weights = [self.shadow[k] for k in moving], [state[k] for k in moving]
+        torch._foreach_lerp_(shadow, weights, 1 - decay)
         for k in state.keys() - set(moving):
             self.shadow[k].copy_(state[k])
 
@@ -55,13 +54,8 @@ def offline_average(states: Iterable[Mapping[str, Tensor]], decay: float) -> dic
 
     Muse has no average in training and this one after it (arXiv 2301.00704: a checkpoint every
     5000 steps, decay 0.7). Tensors without floating-point numbers are the last checkpoint's.
-
-    Args:
-        states: tensors by name, in the order of training; read one after the other.
-        decay: share of the average so far, at least 0 and below 1.
-
-    Returns:
-        Tensors by name, of the types they had; sums are float32 or wider.
+    The states are read one after the other; sums are float32 or wider, results of the types they
+    had.
 
     Raises:
         ValueError: no checkpoint, a decay out of range, or tensors that do not match.

@@ -16,48 +16,44 @@ from lightning_modules.common.settings import build
 
 State = dict[str, Tensor]
 Settings = list[tuple[str, Any]]
+Hints = Mapping[str, Any] | None
+Converted = tuple[State, dict[str, Any]]
+"""What `from_export` of a first stage takes."""
 
 PAD_IDS = {"!": 0, "<|endoftext|>": 49407}  # of CLIP's tokens, those that texts are filled with
 
 
 @dataclass
 class Foreign:
-    """A generator as it was found.
-
-    Attributes:
-        what: its name, for a person.
-        num_codes: codes of the tokenizer that it was trained on; None on continuous latents.
-        settings: what the tensors say: (dotted key of the paper's settings, value).
-        defaults: the same, where a user may say otherwise.
-        state: its tensors by the names of the paper's module.
-        text: a CLIP text encoder that came with it, by OpenAI's names.
-        tokenizer: file or folder where its first stage came along.
-        side: tokens along a side that it was trained on, where the file says it.
-        places: most tokens that it has positions for; None is any number.
-    """
+    """A generator as it was found."""
 
     what: str
+    """Its name, for a person."""
     num_codes: int | None
+    """Codes of the tokenizer that it was trained on; None on continuous latents."""
     settings: Settings
+    """What the tensors say: (dotted key of the paper's settings, value)."""
     defaults: Settings
+    """The same, where a user may say otherwise."""
     state: State
+    """Its tensors by the names of the paper's module."""
     text: State | None = None
+    """A CLIP text encoder that came with it, by OpenAI's names."""
     tokenizer: Path | None = field(default=None, kw_only=True)
+    """File or folder where its first stage came along."""
     side: int | None = field(default=None, kw_only=True)
+    """Tokens along a side that it was trained on, where the file says it."""
     places: int | None = field(default=None, kw_only=True)
+    """Most tokens that it has positions for; None is any number."""
 
 
-def section(hints: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the hints under `name.`, by the rest of their keys."""
-    return {k.removeprefix(f"{name}."): v for k, v in hints.items() if k.startswith(f"{name}.")}
+def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what has keys under `name.`, by the rest of them: hints, or tensors of a part."""
+    return {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read the JSON settings beside a network; none where there is no file.
-
-    Raises:
-        ValueError: no JSON, or no mapping.
-    """
+    """Read the JSON mapping beside a network; none where there is no file."""
     if not file.is_file():
         return {}
     try:
@@ -69,12 +65,8 @@ def read_settings(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_suite(source: Path, paper: str) -> tuple[State, dict[str, Any]] | None:
-    """Read the first stage of a file of this suite; None for a file of others.
-
-    Raises:
-        ValueError: a file of this suite with something else in it.
-    """
+def read_suite(source: Path, paper: str) -> Converted | None:
+    """Read the first stage of a file of this suite; None for a file of others."""
     if source.suffix != ".safetensors" or not source.is_file():
         return None
     try:
@@ -87,11 +79,7 @@ def read_suite(source: Path, paper: str) -> tuple[State, dict[str, Any]] | None:
 
 
 def trained_side(settings: Mapping[str, Any]) -> int | None:
-    """Return the token grid's side that a diffusers config.json says (sample_size).
-
-    Raises:
-        ValueError: no whole number of at least 1.
-    """
+    """Return the token grid's side that a diffusers config.json says (sample_size)."""
     side = settings.get("sample_size")
     if side is not None and (type(side) is not int or side < 1):
         raise ValueError(f"sample_size must be a whole number of at least 1, got {side!r}")
@@ -99,11 +87,7 @@ def trained_side(settings: Mapping[str, Any]) -> int | None:
 
 
 def pad_id(folder: Path) -> int:
-    """Return the token id that a CLIP tokenizer's folder pads texts with; without a word, the end.
-
-    Raises:
-        ValueError: a token that CLIP does not have.
-    """
+    """Return the id that a CLIP tokenizer's folder pads texts with; without a word, the end."""
     token = read_settings(folder / "tokenizer_config.json").get("pad_token", "<|endoftext|>")
     token = token.get("content") if isinstance(token, Mapping) else token
     if token not in [*PAD_IDS]:
@@ -114,11 +98,7 @@ def pad_id(folder: Path) -> int:
 
 
 def shape(state: Mapping[str, Tensor], key: str, ndim: int) -> torch.Size:
-    """Return the shape of a tensor that a checkpoint must have.
-
-    Raises:
-        ValueError: it lacks it, or has it with another number of dimensions, or without numbers.
-    """
+    """Return the shape of a tensor that a checkpoint must have, of so many dimensions."""
     if key not in state:
         raise ValueError(f"the checkpoint lacks {key}")
     found = state[key].shape
@@ -143,11 +123,7 @@ def count(keys: Iterable[str], prefix: str, least: int = 0) -> int:
 
 
 def check_types(cls: type, values: Mapping[str, Any]) -> None:
-    """Check values against the types of the dataclass `cls`; names that it lacks are passed over.
-
-    Raises:
-        ValueError: the first value of another type.
-    """
+    """Check values against the types of the dataclass `cls`, but for names that it lacks."""
     hints = get_type_hints(cls)
     for name, value in values.items():
         if name in hints and not _is(value, hints[name]):
@@ -157,11 +133,7 @@ def check_types(cls: type, values: Mapping[str, Any]) -> None:
 
 
 def typed(cls: type, values: Mapping[str, Any]) -> Any:
-    """Make the dataclass `cls` from plain values whose types are checked.
-
-    Raises:
-        ValueError: a wrong name, type or combination.
-    """
+    """Make the dataclass `cls` from plain values whose types are checked."""
     check_types(cls, values)
     return build(cls, values)
 
@@ -180,18 +152,10 @@ def _is(value: Any, hint: Any) -> bool:
 
 
 def fitted(network: Callable[[], nn.Module], state: Mapping[str, Tensor], what: str) -> State:
-    """Check tensors against the network that they belong to, which needs no memory for it.
+    """Return tensors in the precision of the network that they belong to.
 
-    Args:
-        network: makes the network.
-        state: tensors by the network's own names.
-        what: the name of the file or part, for the message.
-
-    Returns:
-        The tensors in the network's precision.
-
-    Raises:
-        ValueError: a key is missing, left over, of wrong shape or of another kind of number.
+    The network, which takes no memory, must have all of them, of their shapes and kinds of number;
+    `what` names the file or part in the message.
     """
     with torch.device("meta"):
         empty = network()
@@ -201,12 +165,7 @@ def fitted(network: Callable[[], nn.Module], state: Mapping[str, Tensor], what: 
 
 
 def numbers(name: str, value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor in the precision that it is used in.
-
-    Raises:
-        ValueError: whole or complex numbers in place of real ones (or the other way round), or
-            such as are not finite.
-    """
+    """Return a tensor of finite real (or whole) numbers in the precision that it is used in."""
     real = value.is_floating_point()
     if value.is_complex() or real != dtype.is_floating_point:
         wanted = "real" if dtype.is_floating_point else "whole"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_modules.common.checkpoint import load_strict
@@ -15,12 +14,12 @@ from lightning_modules.common.ema import WeightAverage
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
 from lightning_modules.common.request import OnStep, Request
-from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import TEXT_ENCODERS, Condition
+from lightning_modules.common.training import SeededModule
 
 
-class GeneratorModule(LightningModule):
+class GeneratorModule(SeededModule):
     """Trains on tokens or images with captions, samples images for prompts.
 
     A subclass names its settings (`config_class`, with sections text, optim and sampling among
@@ -43,15 +42,12 @@ class GeneratorModule(LightningModule):
     """Papers whose checkpoints this one samples too, by `adopt`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        self.save_hyperparameters({"config": config})
+        super().__init__(config)
         fields = {f.name for f in dataclasses.fields(self.config_class)}
-        self.config: Any = build(
-            self.config_class, {k: v for k, v in config.items() if k in fields}
-        )
+        own = {k: v for k, v in config.items() if k in fields}
+        self.config: Any = build(self.config_class, own)
         self.geometry = Geometry.from_config(config)
         self.config.check_fit(self.geometry)
-        self.seed: int = config.get("seed", 0)
         self.grid: tuple[int, int] = self.geometry.grid
         self.optim: OptimConfig = self.config.optim
         text: TextConfig = self.config.text
@@ -59,7 +55,6 @@ class GeneratorModule(LightningModule):
         self.text_encoder = encoder if isinstance(encoder, nn.Module) else None
         self._attached: dict[str, Any] = {"first_stage": None, "text": encoder}
         self.average: WeightAverage | None = None
-        self.generator = torch.Generator()
 
     @classmethod
     def assemble(
@@ -69,16 +64,10 @@ class GeneratorModule(LightningModule):
         parts: Mapping[str, tuple[dict[str, Tensor], dict[str, Any]]],
         what: str,
     ) -> Self:
-        """Build the generator of a checkpoint.
-
-        Args:
-            state: its tensors.
-            config: its plain settings.
-            parts: tensors and settings of further files that belong to it, by their names.
-            what: the file, for messages.
+        """Build the generator of a checkpoint from its tensors, settings and further parts by name.
 
         Raises:
-            ValueError: tensors that do not fit, or a part that this paper has not.
+            ValueError: tensors that do not fit, or a part that this paper has not, in file `what`.
         """
         if parts:
             raise ValueError(f"{what}: {cls.__name__} has no part {next(iter(parts))}")
@@ -93,18 +82,17 @@ class GeneratorModule(LightningModule):
 
     @property
     def first_stage(self) -> Any:
-        """What turns images into the tokens or latents that this generator models, and back."""
+        """What turns images into the tokens or latents that this generator models, and back.
+
+        It has `factor`, `encode` and `decode`; a tokenizer `num_codes` and `codebook()` besides; an
+        autoencoder `channels`, `moments`, `sample_posterior` and `normalise`.
+        """
         if self._attached["first_stage"] is None:
             raise ValueError("this generator has no first stage yet: call attach(first_stage)")
         return self._attached["first_stage"]
 
     def attach(self, first_stage: Any, **others: Any) -> Self:
-        """Give the generator its (frozen) first stage.
-
-        Args:
-            first_stage: a tokenizer or an autoencoder.
-            **others: those of `further_first_stages`.
-        """
+        """Give the generator its (frozen) first stage, and those of `further_first_stages`."""
         self._attached |= {"first_stage": first_stage, **others}
         return self
 
@@ -118,11 +106,7 @@ class GeneratorModule(LightningModule):
         return self.first_stage
 
     def part(self, name: str) -> "GeneratorModule":
-        """Return a part that draws pictures of its own; under the empty name the generator itself.
-
-        Raises:
-            ValueError: there is no such part.
-        """
+        """Return a part that draws pictures of its own; the empty name is the generator itself."""
         if name:
             raise ValueError(f"{type(self).__name__} has no part {name}")
         return self
@@ -157,20 +141,16 @@ class GeneratorModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self._attached["text"](list(captions), self.device)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Speak up where prompts cannot be understood, before any work.
+    def share_text(self, other: "GeneratorModule") -> None:
+        """Take the text encoder that another generator holds."""
+        self._attached["text"] = other._attached["text"]
 
-        Raises:
-            ValueError, OSError, RuntimeError: whatever the text encoder has to say.
-        """
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Speak up where prompts cannot be understood, before any work."""
         self.encode_text(prompts[:1])
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] in [-1, 1] to pooled image vectors of the text encoder's CLIP.
-
-        Raises:
-            ValueError: the text encoder of this generator has no image branch.
-        """
+        """Map images [B, 3, H, W] in [-1, 1] to pooled image vectors of the text encoder's CLIP."""
         if not hasattr(self._attached["text"], "encode_images"):
             raise ValueError(
                 f"text.name={self.config.text.name} has no image vectors; a variation starts from "
@@ -184,19 +164,11 @@ class GeneratorModule(LightningModule):
         return None
 
     def begin(self, first_stage: str) -> bool:
-        """Take over weights to start a training from; False where nothing is to be trained.
-
-        Args:
-            first_stage: sha256 of the first stage's file.
-        """
+        """Take over weights to start from, on a first stage of this sha256; False: no training."""
         return True
 
     def settings(self, changes: Mapping[str, Any]) -> Any:
-        """Return the checkpoint's sampling settings with some replaced, also inside sections.
-
-        Raises:
-            ValueError: an unknown setting, or one out of range.
-        """
+        """Return the checkpoint's sampling settings with some replaced, also inside sections."""
         own = plain(self.config.sampling)
         for name, value in changes.items():
             nested = isinstance(value, Mapping) and isinstance(own.get(name), dict)
@@ -204,24 +176,17 @@ class GeneratorModule(LightningModule):
         return build(type(self.config.sampling), own)
 
     def check_request(self, request: Request, first_step: int = 0) -> None:
-        """Refuse what this paper cannot do.
-
-        Args:
-            request: what is asked.
-            first_step: steps that a variation skips, which needs something to begin with.
-
-        Raises:
-            ValueError: an ability that it lacks, or a mask or a variation without a picture.
-        """
+        """Refuse an ability that this paper lacks, and a mask or a variation without a picture."""
         lacks = sorted(request.asked() - self.ABILITIES)
         if lacks:
             raise ValueError(f"this checkpoint's paper cannot take `{lacks[0]}`")
-        if request.start is None:
-            needs = {"a mask": request.mask is not None, "an edit without a mask": request.rewrite,
-                     "sampling.first_step": first_step > 0}  # fmt: skip
-            for what, asked in needs.items():
-                if asked:
-                    raise ValueError(f"{what} needs a picture to start from (start)")
+        for what, asked in (
+            ("a mask", request.mask is not None),
+            ("an edit without a mask", request.rewrite),
+            ("sampling.first_step", first_step > 0),
+        ):
+            if asked and request.start is None:
+                raise ValueError(f"{what} needs a picture to start from (start)")
 
     @abstractmethod
     def loss(
@@ -262,40 +227,24 @@ class GeneratorModule(LightningModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.first_stage.encode(batch["image"])
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Seed all noise of an epoch by (seed, epoch, rank): resuming at its border is exact.
-
-        This waits for the first batch because a data loader's iterator, which is made before or
-        after the epoch's start depending on resuming, may draw from the global generator.
-        """
-        if batch_idx == 0:
-            seed = mix_seed(self.seed, self.current_epoch, self.global_rank)
-            torch.manual_seed(seed)
-            self.generator = torch.Generator(self.device).manual_seed(seed)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log and return the loss."""
         loss, scalars = self.loss(batch, self.generator)
-        values = {"train/loss": loss, **{f"train/{k}": v for k, v in scalars.items()}}
-        self.log_dict(values, batch_size=len(batch["caption"]))
+        self.log_scalars("train", {"loss": loss, **scalars}, batch["caption"])
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the loss under noise that is the same at every validation."""
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         loss, scalars = self.loss(batch, generator)
-        values = {"val/loss": loss, **{f"val/{k}": v for k, v in scalars.items()}}
-        self.log_dict(values, batch_size=len(batch["caption"]), sync_dist=True)
+        self.log_scalars("val", {"loss": loss, **scalars}, batch["caption"])
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up over everything trainable."""
         optimizer = adamw(self.optim, [self])
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(self.optim, total))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip the global norm to optim.clip."""
@@ -315,15 +264,17 @@ class GeneratorModule(LightningModule):
         if self.average is not None and self.trainer.global_step > self.average.updates:
             self.average.update(self)
 
-    def on_validation_start(self) -> None:
-        """Validate the weights that are exported: the average, where there is one."""
+    def _exchange(self) -> None:
         if self.average is not None and not self.trainer.sanity_checking:
             self.average.exchange(self)
 
+    def on_validation_start(self) -> None:
+        """Validate the weights that are exported: the average, where there is one."""
+        self._exchange()
+
     def on_validation_end(self) -> None:
         """Give the trained weights back."""
-        if self.average is not None and not self.trainer.sanity_checking:
-            self.average.exchange(self)
+        self._exchange()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the average under its own key."""

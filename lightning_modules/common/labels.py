@@ -7,12 +7,9 @@ def read_label(prompt: str, classes: Sequence[str], count: int) -> int:
     """Read the class that a prompt asks for: a number, or a text that names exactly one class.
 
     Args:
-        prompt: such as "7" or "a handwritten seven".
+        prompt: such as "7" or "a handwritten seven"; ValueError: no class, or several.
         classes: names of the classes by label; empty where they have none.
         count: labels are 0..count-1.
-
-    Raises:
-        ValueError: no class, or several.
     """
     words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
     names = [name.lower().split() for name in classes]

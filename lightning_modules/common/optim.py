@@ -1,42 +1,49 @@
-"""AdamW with a linear warm-up, as most of the papers use it."""
+"""AdamW and the schedules of its rate, as most of the papers use them."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import AdamW
 
-from lightning_modules.common.config import OptimConfig
+from lightning_modules.common.config import AdversarialOptimConfig, OptimConfig
 
 
-def adamw(config: OptimConfig, modules: Iterable[nn.Module]) -> torch.optim.AdamW:
-    """Make AdamW over all trainable parameters of `modules`."""
+def adamw(
+    config: OptimConfig | AdversarialOptimConfig,
+    modules: Iterable[nn.Module],
+    lr: float | None = None,
+) -> AdamW:
+    """Make AdamW over all trainable parameters of `modules`; lr None is the config's."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if config.decay_all or p.ndim >= 2]},
-        {
-            "params": [p for p in parameters if not config.decay_all and p.ndim < 2],
-            "weight_decay": 0.0,
-        },
-    ]
-    return torch.optim.AdamW(
+    decayed = [p for p in parameters if config.decay_all or p.ndim >= 2]
+    others = [p for p in parameters if not config.decay_all and p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    b1, b2 = config.betas
+    return AdamW(
         [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
+        lr=lr or config.lr,
+        betas=(b1, b2),
         weight_decay=config.weight_decay,
     )
 
 
+def cosine(start: float, end: float, done: int, total: int) -> float:
+    """Return the value after `done` of `total` steps of a half cosine from start to end."""
+    progress = min(1.0, done / total) if total > 0 else 1.0
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """Return step -> factor of the peak rate: step/warmup, then constant or a cosine to 0."""
+    warmup = config.warmup_steps
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return step / config.warmup_steps
+        if step < warmup:
+            return step / warmup
         if config.schedule == "constant":
             return 1.0
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return cosine(1.0, 0.0, step - warmup, max(1, total_steps - warmup))
 
     return factor

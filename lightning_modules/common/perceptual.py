@@ -45,14 +45,10 @@ class LPIPS(nn.Module):
             # the reference's place 0 is a Dropout, which in training made its distance random
             lin.model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             self.add_module(f"lin{stage}", lin)
-        self.register_buffer(
-            "shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False
-        )
-        self.requires_grad_(False)
-        self.eval()
+        shift, scale = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]
+        for name, value in (("shift", shift), ("scale", scale)):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stay in evaluation mode whatever is asked."""
@@ -60,12 +56,10 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Map images [B, 3, H, W] in [-1, 1] to the five activations [B, c_i, H/2^i, W/2^i]."""
-        h = (images.float() - self.shift) / self.scale
-        activations = []
+        activations = [(images.float() - self.shift) / self.scale]
         for stage in self.net.children():
-            h = stage(h)
-            activations.append(h)
-        return activations
+            activations.append(stage(activations[-1]))
+        return activations[1:]
 
     def layers(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Return the weighted squared differences of the five stages, each [B, 1, h_i, w_i]."""
@@ -144,12 +138,7 @@ def read_lpips(path: Path | str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
 
 
 def load_lpips(path: Path | str) -> LPIPS:
-    """Make the distance from a file or folder that `read_lpips` reads.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a part is missing.
-    """
+    """Make the distance from a file or folder that `read_lpips` reads."""
     state, widths = read_lpips(path)
     lpips = LPIPS(widths)
     load_strict(lpips, state, str(path))

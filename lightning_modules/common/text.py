@@ -2,6 +2,7 @@
 
 import logging
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,19 +19,16 @@ from lightning_modules.common.config import TextConfig
 
 @dataclass
 class Condition:
-    """What a generator is conditioned on.
-
-    Attributes:
-        tokens: [B, L, D] float, one vector per text token.
-        mask: [B, L] bool, True where a token is real; None where all are attended.
-        pooled: [B, P] float, one text vector per caption, or None.
-        image: [B, P] float, one image vector per sample, or None.
-    """
+    """What a generator is conditioned on."""
 
     tokens: Tensor
+    """[B, L, D] float, one vector per text token."""
     mask: Tensor | None = None
+    """[B, L] bool, True where a token is real; None where all are attended."""
     pooled: Tensor | None = None
+    """[B, P] float, one text vector per caption, or None."""
     image: Tensor | None = None
+    """[B, P] float, one image vector per sample, or None."""
 
 
 @lru_cache(maxsize=100_000)
@@ -95,26 +93,49 @@ class ByteEncoder(nn.Module):
         return spaced.split()[: self.config.max_length]
 
 
-class OpenClipEncoder:
-    """Frozen pooled text and image vectors of an open_clip model, not normalised.
+class FrozenEncoder(ABC):
+    """A frozen model that is loaded at its first use.
 
-    A plain object, so that no generator that holds one has its weights in the state dict. The
-    model is loaded at the first use. Images are resized to the square without a crop, as Paella's
-    released code does (dome272/Paella: src_distributed).
+    A plain object, so that no generator that holds one has its weights in the state dict.
     """
 
     def __init__(self, config: TextConfig) -> None:
         self.config = config
         self._model: Any = None
 
-    @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
-    def _load(self, device: torch.device) -> None:
+    @abstractmethod
+    def _load(self, device: torch.device) -> Any:
+        """Make the model; ValueError names the setting that it cannot be made from."""
+
+    def model(self, device: torch.device) -> Any:
+        """Return the model on a device."""
+        if self._model is None:
+            # making a model draws; a resumed run makes it elsewhere
+            with torch.random.fork_rng(devices=[]):
+                self.use(self._load(device), device)
+        return self._model
+
+    def use(self, model: Any, device: torch.device) -> None:
+        """Take a model that is there already."""
+        self._model = model.eval().requires_grad_(False).to(device)
+
+
+class OpenClipEncoder(FrozenEncoder):
+    """Pooled text and image vectors of an open_clip model, not normalised.
+
+    Images are resized to the square without a crop, as Paella's released code does (dome272/Paella:
+    src_distributed).
+    """
+
+    def _load(self, device: torch.device) -> Any:
         import open_clip
 
         silenced = logging.root.manager.disable
         logging.disable(logging.ERROR)  # open_clip also logs what it raises
         try:
             model = open_clip.create_model(self.config.clip, self.config.clip_pretrained)
+            self._tokenizer = open_clip.get_tokenizer(self.config.clip)
+            return model
         except RuntimeError as error:
             raise ValueError(
                 f"text.clip={self.config.clip} with text.clip_pretrained="
@@ -123,58 +144,47 @@ class OpenClipEncoder:
             ) from error
         finally:
             logging.disable(silenced)
-        self._model = model.eval().requires_grad_(False).to(device)
-        self._tokenizer = open_clip.get_tokenizer(self.config.clip)
 
     @torch.no_grad()
     def __call__(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to pooled vectors [B, P] float32, also given as one token [B, 1, P]."""
-        if self._model is None:
-            self._load(device)
-        pooled = self._model.encode_text(self._tokenizer(captions).to(device)).float()
+        model = self.model(device)
+        pooled = model.encode_text(self._tokenizer(captions).to(device)).float()
         return Condition(pooled[:, None], None, pooled)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to image vectors [B, P] float32."""
-        if self._model is None:
-            self._load(images.device)
-        visual = self._model.visual
-        size = visual.image_size  # an int or (height, width)
+        model = self.model(images.device)
+        size = model.visual.image_size  # an int or (height, width)
         size = size if isinstance(size, tuple) else (size, size)
         resized = nn.functional.interpolate(
             images, size=size, mode="bicubic", antialias=True, align_corners=False
         )
         mean, std = (
             torch.tensor(v, device=images.device).view(1, 3, 1, 1)
-            for v in (visual.image_mean, visual.image_std)
+            for v in (model.visual.image_mean, model.visual.image_std)
         )
-        return self._model.encode_image(((resized + 1) / 2 - mean) / std).float()
+        return model.encode_image(((resized + 1) / 2 - mean) / std).float()
 
 
-class T5Encoder:
-    """Frozen hidden states of a T5 encoder (Muse: T5-XXL), loaded at first use."""
+class T5Encoder(FrozenEncoder):
+    """Hidden states of a T5 encoder (Muse: T5-XXL)."""
 
     usual = "google/t5-v1_1-xxl"
 
-    def __init__(self, config: TextConfig) -> None:
-        self.config = config
-        self._t5: Any = None
-
-    @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
-    def _load(self, device: torch.device) -> None:
+    def _load(self, device: torch.device) -> Any:
         from transformers import T5EncoderModel
 
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        path, dtype = self.config.path, torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            self._tokenizer = self._make_tokenizer(self.config.path)
-            t5 = T5EncoderModel.from_pretrained(self.config.path, dtype=dtype)
+            self._tokenizer = self._make_tokenizer(path)
+            return T5EncoderModel.from_pretrained(path, dtype=dtype)
         except OSError as error:
             raise ValueError(
-                f"text.path={self.config.path} is neither a folder with a T5 encoder nor "
+                f"text.path={path} is neither a folder with a T5 encoder nor "
                 f"a hub name that can be reached; download {self.usual} and name its folder"
             ) from error
-        self._t5 = t5.eval().requires_grad_(False).to(device)
 
     def _make_tokenizer(self, path: str) -> Any:
         from transformers import T5Tokenizer
@@ -191,8 +201,7 @@ class T5Encoder:
     @torch.no_grad()
     def __call__(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to hidden states [B, L, D] float32, L the longest."""
-        if self._t5 is None:
-            self._load(device)
+        t5 = self.model(device)
         batch = self._tokenizer(
             captions,
             padding="longest",
@@ -204,12 +213,12 @@ class T5Encoder:
         # by one
         hide = self.config.mask_padding
         attention = batch["attention_mask"] if hide else torch.ones_like(batch["input_ids"])
-        hidden = self._t5(input_ids=batch["input_ids"], attention_mask=attention).last_hidden_state
+        hidden = t5(input_ids=batch["input_ids"], attention_mask=attention).last_hidden_state
         return Condition(hidden.float(), attention.bool() if hide else None)
 
 
 class ByT5Encoder(T5Encoder):
-    """Frozen ByT5 hidden states with pooled open_clip vectors (Paella v3), loaded at first use."""
+    """ByT5 hidden states with pooled open_clip vectors (Paella v3)."""
 
     usual = "google/byt5-xl"
 
@@ -324,19 +333,14 @@ _OPENAI_LAYER = {
 }
 
 
-class ClipTextEncoder:
-    """Frozen hidden states of a CLIP text transformer, padding included, loaded at first use.
+class ClipTextEncoder(FrozenEncoder):
+    """Hidden states of a CLIP text transformer, padding included.
 
     VQ-Diffusion: the last hidden states behind the final norm, without the projection, each token
     divided by its L2 norm. Texts are padded to the model's length and nothing is masked.
     """
 
-    def __init__(self, config: TextConfig) -> None:
-        self.config = config
-        self._model: Any = None
-
-    @torch.random.fork_rng(devices=[])  # making a model draws; a resumed run makes it elsewhere
-    def _load(self, device: torch.device) -> None:
+    def _load(self, device: torch.device) -> Any:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         path = self.config.path
@@ -344,38 +348,28 @@ class ClipTextEncoder:
         try:
             if Path(path).is_file():
                 model = openai_clip_text(load_foreign(path))
-                model = model if projected else model.text_model
-            else:
-                kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-                model = kind.from_pretrained(path, dtype=torch.float32)
+                return model if projected else model.text_model
+            kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+            return kind.from_pretrained(path, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"text.path={path} is neither a folder with a CLIP text model, nor a file of "
                 "OpenAI's weights, nor a hub name that can be reached; download "
                 f"openai/clip-vit-base-patch32 and name its folder ({str(error).splitlines()[0]})"
             ) from error
-        self.use(model, device)
-
-    def use(self, model: Any, device: torch.device) -> None:
-        """Take a CLIPTextModel or CLIPTextModelWithProjection that is there already."""
-        self._model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to tokens [B, L, D] float32, L the model's length, and pooled [B, P]."""
-        if self._model is None:
-            self._load(device)
-        length = self._model.config.max_position_embeddings
+        length = self.model(device).config.max_position_embeddings
         return self.states(clip_token_ids(captions, length, self.config.pad_id).to(device))
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> Condition:
         """Encode token ids [B, L] as `__call__` encodes captions."""
-        found = self._model(input_ids=ids, output_hidden_states=self.config.hidden_state != -1)
-        if self.config.hidden_state == -1:
-            tokens = found.last_hidden_state
-        else:
-            tokens = found.hidden_states[self.config.hidden_state]
+        place, model = self.config.hidden_state, self.model(ids.device)
+        found = model(input_ids=ids, output_hidden_states=place != -1)
+        tokens = found.last_hidden_state if place == -1 else found.hidden_states[place]
         if self.config.unit_norm:
             tokens = tokens / tokens.norm(dim=-1, keepdim=True)
         return Condition(tokens, None, found.text_embeds if self.config.projected else None)

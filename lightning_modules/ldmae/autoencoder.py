@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.common.adversarial import DISC_LOSSES, adaptive_weight, disc_factor
 from lightning_modules.common.adversarial_training import AdversarialModule, image_psnr
 from lightning_modules.common.checkpoint import load_strict, load_weights
-from lightning_modules.common.seeding import mix_seed
 from lightning_modules.common.settings import build, plain
 from lightning_modules.ldmae.config import AutoencoderConfig
 from lightning_modules.ldmae.conv import ConvAutoencoder
@@ -28,48 +26,41 @@ from lightning_modules.ldmae.losses import (
 )
 from lightning_modules.ldmae.vmae import VMAE, Masking, masking, resize_tables, visible_patches
 
-NETWORK = "network."
+EXPORTED = ("network.", "latent_")  # what a file holds
 LEAST_STD = 1e-6  # of a channel; a draw of log variance -30 alone has 3e-7
 
 
 @dataclass
 class TrainingNoise:
-    """The random numbers of one training batch; None where a kind or a setting needs none.
-
-    Attributes:
-        mask: [B, L] uniform, orders the patches for masking.
-        posterior: standard normal, [B, C, N] for N visible patches, or [B, C, h, w] (conv).
-        image: [B, 3, H, W] standard normal, the noise of dae before it is scaled.
-    """
+    """The random numbers of one training batch; None where a kind or a setting needs none."""
 
     mask: Tensor | None = None
+    """[B, L] uniform, orders the patches for masking."""
     posterior: Tensor | None = None
+    """Standard normal, [B, C, N] for N visible patches, or [B, C, h, w] (conv)."""
     image: Tensor | None = None
+    """[B, 3, H, W] standard normal, the noise of dae before it is scaled."""
 
 
 @dataclass
 class Pass:
-    """What became of a training batch.
-
-    Attributes:
-        images: reconstructions [B, 3, H, W], not clamped.
-        mean: [B, C, N] or [B, C, h, w].
-        logvar: the same shape; None where the kind has no variance.
-        hidden: which patches the encoder did not see.
-    """
+    """What became of a training batch."""
 
     images: Tensor
+    """Reconstructions [B, 3, H, W], not clamped."""
     mean: Tensor
+    """[B, C, N] or [B, C, h, w]."""
     logvar: Tensor | None
+    """The same shape; None where the kind has no variance."""
     hidden: Masking | None
+    """Which patches the encoder did not see."""
 
 
 class AutoencoderModule(AdversarialModule):
     """The continuous twin of the tokenizer: VMAE, or one of the four that it is compared with.
 
     Args:
-        config: plain dict with the fields of `AutoencoderConfig`, and optionally `seed` (0), from
-            which every epoch's random numbers follow together with epoch and rank.
+        config: plain dict with the fields of `AutoencoderConfig`, and optionally `seed` (0).
 
     Raises:
         ValueError: an unknown setting, or one out of range.
@@ -80,60 +71,37 @@ class AutoencoderModule(AdversarialModule):
 
     def __init__(self, config: dict[str, Any]) -> None:
         own = {k: v for k, v in config.items() if k not in ("seed", "paper")}
-        settings = build(AutoencoderConfig, own)
-        super().__init__(config, settings.optim)
-        self.config = c = settings
+        c = build(AutoencoderConfig, own)
+        super().__init__(config, c.optim, c.objective)
+        self.config = c
         self.network: VMAE | ConvAutoencoder = (
             VMAE(c.vit, c.channels)
             if c.kind == "vmae"
             else ConvAutoencoder(c.conv, c.channels, c.stochastic)
         )
         if c.kind == "sdvae":
-            self.add_discriminator(c.objective, c.conv.in_channels)
+            self.add_discriminator(c.conv.in_channels)
         self.channels: int = c.channels
         self.factor: int = c.factor
         self.register_buffer("latent_mean", torch.zeros(c.channels))
         self.register_buffer("latent_std", torch.ones(c.channels))
-        self.generator = torch.Generator()
         if c.objective.freeze_encoder:
-            for parameter in self.network.encoder_parameters():
-                parameter.requires_grad_(False)
+            self.network.encoder.requires_grad_(False)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Encode images to the parameters of their posteriors.
+        """Encode images [B, 3, H, W] in [-1, 1] to posteriors [B, 2C, H/factor, W/factor].
 
-        Args:
-            images: [B, 3, H, W] in [-1, 1]; H and W multiples of `factor`.
-
-        Returns:
-            [B, 2C, H/factor, W/factor]: C means, then C log variances in [-30, 20]; -30 where the
-            kind has no variance (ae, dae).
-
-        Raises:
-            ValueError: a height or width that `factor` does not divide.
+        These are C means, then C log variances in [-30, 20]; -30 where the kind has none (ae, dae).
         """
-        height, width = images.shape[-2:]
-        if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"the autoencoder needs sides that are multiples of {self.factor}, "
-                f"got {height} x {width}"
-            )
+        self.check_size(images)
         moments = self.network.moments(images.to(self.latent_mean.dtype))
         if not self.config.stochastic:
             return torch.cat([moments, torch.full_like(moments, LOGVAR_RANGE[0])], dim=1)
         return torch.cat(split_moments(moments), dim=1)
 
     def sample_posterior(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draw latents, not normalised.
-
-        Args:
-            moments: [B, 2C, h, w] as `moments` returns them.
-            noise: [B, C, h, w] standard normal; zeros give the mean.
-
-        Returns:
-            [B, C, h, w].
-        """
+        """Draw latents [B, C, h, w], not normalised: moments [B, 2C, h, w], noise N(0, 1)."""
         return draw_latents(*split_moments(moments), noise)
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -163,15 +131,13 @@ class AutoencoderModule(AdversarialModule):
         """Set the statistics of `normalise` from the sampled latents of `count` training images.
 
         Every picture has its own draw and is summed by itself in float64, so that the size of the
-        batches changes nothing but the rounding of the encoder.
+        batches changes nothing but the rounding of the encoder. The released code takes 10,000
+        pictures, not flipped.
 
         Args:
             images: batches [B, 3, H, W] in [-1, 1] of any size; what is over is not looked at.
-            count: pictures; the released code takes 10,000, not flipped.
+            count: pictures; ValueError where there are fewer, or a channel never changes.
             generator: source of the posterior noise, on the CPU.
-
-        Raises:
-            ValueError: fewer images than `count`, or a channel that never changes.
         """
 
         def draws() -> Iterator[Tensor]:
@@ -193,11 +159,7 @@ class AutoencoderModule(AdversarialModule):
         self.train(training)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take mean and standard deviation of each channel, [C] each (or [1, C, 1, 1]).
-
-        Raises:
-            ValueError: a channel that never changes.
-        """
+        """Take mean and standard deviation of each channel, [C] each (or [1, C, 1, 1])."""
         if not bool((std > LEAST_STD).all()):
             dead = int((std.flatten() <= LEAST_STD).nonzero()[0])
             raise ValueError(
@@ -209,7 +171,7 @@ class AutoencoderModule(AdversarialModule):
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what an autoencoder file holds: network, statistics, and the settings of both."""
-        state = {k: v.detach() for k, v in self.state_dict().items() if _exported(k)}
+        state = {k: v.detach() for k, v in _exported(self.state_dict()).items()}
         c = self.config
         sizes = {"vit": plain(c.vit)} if c.kind == "vmae" else {"conv": plain(c.conv)}
         return state, {"paper": "autoencoder", "kind": c.kind, "channels": c.channels, **sizes}
@@ -218,19 +180,11 @@ class AutoencoderModule(AdversarialModule):
     def from_export(
         cls, state: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> "AutoencoderModule":
-        """Build the autoencoder, without what trains it, from `export` or a Lightning checkpoint.
-
-        Args:
-            state: tensors of `export`, or a whole `state_dict` of this module.
-            config: settings with kind, channels and the section of its network.
-
-        Raises:
-            ValueError: tensors that do not fit the settings.
-        """
+        """Build the autoencoder, without its training, from `export` or a Lightning checkpoint."""
         names = ("kind", "channels", "vit", "conv")
         own = {name: config[name] for name in names if name in config}
         module = cls({**own, "objective": {"disc_weight": 0.0}})
-        load_strict(module, {k: v for k, v in state.items() if _exported(k)}, "the autoencoder")
+        load_strict(module, _exported(state), "the autoencoder")
         return module.eval()
 
     def trained_network(self) -> nn.Module:
@@ -246,17 +200,15 @@ class AutoencoderModule(AdversarialModule):
         self.use_lpips(c.objective.lpips_path, weight, stage)
 
     def start_from(self, path: Path | str) -> None:
-        """Take network and statistics of an autoencoder file; position tables are resized.
-
-        Raises:
-            ValueError: another kind of autoencoder, or other sizes.
-        """
+        """Take network and statistics of an autoencoder file; position tables are resized."""
         state, config = load_weights(path)
         if config.get("paper") != "autoencoder" or config["kind"] != self.config.kind:
             what = config.get("kind", config.get("paper"))
             raise ValueError(f"start: {path} is a {what}, not a {self.config.kind}")
-        state = {k: v for k, v in state.items() if _exported(k)}
-        load_strict(self, _with_own(self, resize_tables(state, self.config.vit)), str(path))
+        taken = resize_tables(_exported(state), self.config.vit)
+        # the discriminator is in no file
+        rest = {k: v for k, v in self.state_dict().items() if not k.startswith(EXPORTED)}
+        load_strict(self, rest | taken, str(path))
 
     def draw(self, images: Tensor, generator: torch.Generator) -> TrainingNoise:
         """Draw what a batch [B, 3, H, W] needs from a generator on its device."""
@@ -276,12 +228,7 @@ class AutoencoderModule(AdversarialModule):
         return noise
 
     def forward(self, images: Tensor, noise: TrainingNoise) -> Pass:
-        """Encode and decode as in training.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1].
-            noise: of `draw`; without posterior noise the mean is decoded.
-        """
+        """Encode and decode images [B, 3, H, W] as in training, with noise of `draw`."""
         o, hidden, logvar = self.config.objective, None, None
         if isinstance(self.network, VMAE):
             if noise.mask is not None:
@@ -306,14 +253,7 @@ class AutoencoderModule(AdversarialModule):
 
         L_reg is the mean over latent positions of the sum over channels; it leaves the mean free
         for vmae, and is the usual KL from N(0, 1) for vae and sdvae. A term of weight 0 is not
-        computed.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1].
-            made: of `forward`.
-
-        Returns:
-            The scalar, and the terms by name: visible, masked, perceptual, kl.
+        computed. Beside the scalar stand its terms: visible, masked, perceptual, kl.
         """
         c, o, x = self.config, self.config.objective, images.float()
         terms: dict[str, Tensor] = {}
@@ -328,10 +268,9 @@ class AutoencoderModule(AdversarialModule):
         if lpips is not None and o.perceptual_weight and c.kind in ("vmae", "sdvae"):
             terms["perceptual"] = lpips(x, made.images).mean()
         if made.logvar is not None and c.kl_weight:
+            kl = normal_kl(made.mean, made.logvar)
             if c.kind == "vmae":
                 kl = variance_kl(made.logvar, o.fixed_std)
-            else:
-                kl = normal_kl(made.mean, made.logvar)
             terms["kl"] = kl.sum(1).mean()
         weights = {
             "visible": o.visible_weight,
@@ -342,41 +281,12 @@ class AutoencoderModule(AdversarialModule):
         total = sum((weights[k] * v for k, v in terms.items() if weights[k]), x.new_zeros(()))
         return total, terms
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Seed all noise of an epoch by (seed, epoch, rank): resuming at its border is exact."""
-        super().on_train_batch_start(batch, batch_idx)
-        if batch_idx == 0:
-            seed = mix_seed(self.seed, self.current_epoch, self.global_rank)
-            self.generator = torch.Generator(self.device).manual_seed(seed)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
-        images, objective = batch["image"], self.config.objective
-        optimizers = self.optimizer_list()
-        self.set_rates(optimizers)
-        factor = disc_factor(objective, self.batches_seen) if self.discriminator else 0.0
+        images = batch["image"]
         made = self(images, self.draw(images, self.generator))
         loss, logs = self.loss(images, made)
-
-        self.freeze_discriminator(True)
-        if factor and isinstance(self.network, ConvAutoencoder):
-            g_loss = -self.discriminate(made.images).float().mean()
-            weight = adaptive_weight(loss, g_loss, self.network.last_layer, objective)
-            loss = loss + weight * factor * g_loss
-            logs |= {"g_loss": g_loss, "d_weight": weight}
-        self.step(optimizers[0], loss)
-        self.freeze_discriminator(False)
-        if factor:
-            real, fake = self.discriminate(images), self.discriminate(made.images.detach())
-            disc_loss = factor * DISC_LOSSES[objective.disc_loss](real.float(), fake.float())
-            self.step(optimizers[1], disc_loss)
-            logs |= {"disc_loss": disc_loss}
-        self.batches_seen += 1
-
-        logs |= {"loss": loss, "lr": torch.tensor(optimizers[0].param_groups[0]["lr"])}
-        logs["batch"] = torch.tensor(float(self.batches_seen))
-        for name, value in logs.items():
-            self.log(f"train/{name}", value.detach(), batch_size=len(images))
+        self.log_scalars("train", logs | self.update(images, made.images, loss, loss), images)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the loss under noise that is the same each time, and PSNR of whole images."""
@@ -385,19 +295,13 @@ class AutoencoderModule(AdversarialModule):
         loss, logs = self.loss(images, self(images, noise))
         whole = self.network.decode(split_moments(self.moments(images))[0])
         logs |= {"loss": loss, "psnr": image_psnr(images, whole)}
-        for name, value in logs.items():
-            self.log(f"val/{name}", value, sync_dist=True, batch_size=len(images))
+        self.log_scalars("val", logs, images)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (s.view(1, -1, 1, 1) for s in (self.latent_mean, self.latent_std))
         return mean.to(like), std.to(like)
 
 
-def _exported(key: str) -> bool:
-    return key.startswith((NETWORK, "latent_"))
-
-
-def _with_own(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Complete a state with the module's own tensors of what a file does not hold."""
-    own = {k: v for k, v in module.state_dict().items() if not _exported(k)}
-    return {**own, **state}
+def _exported(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what of a state dict belongs in a file."""
+    return {k: v for k, v in state.items() if k.startswith(EXPORTED)}

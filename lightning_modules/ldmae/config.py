@@ -4,19 +4,26 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_modules.common.checks import at_least, positive, within
+from lightning_modules.common.checks import at_least, below_one, positive, require, within
 from lightning_modules.common.config import (
     AdversarialConfig,
     AdversarialOptimConfig,
+    ConvConfig,
     OptimConfig,
     TextConfig,
 )
 from lightning_modules.common.interfaces import Geometry
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def check_patches(name: str, size: int, patch: int) -> None:
+    """Refuse a side that is not cut into whole patches."""
+    require(size % patch == 0, f"{name} must be a multiple of patch_size ({patch}), got {size}")
+
+
+def check_heads(name: str, width: int, of: str, heads: int) -> None:
+    """Refuse a width that the heads do not divide, or without places for both coordinates."""
+    fits = width >= 4 and width % 4 == 0 and width % heads == 0
+    require(fits, f"{name} must be a multiple of 4 and of {of} ({heads}), got {width}")
 
 
 @dataclass
@@ -64,17 +71,10 @@ class DiTConfig:
         at_least(self, 0, "num_classes", "text_width")
         positive(self, "mlp_ratio")
         within(self, 0, 1, "class_dropout_prob")
-        _require(
-            self.input_size % self.patch_size == 0,
-            f"input_size must be a multiple of patch_size ({self.patch_size}), "
-            f"got {self.input_size}",
-        )
+        check_patches("input_size", self.input_size, self.patch_size)
         width, heads = self.hidden_size, self.num_heads
-        _require(
-            width % 4 == 0 and width % heads == 0,
-            f"hidden_size must be a multiple of 4 and of num_heads ({heads}), got {width}",
-        )
-        _require(
+        check_heads("hidden_size", width, "num_heads", heads)
+        require(
             not self.use_rope or width // heads % 4 == 0,
             "hidden_size must be a multiple of 4 num_heads with use_rope: half of a head rotates "
             f"by the row and half by the column, got {width} and {heads} heads",
@@ -107,11 +107,9 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "train_steps")
-        _require(
-            0 < self.beta_start <= self.beta_end < 1,
-            "beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
-            f"got {self.beta_start} and {self.beta_end}",
-        )
+        first, last = self.beta_start, self.beta_end
+        order = "beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1"
+        require(0 < first <= last < 1, f"{order}, got {first} and {last}")
 
 
 @dataclass
@@ -144,18 +142,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         positive(self, "timestep_shift", "atol", "rtol")
-        if self.guidance_channels is not None:
-            at_least(self, 1, "guidance_channels")
+        at_least(self, 1, "guidance_channels")
         within(self, 0, 1, "eta")
-        _require(
-            0 <= self.guidance_start <= self.guidance_end <= 1,
-            "guidance_start and guidance_end must satisfy 0 <= guidance_start <= guidance_end <= "
-            f"1, got {self.guidance_start} and {self.guidance_end}",
-        )
-        _require(
-            0 <= self.first_step < self.steps,
-            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
-        )
+        first, last = self.guidance_start, self.guidance_end
+        order = "guidance_start and guidance_end must satisfy 0 <= guidance_start <= guidance_end"
+        require(0 <= first <= last <= 1, f"{order} <= 1, got {first} and {last}")
+        within(self, 0, self.steps - 1, "first_step", called="steps - 1")
 
 
 @dataclass
@@ -172,7 +164,10 @@ class LDMAEConfig:
     """Text encoder, with condition=text."""
     objective: DiffusionConfig = field(default_factory=DiffusionConfig)
     """What is learnt."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(**LIGHTNING_DIT_OPTIM))
+    # LDMAE section 4 and LightningDiT's yaml: constant rate, no decay, no clipping
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(2e-4, [0.9, 0.95], 0.0, clip=0.0, ema=0.9999)
+    )
     """Optimizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling loop."""
@@ -190,68 +185,46 @@ class LDMAEConfig:
         return dataclasses.replace(self.model, text_width=0, num_classes=1, class_dropout_prob=0.0)
 
     def check_fit(self, first: Geometry) -> None:
-        """Check that the sections fit each other and the autoencoder.
-
-        Raises:
-            ValueError: they do not; the message begins with the setting.
-        """
-        model, text = self.model, self.text
-        _require(
-            first.channels in (None, model.in_channels),
-            f"model.in_channels must be the autoencoder's {first.channels} channels, "
-            f"got {model.in_channels}",
+        """Check that the sections fit each other and the autoencoder."""
+        m, count, names = self.model, self.model.num_classes, len(self.classes)
+        channels, (side, _) = first.channels, first.grid
+        require(
+            channels in (None, m.in_channels),
+            f"model.in_channels must be the autoencoder's {channels} channels, got {m.in_channels}",
         )
-        _require(
-            first.grid == (model.input_size, model.input_size),
-            f"model.input_size must be the side of the latents {first.grid[0]}x{first.grid[1]}, "
-            f"got {model.input_size}",
+        require(
+            first.grid == (m.input_size, m.input_size),
+            f"model.input_size must be the side of the latents {side}x{side}, got {m.input_size}",
         )
         if self.condition == "text":
-            _require(model.text_width > 0, "model.text_width must be above 0 with condition=text")
-            _require(
-                text.name != "bytes" or model.text_width == text.width,
-                f"model.text_width must be text.width ({text.width}) with text.name=bytes, "
-                f"got {model.text_width}",
-            )
+            require(m.text_width > 0, "model.text_width must be above 0 with condition=text")
+            self.text.check_width("model.text_width", m.text_width)
         if self.condition == "label":
-            count = model.num_classes
-            _require(count > 0, "model.num_classes must be above 0 with condition=label")
-            _require(
-                len(self.classes) in (0, count),
-                f"classes must name all of model.num_classes ({count}) or none, "
-                f"got {len(self.classes)}",
-            )
+            require(count > 0, "model.num_classes must be above 0 with condition=label")
+            wanted = f"classes must name all of model.num_classes ({count}) or none"
+            require(names in (0, count), f"{wanted}, got {names}")
 
     def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
-        """Check that this model can be sampled in this way.
-
-        Raises:
-            ValueError: it cannot; the message begins with the setting.
-        """
-        flow, train_steps = self.objective.kind == "flow", self.objective.train_steps
-        _require(
-            (sampling.solver == "ddim") != flow,
-            f"sampling.solver must be {'euler, heun or dopri5' if flow else 'ddim'} with "
-            f"objective.kind={self.objective.kind}, got {sampling.solver}",
+        """Check that this model can be sampled in this way; messages begin with the setting."""
+        kind, total, s = self.objective.kind, self.objective.train_steps, sampling
+        solvers = {"flow": "euler, heun or dopri5", "ddpm": "ddim"}[kind]
+        require(
+            (s.solver == "ddim") == (kind == "ddpm"),
+            f"sampling.solver must be {solvers} with objective.kind={kind}, got {s.solver}",
         )
-        _require(
-            flow or sampling.steps <= train_steps,
-            f"sampling.steps must be at most objective.train_steps ({train_steps}), "
-            f"got {sampling.steps}",
+        require(
+            kind == "flow" or s.steps <= total,
+            f"sampling.steps must be at most objective.train_steps ({total}), got {s.steps}",
         )
-        guided = sampling.guidance != 1
-        _require(
-            not guided or self.condition != "none",
-            f"sampling.guidance must be 1 with condition=none, got {sampling.guidance}",
-        )
-        _require(
-            not guided or self.model.class_dropout_prob > 0,
-            f"sampling.guidance must be 1 without model.class_dropout_prob, "
-            f"got {sampling.guidance}",
-        )
-        _require(
-            sampling.first_step == 0 or sampling.solver != "dopri5",
-            f"sampling.first_step must be 0 with sampling.solver=dopri5, got {sampling.first_step}",
+        for there, what in (
+            (self.condition != "none", "with condition=none"),
+            (self.model.class_dropout_prob > 0, "without model.class_dropout_prob"),
+        ):
+            fits = s.guidance == 1 or there
+            require(fits, f"sampling.guidance must be 1 {what}, got {s.guidance}")
+        require(
+            s.first_step == 0 or s.solver != "dopri5",
+            f"sampling.first_step must be 0 with sampling.solver=dopri5, got {s.first_step}",
         )
 
 
@@ -286,49 +259,10 @@ class ViTConfig:
         at_least(self, 1, "image_size", "patch_size", "depth", "num_heads", "decoder_depth")
         at_least(self, 1, "decoder_num_heads")
         positive(self, "mlp_ratio")
-        _require(
-            self.image_size % self.patch_size == 0,
-            f"image_size must be a multiple of patch_size ({self.patch_size}), "
-            f"got {self.image_size}",
-        )
-        for side in ("", "decoder_"):
-            width, heads = getattr(self, f"{side}embed_dim"), getattr(self, f"{side}num_heads")
-            _require(
-                width >= 4 and width % 4 == 0 and width % heads == 0,
-                f"{side}embed_dim must be a multiple of 4 and of {side}num_heads ({heads}), "
-                f"got {width}",
-            )
-
-
-@dataclass
-class ConvConfig:
-    """Sizes of the convolutional autoencoder of the other four kinds; defaults: SD3's."""
-
-    in_channels: int = 3
-    """Channels of an image."""
-    ch: int = 128
-    """Base width."""
-    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    """Width of each level as a multiple of ch; one level fewer halvings than entries."""
-    num_res_blocks: int = 2
-    """Residual blocks per level (the decoder has one more)."""
-    attn_resolutions: list[int] = field(default_factory=list)
-    """Feature map sizes that get attention, counted from `resolution` when building."""
-    attn_type: Literal["vanilla", "none"] = "vanilla"
-    """none removes the attention in the middle too."""
-    resolution: int = 256
-    """Image size that attn_resolutions refers to."""
-    norm_groups: int = 32
-    """Groups of GroupNorm; every width must be a multiple."""
-    dropout: float = 0.0
-    """Dropout inside the residual blocks."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "in_channels", "ch", "num_res_blocks", "resolution", "norm_groups")
-        _require(bool(self.ch_mult), "ch_mult must name at least one level, got []")
-        odd = [self.ch * m for m in self.ch_mult if self.ch * m % self.norm_groups]
-        _require(not odd, f"norm_groups must divide every width, got {self.norm_groups} at {odd}")
-        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        check_patches("image_size", self.image_size, self.patch_size)
+        check_heads("embed_dim", self.embed_dim, "num_heads", self.num_heads)
+        width, heads = self.decoder_embed_dim, self.decoder_num_heads
+        check_heads("decoder_embed_dim", width, "decoder_num_heads", heads)
 
 
 @dataclass
@@ -375,14 +309,11 @@ class AutoencoderObjective(AdversarialConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        below_one(self, "mask_ratio")
         at_least(self, 0, "visible_weight", "masked_weight", "perceptual_weight", "noise")
-        given = [n for n in ("kl_weight", "tuning_start") if getattr(self, n) is not None]
-        at_least(self, 0, *given)
-        _require(
-            self.fixed_std is None or self.fixed_std > 0,
-            f"fixed_std must be positive or null, got {self.fixed_std}",
-        )
+        at_least(self, 0, "kl_weight", "tuning_start")
+        std = self.fixed_std
+        require(std is None or std > 0, f"fixed_std must be positive or null, got {std}")
 
 
 @dataclass
@@ -411,7 +342,7 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """Image pixels per latent position along each side."""
-        return self.vit.patch_size if self.kind == "vmae" else 2 ** (len(self.conv.ch_mult) - 1)
+        return self.vit.patch_size if self.kind == "vmae" else self.conv.conv_factor
 
     @property
     def stochastic(self) -> bool:
@@ -451,24 +382,21 @@ AUTOENCODER_OBJECTIVES = {
 
 # The rows of the paper's ablation, losses added one by one: L_R, L_M, L_reg, L_P. Without L_reg
 # nothing keeps the variance up, and the posterior's mean is decoded; without L_M nothing is hidden.
+PIXELS: dict[str, Any] = {
+    "mask_ratio": 0.0,
+    "masked_weight": 0.0,
+    "kl_weight": 0.0,
+    "sample": False,
+    "perceptual_weight": 0.0,
+}
+MASKED = {**PIXELS, "mask_ratio": 0.6, "masked_weight": 1.0}
+REGULAR = {**MASKED, "kl_weight": None, "sample": True}
 AUTOENCODER_LOSSES: dict[str, dict[str, Any]] = {
-    "l_r": {
-        "mask_ratio": 0.0, "masked_weight": 0.0, "kl_weight": 0.0, "sample": False,
-        "perceptual_weight": 0.0,
-    },
-    "l_rm": {
-        "mask_ratio": 0.6, "masked_weight": 1.0, "kl_weight": 0.0, "sample": False,
-        "perceptual_weight": 0.0,
-    },
-    "l_rm_reg": {
-        "mask_ratio": 0.6, "masked_weight": 1.0, "kl_weight": None, "sample": True,
-        "perceptual_weight": 0.0,
-    },
-    "all": {
-        "mask_ratio": 0.6, "masked_weight": 1.0, "kl_weight": None, "sample": True,
-        "perceptual_weight": 1.0,
-    },
-}  # fmt: skip
+    "l_r": PIXELS,
+    "l_rm": MASKED,
+    "l_rm_reg": REGULAR,
+    "all": {**REGULAR, "perceptual_weight": 1.0},
+}
 
 # VMAE/train_ae.sh: batch 2048 of ImageNet, 400 epochs of 626 batches with 10 of warm-up, then 10
 # epochs at 256 px. sdvae: LDM's autoencoder_kl, 4.5e-6 per sample of a batch of 12 on one device.
@@ -487,10 +415,6 @@ AUTOENCODER_OPTIM = {
     "sdvae": AdversarialOptimConfig(lr=5.4e-5),
 }
 
-# LDMAE section 4 and LightningDiT's yaml: constant rate, no decay, no clipping
-LIGHTNING_DIT_OPTIM: dict[str, Any] = {
-    "lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip": 0.0, "ema": 0.9999,
-}  # fmt: skip
 
 # LightningDiT-B/1 and XL/1 with the flags of LDMAE's ImageNet and CelebA-HQ settings (trainable
 # parameters: 130,336,528; 674.9 M; 129.57 M). `text` is ours: B/1 with cross-attention.

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from lightning_modules.common.config import ConvConfig
 from lightning_modules.common.convnet import Decoder, Encoder
-from lightning_modules.ldmae.config import ConvConfig
 
 
 class ConvAutoencoder(nn.Module):
@@ -19,10 +19,6 @@ class ConvAutoencoder(nn.Module):
         super().__init__()
         self.encoder = Encoder(config, 2 * channels if stochastic else channels)
         self.decoder = Decoder(config, channels)
-
-    def encoder_parameters(self) -> list[nn.Parameter]:
-        """Return what the latent depends on."""
-        return list(self.encoder.parameters())
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_entries, load_foreign
 from lightning_modules.common.foreign import (
+    Converted,
     Foreign,
+    Hints,
     Settings,
-    State,
     check_types,
     count,
     fitted,
@@ -39,15 +40,7 @@ RELEASED_HEADS = 12
 
 
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
-    """Read the diffusion model of LDMAE, or LightningDiT's; the average where a file has one.
-
-    Args:
-        source: the file.
-        hints: settings that a user gave, by dotted keys.
-
-    Raises:
-        ValueError: another file.
-    """
+    """Read the diffusion model of LDMAE, or LightningDiT's; the average where a file has one."""
     tensors, model = convert_dit(dit_entry(load_entries(source)), section(hints, "model"))
     settings: Settings = [(f"model.{k}", v) for k, v in model.items()]
     settings.append(("condition", "label" if model["num_classes"] > 1 else "none"))
@@ -59,19 +52,13 @@ def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
 
 def read_autoencoder(
     source: Path, hints: Mapping[str, Any], aside: Path | None = None
-) -> tuple[State, dict[str, Any]]:
+) -> Converted:
     """Read an autoencoder of this suite or a released VMAE.
 
     Args:
         source: the file.
         hints: settings that a user gave, by dotted keys (vit.X).
         aside: file with mean and std of a released one's latents.
-
-    Returns:
-        What `AutoencoderModule.from_export` takes.
-
-    Raises:
-        ValueError: a file of unknown layout, or statistics for one that has its own.
     """
     found = read_suite(source, "autoencoder")
     if found is None:
@@ -84,9 +71,9 @@ def read_autoencoder(
 
 def convert_vmae(
     state: Mapping[str, Tensor],
-    hints: Mapping[str, Any] | None = None,
+    hints: Hints = None,
     statistics: Mapping[str, Tensor] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> Converted:
     """Turn a released VMAE into what `AutoencoderModule.from_export` takes.
 
     The position tables are those of the file: at 256 px they were resized in training and do not
@@ -99,12 +86,6 @@ def convert_vmae(
             others are ignored.
         statistics: mean and std of the latents, [1, C, 1, 1] each, as `latents_stats.pt` of the
             released code holds them; without, latents are not normalised.
-
-    Returns:
-        The state and the settings of the autoencoder.
-
-    Raises:
-        ValueError: a key is missing, left over or of wrong shape.
     """
     own = {k: v for k, v in state.items() if not k.startswith("perceptual_loss.")}
     config = _vit_config(own) | {
@@ -149,14 +130,7 @@ def _vit_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def dit_entry(entries: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Choose the tensors to sample with: the average where a file has one, as the released code.
-
-    Args:
-        entries: what `load_entries` returns.
-
-    Raises:
-        ValueError: none of the entries holds a diffusion model.
-    """
+    """Choose the tensors to sample with: the average where a file has one, as the released code."""
     for name in ("ema", "", "model", "state_dict"):
         state = entries.get(name, {})
         # a compiled model's names begin with _orig_mod.
@@ -168,21 +142,13 @@ def dit_entry(entries: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     )
 
 
-def convert_dit(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def convert_dit(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Infer the settings of a released diffusion model.
 
     Args:
         state: tensors by their released names.
         hints: fields of `DiTConfig`, which go first; no shape tells class_dropout_prob (default:
             0.1, or 0 with a single row of labels) nor, without rotation and qk-norm, num_heads.
-
-    Returns:
-        Our state dict, and the plain settings of `DiT`.
-
-    Raises:
-        ValueError: a key is missing, left over or of wrong shape.
     """
     check_types(DiTConfig, hints or {})
     config = _dit_config(state) | dict(hints or {})

@@ -40,17 +40,12 @@ def normal_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 def patch_errors(
     prediction: Tensor, images: Tensor, side: int, norm: str = "l2", norm_pix: bool = False
 ) -> Tensor:
-    """Mean error of every patch.
+    """Mean error [B, L] of every patch of predictions of images [B, 3, H, W].
 
     Args:
-        prediction: [B, 3, H, W].
-        images: what it should be, the same shape.
         side: of a patch, in pixels.
         norm: l2 (squared) or l1.
         norm_pix: compare with each patch at mean 0 and (unbiased) variance 1, as MAE may.
-
-    Returns:
-        [B, L], patches row-major.
     """
     target = patchify(images, side)
     if norm_pix:
@@ -61,11 +56,9 @@ def patch_errors(
 
 
 def visible_and_masked(errors: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """L_R and L_M: the mean errors over all visible and over all hidden patches of a batch.
+    """L_R and L_M: mean errors [B, L] over all visible and all hidden (mask = 1) patches.
 
-    Args:
-        errors: [B, L].
-        mask: [B, L], 1 = hidden; None where nothing is, then L_M = 0.
+    Where nothing is hidden mask is None and L_M = 0.
     """
     if mask is None:
         return errors.mean(), errors.new_zeros(())

@@ -1,7 +1,7 @@
 """LDMAE's latent diffusion model as a LightningModule: network, loss and loop on latents."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from lightning_modules.common.request import OnStep, Request
 from lightning_modules.ldmae import process
 from lightning_modules.ldmae.config import LDMAEConfig, SamplingConfig
 from lightning_modules.ldmae.network import DiT, Side
+
+
+class Drawing(NamedTuple):
+    """What the loops draw from."""
+
+    settings: SamplingConfig
+    predict: process.Predict
+    seeds: Sequence[int]
+    noise: Tensor  # [B, C, h, w]
+    start: Tensor | None  # [B, C, h, w]
+    generate: Tensor | None  # [B, 1, h, w] bool
+    on_step: OnStep | None
 
 
 class LDMAEModule(GeneratorModule):
@@ -37,11 +49,7 @@ class LDMAEModule(GeneratorModule):
         )
 
     def attach(self, first_stage: Any, **others: Any) -> Self:
-        """Give the generator its (frozen) autoencoder.
-
-        Raises:
-            ValueError: its latents have another number of channels.
-        """
+        """Give the generator its (frozen) autoencoder, whose channels must be the network's."""
         self.config.check_fit(Geometry(self.grid, channels=first_stage.channels))
         return super().attach(first_stage, **others)
 
@@ -70,13 +78,7 @@ class LDMAEModule(GeneratorModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the velocity (SiT, as in LDMAE), or of the noise (LDM).
 
-        Args:
-            batch: moments [B, 2C, h, w] or image [B, 3, H, W], and caption or label.
-            generator: source of latents, times, noise and hidden conditions, on this module's
-                device.
-
-        Returns:
-            The loss, and with the velocity-direction term its two parts, all scalars.
+        Beside it stand, with the velocity-direction term, the two parts.
         """
         objective = self.config.objective
         latents = self.latents_of(batch, generator)
@@ -148,21 +150,13 @@ class LDMAEModule(GeneratorModule):
         return self.network.text_side(condition.tokens, condition.mask)
 
     def labels_of(self, prompts: Sequence[str]) -> list[int]:
-        """Read the label that each prompt asks for: a number, or a text that names one class.
-
-        The empty prompt asks for any class, where labels were hidden in training.
-
-        Raises:
-            ValueError: a prompt names no class or several.
-        """
+        """Read labels by `read_label`; "" is any class, where labels were hidden in training."""
         model = self.network.config
-        labels = []
-        for prompt in prompts:
-            if not prompt.strip() and model.class_dropout_prob > 0:
-                labels.append(model.num_classes)
-                continue
-            labels.append(read_label(prompt, self.config.classes, model.num_classes))
-        return labels
+        hidden, count = model.class_dropout_prob > 0, model.num_classes
+        return [
+            count if hidden and not p.strip() else read_label(p, self.config.classes, count)
+            for p in prompts
+        ]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Speak up where prompts cannot be understood."""
@@ -195,16 +189,7 @@ class LDMAEModule(GeneratorModule):
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw normalised latents [B, C, h, w]; row i depends on prompt i and seed i alone.
-
-        Args:
-            request: what is asked; with condition=label prompts name a class, with none anything.
-            settings: how the loop runs; None takes the checkpoint's.
-            on_step: called with step, input and result [B, C, h, w].
-
-        Raises:
-            ValueError: something that this model or these settings cannot do.
-        """
+        """Draw normalised latents [B, C, h, w]; with condition=label prompts name a class."""
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
         self.config.check_sampling(settings, self.geometry)
@@ -219,67 +204,44 @@ class LDMAEModule(GeneratorModule):
         noise = noise.to(self.alpha_bar)  # its device and precision
         start = None if request.start is None else request.start.to(noise)
         generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
-        if settings.solver == "ddim":
-            seeds = request.seeds
-            return self._walk_the_chain(settings, predict, noise, seeds, start, generate, on_step)
-        return self._follow_the_flow(settings, predict, noise, start, generate, on_step)
+        drawing = Drawing(settings, predict, request.seeds, noise, start, generate, on_step)
+        follow = self._walk_the_chain if settings.solver == "ddim" else self._follow_the_flow
+        return follow(drawing)
 
-    def _follow_the_flow(
-        self,
-        settings: SamplingConfig,
-        predict: process.Predict,
-        noise: Tensor,
-        start: Tensor | None,
-        generate: Tensor | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        interval = (settings.guidance_start, settings.guidance_end)
+    def _follow_the_flow(self, d: Drawing) -> Tensor:
+        s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)
 
         def velocity(interval: tuple[float, float]) -> process.Velocity:
-            made = process.guided(predict, settings.guidance, settings.guidance_channels, interval)
-            if start is None or generate is None:
+            made = process.guided(d.predict, s.guidance, s.guidance_channels, interval)
+            if d.start is None or d.generate is None:
                 return made
-            return process.held(made, start, noise, generate)
+            return process.held(made, d.start, d.noise, d.generate)
 
-        if settings.solver == "dopri5":
+        if s.solver == "dopri5":
             return process.piecewise_dopri5(
-                velocity, noise, interval, atol=settings.atol, rtol=settings.rtol, on_step=on_step
+                velocity, d.noise, interval, atol=s.atol, rtol=s.rtol, on_step=d.on_step
             )
-        times = process.time_grid(settings.steps, settings.timestep_shift)[settings.first_step :]
-        x = noise
-        if start is not None:
-            x = process.straight_path(noise, start, times[:1].to(noise))[0]
-        solver: Any = settings.solver
-        return process.integrate(velocity(interval), x, times, solver, on_step)
+        times = process.time_grid(s.steps, s.timestep_shift)[s.first_step :]
+        x = d.noise
+        if d.start is not None:
+            x = process.straight_path(d.noise, d.start, times[:1].to(x))[0]
+        solver: Any = s.solver
+        return process.integrate(velocity(interval), x, times, solver, d.on_step)
 
-    def _walk_the_chain(
-        self,
-        settings: SamplingConfig,
-        predict: process.Predict,
-        noise: Tensor,
-        seeds: Sequence[int],
-        start: Tensor | None,
-        generate: Tensor | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        alpha_bar = process.signal_shares(self.config.objective)
-        total = self.config.objective.train_steps
-        grid = process.chain_grid(settings.steps, total)[settings.first_step :]
-        interval = (settings.guidance_start, settings.guidance_end)
-        model = process.guided(
-            predict, settings.guidance, settings.guidance_channels, interval,
-            progress=lambda k: 1 - k / total,
-        )  # fmt: skip
-        x = noise
-        if start is not None and generate is not None:
-            model = process.held_noise(model, start, alpha_bar, generate)
-        if start is not None and settings.first_step > 0:
-            x = process.diffuse(noise, start, alpha_bar[grid[:1]].to(noise))
+    def _walk_the_chain(self, d: Drawing) -> Tensor:
+        s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)
+        alpha_bar, total = process.signal_shares(self.config.objective), len(self.alpha_bar)
+        grid = process.chain_grid(s.steps, total)[s.first_step :]
 
-        def fresh() -> Iterator[Tensor]:
-            for i in range(1, len(grid)):
-                yield process.sample_noise(seeds, tuple(noise.shape[1:]), i).to(noise)
+        def progress(k: Tensor) -> Tensor:
+            return 1 - k / total
 
-        return process.ddim(
-            model, x, grid, alpha_bar, eta=settings.eta, fresh=fresh(), on_step=on_step
-        )
+        model = process.guided(d.predict, s.guidance, s.guidance_channels, interval, progress)
+        x = d.noise
+        if d.start is not None and d.generate is not None:
+            model = process.held_noise(model, d.start, alpha_bar, d.generate)
+        if d.start is not None and s.first_step > 0:
+            x = process.diffuse(d.noise, d.start, alpha_bar[grid[:1]].to(x))
+        shape = tuple(x.shape[1:])
+        fresh = (process.sample_noise(d.seeds, shape, i).to(x) for i in range(1, len(grid)))
+        return process.ddim(model, x, grid, alpha_bar, eta=s.eta, fresh=fresh, on_step=d.on_step)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.common.checks import require
 from lightning_modules.ldmae.config import ViTConfig
 
 EPS = 1e-6
@@ -64,43 +65,27 @@ def resize_tables(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, T
 
 @dataclass
 class Masking:
-    """Which patches the encoder sees.
-
-    Attributes:
-        shuffle: [B, L] int64, positions in the order of their noise; the first `visible` are seen.
-        restore: [B, L] int64, the inverse order.
-        mask: [B, L] float, 1 = hidden, in the original order.
-        visible: how many are seen.
-    """
+    """Which patches the encoder sees."""
 
     shuffle: Tensor
+    """[B, L] int64, positions in the order of their noise; the first `visible` are seen."""
     restore: Tensor
+    """[B, L] int64, the inverse order."""
     mask: Tensor
+    """[B, L] float, 1 = hidden, in the original order."""
     visible: int
+    """How many are seen."""
 
 
 def visible_patches(patches: int, ratio: float) -> int:
-    """Return how many of an image's patches the encoder sees.
-
-    Raises:
-        ValueError: none.
-    """
+    """Return how many of an image's patches the encoder sees; ValueError: none."""
     visible = int(patches * (1 - ratio))
-    if visible < 1:
-        raise ValueError(f"mask_ratio={ratio} hides all {patches} patches of an image")
+    require(visible >= 1, f"mask_ratio={ratio} hides all {patches} patches of an image")
     return visible
 
 
 def masking(noise: Tensor, ratio: float) -> Masking:
-    """Hide all but the int(L * (1 - ratio)) patches of least noise.
-
-    Args:
-        noise: [B, L] uniform.
-        ratio: share of hidden patches in [0, 1).
-
-    Raises:
-        ValueError: no patch is left.
-    """
+    """Hide all but the int(L * (1 - ratio)) patches of least noise, [B, L] uniform."""
     shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     visible = visible_patches(noise.shape[1], ratio)
@@ -151,6 +136,10 @@ class Block(nn.Module):
         """Map [B, N, D] to the same shape."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+def _blocks(depth: int, width: int, heads: int, mlp_ratio: float) -> nn.Sequential:
+    return nn.Sequential(*(Block(width, heads, mlp_ratio) for _ in range(depth)))
 
 
 class PatchEmbed(nn.Module):
@@ -241,9 +230,7 @@ class VMAE(nn.Module):
         self.patch_embed = PatchEmbed(c.patch_size, c.embed_dim)
         # parameters and not buffers: the reference counts and stores them as weights
         self.pos_embed = nn.Parameter(sincos_table(c.embed_dim, side), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(c.embed_dim, c.num_heads, c.mlp_ratio) for _ in range(c.depth)
-        )
+        self.blocks = _blocks(c.depth, c.embed_dim, c.num_heads, c.mlp_ratio)
         self.norm = nn.LayerNorm(c.embed_dim, eps=EPS)
         if c.down_nonlinear:
             self.to_latent: nn.Module = Resize(c.embed_dim, 4 * channels, 2 * channels)
@@ -253,15 +240,11 @@ class VMAE(nn.Module):
             self.from_latent = nn.Linear(channels, c.embed_dim)
         self.decoder_embed = nn.Linear(c.embed_dim, c.decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_table(c.decoder_embed_dim, side), requires_grad=False
-        )
-        self.decoder_blocks = nn.ModuleList(
-            Block(c.decoder_embed_dim, c.decoder_num_heads, c.mlp_ratio)
-            for _ in range(c.decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(c.decoder_embed_dim, eps=EPS)
-        self.decoder_pred = HEADS[c.head](c.decoder_embed_dim, c.patch_size)
+        width = c.decoder_embed_dim
+        self.decoder_pos_embed = nn.Parameter(sincos_table(width, side), requires_grad=False)
+        self.decoder_blocks = _blocks(c.decoder_depth, width, c.decoder_num_heads, c.mlp_ratio)
+        self.decoder_norm = nn.LayerNorm(width, eps=EPS)
+        self.decoder_pred = HEADS[c.head](width, c.patch_size)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -272,21 +255,17 @@ class VMAE(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def encoder_parameters(self) -> list[nn.Parameter]:
-        """Return what the latent depends on."""
-        parts = (self.patch_embed, self.blocks, self.norm, self.to_latent)
-        return [p for part in parts for p in part.parameters()]
+    @property
+    def encoder(self) -> nn.Module:
+        """What the latent depends on."""
+        return nn.ModuleList((self.patch_embed, self.blocks, self.norm, self.to_latent))
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Patches of images [B, 3, H, W] along both sides."""
         return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
 
     def encode_tokens(self, images: Tensor, hidden: Masking | None = None) -> Tensor:
-        """Encode the visible patches.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1].
-            hidden: what the encoder does not see; None shows everything.
+        """Encode the visible patches of images [B, 3, H, W] in [-1, 1]; None hides nothing.
 
         Returns:
             [B, N_visible, 2C], mean then log variance, in the order of `hidden.shuffle`.
@@ -295,22 +274,14 @@ class VMAE(nn.Module):
         if hidden is not None:
             keep = hidden.shuffle[:, : hidden.visible, None].expand(-1, -1, x.shape[2])
             x = x.gather(1, keep)
-        for block in self.blocks:
-            x = block(x)
-        return self.to_latent(self.norm(x))
+        return self.to_latent(self.norm(self.blocks(x)))
 
     def decode_tokens(
         self, z: Tensor, grid: tuple[int, int], hidden: Masking | None = None
     ) -> Tensor:
-        """Decode latents; a hidden patch enters as the mask token.
+        """Decode latents [B, N_visible, C] to images [B, 3, H, W] of `grid` patches, not clamped.
 
-        Args:
-            z: [B, N_visible, C].
-            grid: patches along both sides.
-            hidden: as given to `encode_tokens`.
-
-        Returns:
-            Images [B, 3, H, W], not clamped.
+        A hidden patch enters as the mask token.
         """
         x = self.decoder_embed(self.from_latent(z))
         if hidden is not None:
@@ -318,9 +289,7 @@ class VMAE(nn.Module):
             x = torch.cat([x, self.mask_token.expand(len(x), rest, -1)], dim=1)
             x = x.gather(1, hidden.restore[:, :, None].expand(-1, -1, x.shape[2]))
         x = x + resize_table(self.decoder_pos_embed, grid)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x), grid)
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)), grid)
 
     def moments(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to mean and log variance [B, 2C, h, w]."""

@@ -188,7 +188,7 @@ class MuseModule(MaskedStage):
         if c.superres.enabled and "high" in config:
             self.superres = SuperResModule(config)
             if self.text_encoder is None:  # a frozen one is held once
-                self.superres._attached["text"] = self._attached["text"]
+                self.superres.share_text(self)
 
     @classmethod
     def assemble(

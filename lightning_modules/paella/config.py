@@ -1,20 +1,15 @@
 """Every setting of Paella, and the released sizes (arXiv 2211.07292; dome272/Paella)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_modules.common.checks import at_least, positive, within
+from lightning_modules.common.checks import at_least, below_one, multiple, positive, require, within
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
 
 TimeLaw = Literal["released", "simple", "wuerstchen"]
 RenoiseMode = Literal["start", "prev", "rand"]
 DrawMode = Literal["multinomial", "argmax", "quant"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -58,31 +53,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.c_hidden)
-        _require(levels >= 1, "c_hidden must name at least one level")
-        _require(min(self.c_hidden + self.blocks) >= 1, "c_hidden and blocks must be at least 1")
+        require(levels >= 1, "c_hidden must name at least one level")
+        require(min(self.c_hidden + self.blocks) >= 1, "c_hidden and blocks must be at least 1")
         for name in ("nhead", "blocks", "level_config"):
-            count = len(getattr(self, name))
-            _require(
-                count == levels,
-                f"{name} must have one entry per level of c_hidden ({levels}), got {count}",
-            )
-        _require(
-            self.c_in == self.c_out,
-            f"c_in and c_out must be equal, got {self.c_in} and {self.c_out}",
-        )
+            count, wanted = len(getattr(self, name)), f"one entry per level of c_hidden ({levels})"
+            require(count == levels, f"{name} must have {wanted}, got {count}")
+        widths = (self.c_in, self.c_out)
+        require(len({*widths}) == 1, "c_in and c_out must be equal, got {} and {}".format(*widths))
         at_least(self, 1, "c_in", "num_labels", "patch_size", "c_cond", "byt5_embd", "clip_seq_len")
         at_least(self, 4, "c_r")
         at_least(self, 0, "clip_embd")
-        _require(self.kernel_size % 2 == 1, f"kernel_size must be odd, got {self.kernel_size}")
-        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        require(self.kernel_size % 2 == 1, f"kernel_size must be odd, got {self.kernel_size}")
+        below_one(self, "dropout")
         for width, heads, kinds in zip(self.c_hidden, self.nhead, self.level_config, strict=True):
             unknown = set(kinds) - set("CTAF")
-            _require(not unknown, f"level_config knows the blocks C, T, A and F, got {kinds!r}")
-            _require(
-                "A" not in kinds or (heads > 0 and width % heads == 0),
-                f"nhead must divide the width of a level with attention, got {heads} heads "
-                f"for width {width}",
-            )
+            require(not unknown, f"level_config knows the blocks C, T, A and F, got {kinds!r}")
+            fits = "A" not in kinds or (heads > 0 and width % heads == 0)
+            got = f"got {heads} heads for width {width}"
+            require(fits, f"nhead must divide the width of a level with attention, {got}")
 
     @property
     def grid_multiple(self) -> int:
@@ -108,21 +96,13 @@ class V1Config:
     """Blocks of each level on the way up, deepest first."""
 
     def __post_init__(self) -> None:
-        _require(len(self.down_levels) >= 1, "down_levels must name at least one level")
-        _require(
-            len(self.down_levels) == len(self.up_levels),
-            f"up_levels must have as many levels as down_levels ({len(self.down_levels)}), "
-            f"got {len(self.up_levels)}",
-        )
-        _require(
-            min(self.down_levels + self.up_levels) >= 1,
-            "down_levels and up_levels must have at least one block per level",
-        )
-        widest = 2 ** (len(self.down_levels) - 1)
-        _require(
-            self.c_hidden % widest == 0,
-            f"c_hidden must be a multiple of {widest}, got {self.c_hidden}",
-        )
+        down, up = self.down_levels, self.up_levels
+        require(len(down) >= 1, "down_levels must name at least one level")
+        as_many = f"as many levels as down_levels ({len(down)})"
+        require(len(down) == len(up), f"up_levels must have {as_many}, got {len(up)}")
+        least = "at least one block per level"
+        require(min(down + up) >= 1, f"down_levels and up_levels must have {least}")
+        multiple("c_hidden", self.c_hidden, self.grid_multiple)
 
     @property
     def grid_multiple(self) -> int:
@@ -170,10 +150,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "eta", "text_drop", "pooled_drop", "image_drop")
-        _require(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
-        )
+        below_one(self, "label_smoothing")
 
 
 @dataclass
@@ -216,25 +193,13 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "typical_min_tokens")
         positive(self, "temperature_start", "temperature_end")
-        for name in ("guided_steps", "renoise_steps", "quant_steps"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 <= value <= self.steps,
-                f"{name} must be between 0 and steps ({self.steps}), got {value}",
-            )
-        _require(
-            0 <= self.first_step < self.steps,
-            f"first_step must be between 0 and steps - 1 ({self.steps - 1}), got {self.first_step}",
-        )
-        _require(
-            0 <= self.t_end <= self.t_start <= 1,
-            f"t_end must be between 0 and t_start and t_start at most 1, got t_end "
-            f"{self.t_end} and t_start {self.t_start}",
-        )
-        _require(
-            self.typical_mass is None or 0 < self.typical_mass <= 1,
-            f"typical_mass must be in (0, 1], got {self.typical_mass}",
-        )
+        optional = ("guided_steps", "renoise_steps", "quant_steps")
+        within(self, 0, self.steps, *optional, called="steps")
+        within(self, 0, self.steps - 1, "first_step", called="steps - 1")
+        within(self, 0, 1, "t_start")
+        within(self, 0, self.t_start, "t_end", called="t_start")
+        mass = self.typical_mass
+        require(mass is None or 0 < mass <= 1, f"typical_mass must be in (0, 1], got {mass}")
 
 
 @dataclass
@@ -257,42 +222,30 @@ class PaellaConfig:
     """Sampling loop."""
 
     def check_fit(self, first: Geometry) -> None:
-        """Check that the sections fit each other and the tokenizer.
-
-        Raises:
-            ValueError: they do not; the message begins with the setting.
-        """
+        """Check that the sections fit each other and the tokenizer."""
         text, model = self.text, self.model
         if self.network == "v1":
             first.check_codes("v1.num_labels", self.v1.num_labels)
             first.check_multiple(self.v1.grid_multiple)
             message = "network=v1 needs one CLIP vector per caption: add text=open_clip"
-            _require(text.pooled, message)
-        else:
-            first.check_codes("model.num_labels", model.num_labels)
-            first.check_multiple(model.grid_multiple)
-            _require(
-                text.name != "bytes" or model.byt5_embd == text.width,
-                f"model.byt5_embd must be text.width ({text.width}) with text.name=bytes, "
-                f"got {model.byt5_embd}",
-            )
-            _require(
-                text.pooled or not model.clip_embd,
-                f"model.clip_embd must be 0 without a CLIP encoder, got {model.clip_embd} with "
-                f"text.name={text.name} and text.clip={text.clip}",
-            )
+            require(text.pooled, message)
+            return
+        first.check_codes("model.num_labels", model.num_labels)
+        first.check_multiple(model.grid_multiple)
+        text.check_width("model.byt5_embd", model.byt5_embd)
+        require(
+            text.pooled or not model.clip_embd,
+            f"model.clip_embd must be 0 without a CLIP encoder, got {model.clip_embd} with "
+            f"text.name={text.name} and text.clip={text.clip}",
+        )
 
     def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
-        """Check that this network can be sampled in this way.
-
-        Raises:
-            ValueError: it cannot; the message begins with the setting.
-        """
-        schedule = "cosine" if self.network == "v1" else "linear"
-        _require(
-            sampling.schedule == schedule,
-            f"sampling.schedule must be {schedule} with network={self.network}, whose time runs "
-            f"the other way, got {sampling.schedule}",
+        """Check that this network can be sampled in this way; messages begin with the setting."""
+        wanted = "cosine" if self.network == "v1" else "linear"
+        require(
+            sampling.schedule == wanted,
+            f"sampling.schedule must be {wanted} with network={self.network}, whose time runs the "
+            f"other way, got {sampling.schedule}",
         )
 
 
@@ -302,21 +255,14 @@ MODELS = {"paper": ModelConfig(), "v1": V1Config(), "prior": PriorConfig()}
 # The paper has constants for guidance and temperature (Algorithm 1, v2; their values are not
 # given there, 8 is the released weight); `released` anneals the temperature. `notebook` and
 # `demo` are the public scripts of 2023, `v1` the code of 2022.
+NOTEBOOK = SamplingConfig(steps=32, renoise_steps=26, temperature_start=1.2, temperature_end=0.2)
+CONSTANT = SamplingConfig(temperature_start=1.0, temperature_end=1.0)
 PRESETS = {
-    "paper": SamplingConfig(temperature_start=1.0, temperature_end=1.0),
+    "paper": CONSTANT,
     "released": SamplingConfig(),
-    "notebook": SamplingConfig(
-        steps=32, renoise_steps=26, temperature_start=1.2, temperature_end=0.2
-    ),
-    "demo": SamplingConfig(
-        steps=32, renoise_steps=26, temperature_start=1.2, temperature_end=0.2, guided_steps=20
-    ),
-    "v1": SamplingConfig(
-        guidance_start=5.0,
-        guidance_end=5.0,
-        temperature_start=1.0,
-        temperature_end=1.0,
-        schedule="cosine",
-        typical_mass=0.2,
+    "notebook": NOTEBOOK,
+    "demo": replace(NOTEBOOK, guided_steps=20),
+    "v1": replace(
+        CONSTANT, guidance_start=5.0, guidance_end=5.0, schedule="cosine", typical_mass=0.2
     ),
 }

@@ -43,31 +43,21 @@ RELEASED_HEADS = 16
 
 
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
-    """Read a token predictor of 2023 (v3) or 2022 (v1).
-
-    Args:
-        source: the file.
-        hints: settings that a user gave, by dotted keys.
-
-    Raises:
-        ValueError: another file, or the diffusion prior, which draws no tokens.
-    """
+    """Read a token predictor of 2023 (v3) or 2022 (v1)."""
     given = {**section(hints, "v1"), **section(hints, "model")}
     kind, tensors, model = convert(load_foreign(source), given)
     if kind == "prior":
         raise ValueError("this is the diffusion prior, which makes no pictures by itself")
-    settings: Settings = [("network", kind)]
+    at = "v1" if kind == "v1" else "model"
+    settings: Settings = [("network", kind), *((f"{at}.{k}", v) for k, v in model.items())]
     defaults: Settings = []
     if kind == "v1":
         what = "Paella of 2022 (v1)"
-        settings += [(f"v1.{k}", v) for k, v in model.items()]
         settings.append(("text.name", "open_clip"))
         defaults += [(f"sampling.{k}", v) for k, v in plain(PRESETS["v1"]).items()]
     else:
         what = "Paella's token predictor of 2023 (v3)"
-        settings += [(f"model.{k}", v) for k, v in model.items()]
-        if not model["clip_embd"]:
-            settings.append(("text.clip", None))
+        settings += [] if model["clip_embd"] else [("text.clip", None)]
     own = {f"network.{k}": v for k, v in tensors.items()}
     return Foreign(what, model["num_labels"], settings, defaults, own)
 
@@ -84,9 +74,6 @@ def convert(
 
     Returns:
         What it is, our state dict, and the plain settings of its network.
-
-    Raises:
-        ValueError: if it is none of the three, or a key is missing, left over or of wrong shape.
     """
     given = {k: v for k, v in (hints or {}).items() if k in HINTS}
     check_types(ModelConfig, given)

@@ -40,14 +40,8 @@ class PaellaModule(GeneratorModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross entropy of the clean tokens given noised ones (src_distributed/train.py).
 
-        v1 draws r uniformly and replaces tokens with probability cos(r pi/2) instead.
-
-        Args:
-            batch: tokens [B, h, w] or image [B, 3, H, W], and caption.
-            generator: source of noise rates, noise and condition drops, on this module's device.
-
-        Returns:
-            The loss and the accuracy over all tokens, both scalars.
+        v1 draws r uniformly and replaces tokens with probability cos(r pi/2) instead. Beside the
+        loss stands the accuracy over all tokens.
         """
         tokens, objective = self.batch_tokens(batch), self.config.objective
         rng: dict[str, Any] = {"generator": generator, "device": self.device}
@@ -61,18 +55,14 @@ class PaellaModule(GeneratorModule):
         noised, mask = process.add_noise(tokens, t, uniforms, random_tokens)
         condition = self._training_condition(batch, generator)
         everywhere = torch.ones_like(mask)
-        logits = self.network.head(
-            self.network.mixed_rows(noised, time, [condition], [1.0], everywhere)
-        )  # [B h w, K]
-        ce = F.cross_entropy(
-            logits.float(),
-            tokens.flatten(),
-            reduction="none",
-            label_smoothing=objective.label_smoothing,
-        ).view(tokens.shape)
+        rows = self.network.mixed_rows(noised, time, [condition], [1.0], everywhere)
+        logits, target = self.network.head(rows), tokens.flatten()  # [B h w, K], [B h w]
+        smoothing = objective.label_smoothing
+        ce = F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
+        ce = ce.view(tokens.shape)
         eta = 1.0 if self.config.network == "v1" else objective.eta  # v1 takes the plain mean
         weight = process.loss_weight(mask, t, eta)
-        accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
+        accuracy = (logits.detach().argmax(1) == target).float().mean()
         return process.sample_loss(ce, weight).mean(), {"accuracy": accuracy}
 
     def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
@@ -112,10 +102,7 @@ class PaellaModule(GeneratorModule):
         return pooled
 
     def image_condition(self, images: Tensor) -> Tensor | None:
-        """Return CLIP vectors [B, P] of images [B, 3, H, W], if the network was trained to see any.
-
-        v1 has one vector for text or image, and only a fine-tuned v1 reads an image's.
-        """
+        """Return CLIP vectors [B, P], if the network was trained to see any; v1 was not."""
         model = self.config.model
         seen = self.config.network == "v3" and model.clip_embd > 0 and model.clip_image
         if not seen or not hasattr(self._attached["text"], "encode_images"):
@@ -123,10 +110,7 @@ class PaellaModule(GeneratorModule):
         return self.encode_images(images.to(self.device))
 
     def _condition(
-        self,
-        captions: Sequence[str],
-        image: Tensor | None = None,
-        attention: Tensor | None = None,
+        self, captions: Sequence[str], image: Tensor | None = None, attention: Tensor | None = None
     ) -> Any:
         """What `mixed_rows` of the network takes as one condition."""
         if isinstance(self.network, DenoiseUNet):
@@ -149,27 +133,15 @@ class PaellaModule(GeneratorModule):
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw tokens [B, h, w] int64; row i depends on prompt i and seed i alone.
-
-        Args:
-            request: what is asked; image_condition holds vectors of `encode_images`.
-            settings: how the loop runs; None takes the checkpoint's.
-            on_step: called with step, input tokens and result tokens [B, h, w].
-
-        Raises:
-            ValueError: something that this network or these settings cannot do.
-        """
+        """Draw tokens [B, h, w] int64; image_condition holds vectors of `encode_images`."""
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
         self.config.check_sampling(settings, self.geometry)
         loop, grid = process.loop_settings(settings), request.grid_or(self.grid)
+        fresh = settings.renoise_mode == "rand"
+        counts = (len(loop["times"]), loop["renoise_steps"])
         noise = process.sample_noise(
-            request.seeds,
-            len(loop["times"]),
-            loop["renoise_steps"],
-            grid,
-            self.num_codes,
-            random_tokens=settings.renoise_mode == "rand",
+            request.seeds, *counts, grid, self.num_codes, random_tokens=fresh
         )
         noise = {name: tensor.to(self.device) for name, tensor in noise.items()}
         start = None if request.start is None else request.start.to(self.device)
@@ -179,18 +151,16 @@ class PaellaModule(GeneratorModule):
             uniforms = seeded_uniforms(request.seeds, grid, 1).to(self.device)
             start, _ = process.add_noise(start, rate, uniforms, noise["init_noise"])
         seen = (request.image_condition, request.attention)
-        own = self._condition(request.prompts, *seen)
-        blend_with = request.blend_with
-        other = None if blend_with is None else self._condition(blend_with, *seen)
-        null = self._null_condition(request.negative, own)
+        conditions, weights = [self._condition(request.prompts, *seen)], [1.0]
+        null = self._null_condition(request.negative, conditions[0])
+        if request.blend_with is not None:
+            conditions.append(self._condition(request.blend_with, *seen))
+            weights = [1 - request.blend, request.blend]
 
         def predict(x: Tensor, t: Tensor, weight: float, keep: Tensor) -> Tensor:
-            conditions, weights = [own], [1.0]
-            if other is not None:
-                conditions, weights = [own, other], [1 - request.blend, request.blend]
             if weight != 1:
-                conditions = [*conditions, null]
-                weights = [*(weight * w for w in weights), 1 - weight]
+                mixed = [*(weight * w for w in weights), 1 - weight]
+                return self.network.mixed_rows(x, t, [*conditions, null], mixed, keep)
             return self.network.mixed_rows(x, t, conditions, weights, keep)
 
         return process.sample(

@@ -41,12 +41,9 @@ class Prior(nn.Module):
         self.blocks.append(nn.Linear(c.c_hidden, c.clip_embd))
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Predicted noise [B, clip_embd].
+        """Predicted noise [B, clip_embd] of noised embeddings x at times t [B], 1 = full noise.
 
-        Args:
-            x: [B, clip_embd] noised image embedding.
-            t: [B] in [0, 1], 1 = full noise.
-            text: [B, clip_embd] text embedding; zeros are the null condition.
+        Zeros are the null condition in place of a text embedding [B, clip_embd].
         """
         first, *blocks, last = self.blocks
         beside = torch.cat([text, timestep_embedding(t, self.config.c_r).to(text.dtype)], dim=1)
@@ -57,12 +54,7 @@ class Prior(nn.Module):
 
 
 def alpha_bar(t: Tensor, s: float = 0.008) -> Tensor:
-    """Cosine schedule (arXiv 2102.09672, equation 17), clamped to [1e-4, 0.9999].
-
-    Args:
-        t: any shape, in [0, 1].
-        s: offset.
-    """
+    """Cosine schedule (arXiv 2102.09672, equation 17) of t in [0, 1], clamped to [1e-4, 0.9999]."""
     level = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
     return (level / math.cos(s / (1 + s) * math.pi / 2) ** 2).clamp(1e-4, 0.9999)
 
@@ -104,24 +96,18 @@ def sample(
     null: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Image embedding of a text embedding.
+    """Image embedding [B, C] of a text embedding [B, C].
 
     Args:
         predict: (x [B, C], t [B], text [B, C]) -> noise [B, C], a `Prior`.
         text: [B, C].
         init: [B, C] normal noise.
-        step_noise: [steps, B, C] normal noise of DDPM; None with DDIM.
+        step_noise: [steps, B, C] normal noise, which DDPM needs.
         times: [steps + 1] from `time_grid`.
         guidance: lerp(null, text, guidance) of the predicted noises; 1 is none.
         sampler: ddpm (ancestral) or ddim (deterministic).
         null: [B, C] null condition; zeros if None.
         on_step: called with the step's number and its result.
-
-    Returns:
-        [B, C].
-
-    Raises:
-        ValueError: if ddpm gets no step_noise.
     """
     if sampler == "ddpm" and step_noise is None:
         raise ValueError("sampler ddpm needs step_noise")

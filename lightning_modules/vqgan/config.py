@@ -1,45 +1,33 @@
 """Settings of the tokenizer and the sizes that were released."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_modules.common.checks import at_least, positive
-from lightning_modules.common.config import AdversarialConfig, AdversarialOptimConfig
+from lightning_modules.common.checks import at_least, below_one, positive, require
+from lightning_modules.common.config import AdversarialConfig, AdversarialOptimConfig, ConvConfig
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(ConvConfig):
     """The autoencoder and its quantizer: all that a tokenizer file needs to be rebuilt."""
 
-    network: Literal["taming", "paella"] = "taming"
-    """taming: VQGAN of Esser et al. (f = 2^(levels-1)); paella: the f4 network of Paella"""
-    num_codes: int = 1024
-    """number of code vectors K"""
-    in_channels: int = 3
-    """channels of an image"""
-
-    ch: int = 128
-    """taming: base width"""
     ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     """taming: width of each level as a multiple of ch; one level fewer halvings than entries"""
-    ch_first: int = 0
-    """taming: channels behind the encoder's first convolution; 0 is ch"""
-    num_res_blocks: int = 2
-    """taming: residual blocks per level (the decoder has one more)"""
     attn_resolutions: list[int] = field(default_factory=lambda: [16])
     """taming: feature map sizes that get attention, counted from `resolution` when building"""
-    attn_type: Literal["vanilla", "none"] = "vanilla"
-    """taming: none removes all attention, also the one in the middle"""
+
+    network: Literal["taming", "paella"] = "taming"
+    """taming: VQGAN of Esser et al. (f = 2^(levels-1)), whose sizes are those from ch to
+    unit_range; paella: the f4 network of Paella"""
+    num_codes: int = 1024
+    """number of code vectors K"""
+
+    ch_first: int = 0
+    """taming: channels behind the encoder's first convolution; 0 is ch"""
     z_channels: int = 256
     """taming: channels between encoder and quant_conv"""
     embed_dim: int = 256
     """taming: length of a code vector"""
-    resolution: int = 256
-    """taming: image size that attn_resolutions refers to; other sizes may still be encoded"""
-    norm_groups: int = 32
-    """taming: groups of GroupNorm; every width must be a multiple"""
-    dropout: float = 0.0
-    """taming: dropout inside the residual blocks"""
     decoder_ch: int = 0
     """taming: base width of the decoder; 0 is ch"""
     decoder_res_blocks: int = 0
@@ -95,33 +83,24 @@ class ModelConfig:
     """the new id for unknown_code=id"""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_codes", "in_channels", "num_res_blocks", "norm_groups", "levels")
+        super().__post_init__()
+        at_least(self, 1, "num_codes", "levels")
         at_least(self, 0, "restart_after", "temperature_batches", "used_codes", "unknown_id")
         at_least(self, 0, "decoder_ch", "decoder_res_blocks", "decoder_hidden")
         at_least(self, 0, "bottleneck_blocks", "ch_first")
         positive(self, "temperature", "temperature_end", "scale_factor")
-        if not self.ch_mult:
-            raise ValueError("ch_mult must name at least one level, got []")
-        bases = {self.ch, self.decoder_ch or self.ch}
-        odd = [c * m for c in bases for m in self.ch_mult if c * m % self.norm_groups]
-        if self.network == "taming" and odd:
-            raise ValueError(
-                f"norm_groups must divide every width, got {self.norm_groups} at {odd}"
-            )
+        below_one(self, "decay")
+        self.check_widths(self.decoder_ch)
         for name in ("c_hidden", "decoder_hidden"):
-            width = getattr(self, name)
-            if self.network == "paella" and width % 2 ** (self.levels - 1):
-                raise ValueError(f"{name} must halve {self.levels - 1} times, got {width}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
-        if self.quantizer == "gumbel" and self.restart_after:
-            raise ValueError(
-                "restart_after must be 0 with quantizer=gumbel, whose codes are learnt"
-            )
-        if self.used_codes > self.num_codes:
-            raise ValueError(f"used_codes must be at most num_codes, got {self.used_codes}")
-        if self.used_codes and self.unknown_id >= self.used_codes:
-            raise ValueError(f"unknown_id must be below used_codes, got {self.unknown_id}")
+            width, halvings = getattr(self, name), self.levels - 1
+            fits = self.network == "taming" or width % 2**halvings == 0
+            require(fits, f"{name} must halve {halvings} times, got {width}")
+        learnt = self.quantizer == "gumbel" and self.restart_after > 0
+        require(not learnt, "restart_after must be 0 with quantizer=gumbel, whose codes are learnt")
+        kept = self.used_codes
+        require(kept <= self.num_codes, f"used_codes must be at most num_codes, got {kept}")
+        fits = not kept or self.unknown_id < kept
+        require(fits, f"unknown_id must be below used_codes, got {self.unknown_id}")
 
     @property
     def code_dim(self) -> int:
@@ -131,7 +110,7 @@ class ModelConfig:
     @property
     def factor(self) -> int:
         """Image pixels per token along each side."""
-        return 2 ** (len(self.ch_mult) - 1 if self.network == "taming" else self.levels)
+        return self.conv_factor if self.network == "taming" else 2**self.levels
 
 
 @dataclass
@@ -174,16 +153,27 @@ class VQGANConfig:
 # "Overview of pretrained models") and CompVis/latent-diffusion (models/first_stage_models);
 # losses: the same files, or configs/ of taming. Rates follow its main.py: accumulate x GPUs x
 # batch x 4.5e-6. Paella: dome272/Paella, src/vqgan.py; its training code was never published.
+F4: dict[str, Any] = {
+    "num_codes": 8192,
+    "ch_mult": [1, 2, 4],
+    "attn_resolutions": [],
+    "z_channels": 3,
+    "embed_dim": 3,
+}
+F8: dict[str, Any] = {"ch_mult": [1, 2, 2, 4], "attn_resolutions": [32]}
+F8 |= {"z_channels": 4, "embed_dim": 4}
+
+
+def _released(lr: float, model: dict[str, Any], **objective: Any) -> VQGANConfig:
+    """Make a model of the nearest code, trained with the legacy beta."""
+    nearest = ModelConfig(**{"legacy_beta": True, **model})
+    return VQGANConfig(nearest, ObjectiveConfig(**objective), AdversarialOptimConfig(lr=lr))
+
+
 PRESETS: dict[str, VQGANConfig] = {
-    "imagenet-f16-1024": VQGANConfig(
-        ModelConfig(num_codes=1024, legacy_beta=True),
-        ObjectiveConfig(disc_start=250001),
-        AdversarialOptimConfig(lr=1.08e-4),
-    ),
-    "imagenet-f16-16384": VQGANConfig(
-        ModelConfig(num_codes=16384, legacy_beta=True),
-        ObjectiveConfig(disc_start=0, disc_weight=0.75, disc_layers=2),
-        AdversarialOptimConfig(lr=1.08e-4),
+    "imagenet-f16-1024": _released(1.08e-4, {"num_codes": 1024}, disc_start=250001),
+    "imagenet-f16-16384": _released(
+        1.08e-4, {"num_codes": 16384}, disc_start=0, disc_weight=0.75, disc_layers=2
     ),
     # the loss settings of the Gumbel model were never published: kl weight and temperatures were
     "openimages-gumbel-f8": VQGANConfig(
@@ -201,59 +191,22 @@ PRESETS: dict[str, VQGANConfig] = {
         ObjectiveConfig(disc_start=250001),
         AdversarialOptimConfig(lr=1.08e-4),
     ),
-    "ldm-vq-f4": VQGANConfig(
-        ModelConfig(
-            num_codes=8192,
-            ch_mult=[1, 2, 4],
-            attn_resolutions=[],
-            z_channels=3,
-            embed_dim=3,
-            legacy_beta=True,
-        ),
-        ObjectiveConfig(disc_start=0, disc_weight=0.75),
-        AdversarialOptimConfig(lr=3.6e-5),
+    "ldm-vq-f4": _released(3.6e-5, F4, disc_start=0, disc_weight=0.75),
+    "ldm-vq-f4-noattn": _released(
+        3.6e-5, F4 | {"attn_type": "none"}, disc_start=0, disc_weight=0.75
     ),
-    "ldm-vq-f4-noattn": VQGANConfig(
-        ModelConfig(
-            num_codes=8192,
-            ch_mult=[1, 2, 4],
-            attn_resolutions=[],
-            attn_type="none",
-            z_channels=3,
-            embed_dim=3,
-            legacy_beta=True,
-        ),
-        ObjectiveConfig(disc_start=0, disc_weight=0.75),
-        AdversarialOptimConfig(lr=3.6e-5),
+    "ldm-vq-f8": _released(
+        4.5e-5, F8 | {"num_codes": 16384}, disc_start=1, disc_weight=0.6, disc_layers=2
     ),
-    "ldm-vq-f8": VQGANConfig(
-        ModelConfig(
-            num_codes=16384,
-            ch_mult=[1, 2, 2, 4],
-            attn_resolutions=[32],
-            z_channels=4,
-            embed_dim=4,
-            legacy_beta=True,
-        ),
-        ObjectiveConfig(disc_start=1, disc_weight=0.6, disc_layers=2),
-        AdversarialOptimConfig(lr=4.5e-5),
+    "ldm-vq-f8-n256": _released(
+        4.5e-5, F8 | {"num_codes": 256}, disc_start=250001, disc_weight=0.75
     ),
-    "ldm-vq-f8-n256": VQGANConfig(
-        ModelConfig(
-            num_codes=256,
-            ch_mult=[1, 2, 2, 4],
-            attn_resolutions=[32],
-            z_channels=4,
-            embed_dim=4,
-            legacy_beta=True,
-        ),
-        ObjectiveConfig(disc_start=250001, disc_weight=0.75),
-        AdversarialOptimConfig(lr=4.5e-5),
-    ),
-    "ldm-vq-f16": VQGANConfig(
-        ModelConfig(num_codes=16384, z_channels=8, embed_dim=8, legacy_beta=True),
-        ObjectiveConfig(disc_start=250001, disc_weight=0.75, disc_layers=2),
-        AdversarialOptimConfig(lr=6.3e-5),
+    "ldm-vq-f16": _released(
+        6.3e-5,
+        {"num_codes": 16384, "z_channels": 8, "embed_dim": 8},
+        disc_start=250001,
+        disc_weight=0.75,
+        disc_layers=2,
     ),
     "paella-f4": VQGANConfig(
         ModelConfig(network="paella", num_codes=8192, scale_factor=0.3764),

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_foreign, load_tensor
 from lightning_modules.common.foreign import (
+    Converted,
+    Hints,
     State,
     check_types,
     count,
@@ -39,42 +41,21 @@ TAMING_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_
 PAELLA_PARTS = ("in_block.", "down_blocks.", "up_blocks.", "out_block.", "vquantizer.")
 
 # what shapes do not say and a reference's settings do
-HINTS = (
-    "resolution",
-    "unit_range",
-    "norm_groups",
-    "dropout",
-    "beta",
-    "legacy_beta",
-    "scale_factor",
-    "kl_weight",
-    "temperature",
-    "temperature_end",
-    "temperature_batches",
-    "straight_through",
-    "sample_tokens",
-    "quantizer",
-    "unknown_code",
-    "unknown_id",
+HINTS = frozenset(
+    "resolution unit_range norm_groups dropout beta legacy_beta scale_factor kl_weight temperature "
+    "temperature_end temperature_batches straight_through sample_tokens quantizer unknown_code "
+    "unknown_id".split()
 )
 
 
-def read(
-    source: Path, hints: Mapping[str, Any], aside: Path | Tensor | None = None
-) -> tuple[State, dict[str, Any]]:
-    """Read a tokenizer of this suite or an official one.
+def read(source: Path, hints: Mapping[str, Any], aside: Path | Tensor | None = None) -> Converted:
+    """Read a tokenizer of this suite or an official one, as `VQGANModule.from_export` takes it.
 
     Args:
         source: file, or diffusers folder with its config.json.
         hints: settings that a user gave, by dotted keys (model.X).
         aside: file with the new id of every code, or [K] how often each occurs: those that do are
             kept.
-
-    Returns:
-        What `VQGANModule.from_export` takes.
-
-    Raises:
-        ValueError: a file of unknown layout, or ids of another form.
     """
     found = read_suite(source, "vqgan")
     if found is not None:
@@ -88,17 +69,8 @@ def read(
     return renumbered(state, config, ids)
 
 
-def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> tuple[State, dict[str, Any]]:
-    """Give a tokenizer's codes new ids; those that share id 0 are no longer told apart.
-
-    Args:
-        state: the tokenizer's tensors.
-        config: its settings.
-        ids: [K] int64, every id of [0, max] occurring.
-
-    Raises:
-        ValueError: ids of another form, or codes that have new ids already.
-    """
+def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> Converted:
+    """Give a tokenizer's codes new ids [K]; those that share id 0 are no longer told apart."""
     model = config["model"]
     if model["used_codes"]:
         raise ValueError(f"the tokenizer keeps {model['used_codes']} of its codes already")
@@ -115,9 +87,7 @@ def renumbered(state: State, config: dict[str, Any], ids: Tensor) -> tuple[State
     return VQGANModule.from_export(renamed, {**config, "model": {**model, **kept}}).export()
 
 
-def convert(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def convert(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Turn a tokenizer checkpoint of any known layout into our tensors and settings.
 
     Known: taming and LDM (nearest code and Gumbel, also inside a transformer's checkpoint under
@@ -131,15 +101,9 @@ def convert(
 
     Returns:
         The state and {"paper", "model"} that `VQGANModule.from_export` takes.
-
-    Raises:
-        ValueError: an unknown layout, or missing, left-over or misshapen tensors.
     """
+    state = section(state, "first_stage_model") or state
     keys = state.keys()
-    if any(k.startswith("first_stage_model.") for k in keys):
-        prefix = "first_stage_model."
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        return convert(state, hints)
     if any(k.startswith("content_codec.") for k in keys):
         return taming(_vq_diffusion(state), hints)
     if "vquantizer.embedding.weight" in keys or "vquantizer.codebook.weight" in keys:
@@ -154,9 +118,7 @@ def convert(
     )
 
 
-def taming(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def taming(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Convert the VQModel or GumbelVQ of CompVis/taming-transformers and latent-diffusion.
 
     loss.* and the EMA copies model_ema.* are dropped. Both repositories trained the nearest code
@@ -197,12 +159,11 @@ def taming(
     return _finish(own, values | given, "the taming checkpoint")
 
 
-def paella(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def paella(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Convert Paella's vqgan_f4.pt, open-muse's copies, or diffusers' PaellaVQModel."""
     _only(state, PAELLA_PARTS, "a Paella tokenizer")
-    own = {_paella_key(k): v for k, v in state.items()}
+    codes = re.compile(r"^vquantizer\.(codebook|embedding)\.")
+    own = {codes.sub("quantize.embedding.", k): v for k, v in state.items()}
     latent = [k for k in own if re.fullmatch(r"down_blocks\.\d+\.0\.weight", k)]
     # blocks come as one per level and one convolution between levels, then the latent projection
     if not latent:
@@ -222,9 +183,7 @@ def paella(
     return _finish(own, values | _hints(hints), "the Paella tokenizer")
 
 
-def diffusers_vqmodel(
-    state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
-) -> tuple[State, dict[str, Any]]:
+def diffusers_vqmodel(state: Mapping[str, Tensor], hints: Hints = None) -> Converted:
     """Convert diffusers' VQModel (or an older one, whose attention has other names)."""
     levels = count(state, "encoder.down_blocks", 1)
     own = {}
@@ -236,20 +195,6 @@ def diffusers_vqmodel(
     return taming(own, hints)
 
 
-def discriminator(state: Mapping[str, Tensor]) -> tuple[State, dict[str, Any]]:
-    """Read the arguments of `NLayerDiscriminator` from its tensors (main.*)."""
-    _only(state, ("main.",), "a discriminator")
-    own = dict(state)
-    convolutions = [k for k in own if k.endswith(".weight") and own[k].ndim == 4]
-    first = own["main.0.weight"]
-    return own, {
-        "in_channels": first.shape[1],
-        "width": first.shape[0],
-        "layers": len(convolutions) - 2,
-        "use_actnorm": any(k.endswith(".loc") for k in own),
-    }
-
-
 def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
     """Pick the tokenizer out of a VQ-Diffusion checkpoint, by taming's names.
 
@@ -257,10 +202,8 @@ def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
     statistics, which only training needs.
     """
     own: State = {}
-    for key, value in state.items():
-        if not key.startswith("content_codec."):
-            continue
-        new = re.sub(r"^content_codec\.((enc|dec)\.)?", "", key)
+    for key, value in section(state, "content_codec").items():
+        new = re.sub(r"^(enc|dec)\.", "", key)
         if new in own and not torch.equal(own[new], value):
             raise ValueError(f"encoder and decoder have another {new}")
         own[new] = value
@@ -271,7 +214,7 @@ def _vq_diffusion(state: Mapping[str, Tensor]) -> State:
     return own
 
 
-def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, dict[str, Any]]:
+def _finish(own: State, values: Mapping[str, Any], what: str) -> Converted:
     """Check the tensors against the network that the settings describe."""
     model = typed(ModelConfig, values)
     own = fitted(lambda: NETWORKS[model.network](model), own, what)
@@ -281,7 +224,7 @@ def _finish(own: State, values: Mapping[str, Any], what: str) -> tuple[State, di
     return own, {"paper": "vqgan", "model": plain(model)}
 
 
-def _hints(hints: Mapping[str, Any] | None) -> dict[str, Any]:
+def _hints(hints: Hints) -> dict[str, Any]:
     """Take the settings out of what a caller knows, under our names."""
     flat = dict(hints or {})
     inner = flat.get("ddconfig") or {}
@@ -307,10 +250,6 @@ def _only(state: Mapping[str, Tensor], parts: tuple[str, ...], what: str) -> Non
     strange = sorted(k for k in state if not k.startswith(parts))
     if strange:
         raise ValueError(f"{what} has no key {strange[0]!r} ({len(strange)} left over)")
-
-
-def _paella_key(key: str) -> str:
-    return re.sub(r"^vquantizer\.(codebook|embedding)\.", "quantize.embedding.", key)
 
 
 _DIFFUSERS = (

@@ -1,4 +1,4 @@
-"""The loss of VQGAN's autoencoder (Esser et al. 2021, section 3.1).
+"""The reconstruction loss of VQGAN's autoencoder (Esser et al. 2021, section 3.1).
 
 Names and arithmetic follow taming/modules/losses/vqperceptual.py where that file does what it
 says.
@@ -9,14 +9,10 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.common.adversarial import adaptive_weight
 from lightning_modules.common.perceptual import LPIPS
 from lightning_modules.vqgan.config import ObjectiveConfig
 
-PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": F.l1_loss,
-    "l2": F.mse_loss,
-}
+PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 def reconstruction_loss(
@@ -41,33 +37,3 @@ def reconstruction_loss(
         loss = loss + config.perceptual_weight * perceptual
         parts["perceptual"] = perceptual.detach()
     return loss, parts
-
-
-def generator_loss(
-    nll: Tensor,
-    codebook_loss: Tensor,
-    config: ObjectiveConfig,
-    *,
-    factor: float = 0.0,
-    fake_logits: Tensor | None = None,
-    last_layer: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return nll + d_weight * factor * g_loss + codebook_weight * codebook_loss (equation 6).
-
-    Args:
-        nll: reconstruction loss.
-        codebook_loss: the quantizer's loss.
-        config: the weights.
-        factor: of `disc_factor`; at 0 the adversarial part is not computed.
-        fake_logits: D(xr) with graph; g_loss = -mean.
-        last_layer: see `adaptive_weight`.
-
-    Returns:
-        The scalar and {"g_loss", "d_weight"} where they were computed, detached.
-    """
-    loss = nll + config.codebook_weight * codebook_loss
-    if factor == 0 or fake_logits is None or last_layer is None:
-        return loss, {}
-    g_loss = -fake_logits.float().mean()
-    d_weight = adaptive_weight(nll, g_loss, last_layer, config)
-    return loss + d_weight * factor * g_loss, {"g_loss": g_loss.detach(), "d_weight": d_weight}

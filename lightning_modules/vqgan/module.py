@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from data.files import file_hash
-from lightning_modules.common.adversarial import DISC_LOSSES, disc_factor
-from lightning_modules.common.adversarial_training import AdversarialModule, cosine, image_psnr
+from lightning_modules.common.adversarial_training import AdversarialModule, image_psnr
 from lightning_modules.common.checkpoint import load_strict, load_weights
+from lightning_modules.common.optim import cosine
 from lightning_modules.common.settings import build, plain
 from lightning_modules.vqgan.config import VQGANConfig
-from lightning_modules.vqgan.losses import generator_loss, reconstruction_loss
+from lightning_modules.vqgan.losses import reconstruction_loss
 from lightning_modules.vqgan.network import NETWORKS
 from lightning_modules.vqgan.quantizer import Quantized, code_counts, perplexity, usage
 
@@ -22,38 +21,32 @@ class VQGANModule(AdversarialModule):
     """The tokenizer: images [-1, 1] to codes and back, and the GAN training that makes it.
 
     Args:
-        config: plain dict with the sections of `VQGANConfig`, and optionally `seed` (0), from
-            which every epoch's random numbers follow together with epoch and rank.
+        config: plain dict with the sections of `VQGANConfig`, and optionally `seed` (0).
 
     Raises:
         ValueError: an unknown setting, or one out of range.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        settings = build(
-            VQGANConfig, {k: v for k, v in config.items() if k not in ("seed", "paper")}
-        )
-        model = settings.model
-        super().__init__(config, settings.optim)
-        self.config = settings
-        self.autoencoder = NETWORKS[model.network](model)
-        self.add_discriminator(settings.objective, model.in_channels)
-        self.factor: int = model.factor
+        own = {k: v for k, v in config.items() if k not in ("seed", "paper")}
+        c = build(VQGANConfig, own)
+        super().__init__(config, c.optim, c.objective)
+        self.config = c
+        self.autoencoder = NETWORKS[c.model.network](c.model)
+        self.add_discriminator(c.model.in_channels)
+        self.factor: int = c.model.factor
         # sha256 of the tokenizer file whose tokens this one shares, where it was fine-tuned
         self.same_tokens_as: str | None = None
-        if settings.finetune is not None:
+        if c.finetune is not None:
             self._frozen().requires_grad_(False)
-        self._val_counts = torch.zeros(model.num_codes, dtype=torch.int64)
+        self._val_counts = torch.zeros(c.model.num_codes, dtype=torch.int64)
 
     def adopt(self, state: Mapping[str, Tensor], same_tokens_as: str) -> None:
         """Take encoder and codes of a tokenizer, and its decoder too if it is as wide as ours.
 
         Args:
-            state: tensors of its `export`.
+            state: tensors of its `export`; ValueError where encoder or codes do not fit.
             same_tokens_as: sha256 of its file, or of the one that it took its own encoder from.
-
-        Raises:
-            ValueError: encoder or codes of other sizes.
         """
         own = self.autoencoder.state_dict()
         decoding = tuple(f"{name}." for name in self.autoencoder.decoding)
@@ -84,23 +77,13 @@ class VQGANModule(AdversarialModule):
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Map images to tokens.
+        """Map images [B, 3, H, W] in [-1, 1] to tokens [B, H/factor, W/factor] in [0, num_codes).
 
-        Args:
-            images: [B, 3, H, W] in [-1, 1]; H and W multiples of `factor`.
-            generator: for Gumbel models with sample_tokens and for unknown_code=random.
-
-        Returns:
-            [B, H/factor, W/factor] int64 in [0, num_codes).
-
-        Raises:
-            ValueError: a height or width that `factor` does not divide.
+        The generator is for Gumbel models with sample_tokens and for unknown_code=random.
         """
-        self._check_size(images)
-        quantize = self.autoencoder.quantize
-        return quantize.to_used(
-            quantize.assign(self.autoencoder.encode(images), generator), generator
-        )
+        self.check_size(images)
+        z, quantize = self.autoencoder.encode(images), self.autoencoder.quantize
+        return quantize.to_used(quantize.assign(z, generator), generator)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -116,7 +99,7 @@ class VQGANModule(AdversarialModule):
 
     def latents(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to latents [B, c, h, w] divided by scale_factor."""
-        self._check_size(images)
+        self.check_size(images)
         return self.autoencoder.encode(images) / self.config.model.scale_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -127,24 +110,14 @@ class VQGANModule(AdversarialModule):
         """Map code vectors [B, c, h, w] to images [B, 3, H, W], not clamped."""
         return self.autoencoder.decode(codes.to(self.autoencoder.last_layer.dtype))
 
-    def forward(
-        self,
-        images: Tensor,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Quantized, Tensor]:
-        """Encode, quantize and decode.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1].
-            noise: Gumbel noise [B, K, h, w] of a Gumbel quantizer; drawn where missing.
-            generator: for that draw.
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized, Tensor]:
+        """Encode, quantize and decode images [B, 3, H, W] in [-1, 1].
 
         Returns:
             Reconstructions [B, 3, H, W] (not clamped), the quantizer's output, latents.
         """
         z = self.autoencoder.encode(images)
-        quantized = self.autoencoder.quantize(z, noise, generator)
+        quantized = self.autoencoder.quantize(z)
         return self.decode_codes(quantized.codes), quantized, z
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,24 +130,12 @@ class VQGANModule(AdversarialModule):
 
     @classmethod
     def from_export(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> "VQGANModule":
-        """Build the tokenizer, without discriminator, from `export` or a Lightning checkpoint.
-
-        Args:
-            state: tensors of `export`, or a whole `state_dict` of this module.
-            config: settings with the section `model`.
-
-        Raises:
-            ValueError: tensors that do not fit the settings.
-        """
+        """Build the tokenizer, without discriminator, from `export` or a Lightning checkpoint."""
         prefix = "autoencoder."
         if any(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        module = cls(
-            {
-                "model": dict(config["model"]),
-                "objective": {"disc_weight": 0.0, "perceptual_weight": 0.0},
-            }
-        )
+        objective = {"disc_weight": 0.0, "perceptual_weight": 0.0}
+        module = cls({"model": dict(config["model"]), "objective": objective})
         load_strict(module.autoencoder, state, "the tokenizer file")
         module.same_tokens_as = config.get("tokens_of")
         return module.eval()
@@ -196,68 +157,33 @@ class VQGANModule(AdversarialModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
-        images = batch["image"]
-        objective, last_layer = self.config.objective, self.autoencoder.last_layer
-        optimizers = self.optimizer_list()
-        self._set_schedules(optimizers)
-        factor = disc_factor(objective, self.batches_seen)
-
-        self.freeze_discriminator(True)
-        reconstructions, quantized, z = self(images)
-        nll, logs = reconstruction_loss(images, reconstructions, objective, self.perceptual())
-        loss, extra = generator_loss(
-            nll,
-            quantized.loss,
-            objective,
-            factor=factor,
-            fake_logits=self.discriminate(reconstructions) if factor else None,
-            last_layer=last_layer,
-        )
-        self.step(optimizers[0], loss)
+        images, objective = batch["image"], self.config.objective
+        self._set_temperature()
+        made, quantized, z = self(images)
+        nll, logs = reconstruction_loss(images, made, objective, self.perceptual())
+        loss = nll + objective.codebook_weight * quantized.loss
+        logs |= self.update(images, made, nll, loss) | {"codebook": quantized.loss}
         if self.config.finetune is None:
             self.autoencoder.quantize.update(z, quantized.tokens)
-        self.freeze_discriminator(False)
-
-        logs |= extra | {"loss": loss.detach(), "codebook": quantized.loss.detach()}
-        if factor:
-            real, fake = self.discriminate(images), self.discriminate(reconstructions.detach())
-            disc_loss = factor * DISC_LOSSES[objective.disc_loss](real.float(), fake.float())
-            self.step(optimizers[1], disc_loss)
-            logs |= {
-                "disc_loss": disc_loss.detach(),
-                "logits_real": real.detach().mean(),
-                "logits_fake": fake.detach().mean(),
-            }
-        self.batches_seen += 1
-
         counts = code_counts(quantized.tokens, self.config.model.num_codes)
         logs |= {"usage": usage(counts), "perplexity": perplexity(counts)}
-        logs["lr"] = torch.tensor(optimizers[0].param_groups[0]["lr"])
-        logs["batch"] = torch.tensor(float(self.batches_seen))
-        for name, value in logs.items():
-            shown = name in ("loss", "rec", "usage")
-            self.log(f"train/{name}", value, prog_bar=shown, batch_size=len(images))
+        self.log_scalars("train", logs, images)
 
     def on_validation_epoch_start(self) -> None:
         """Start the code histogram of a validation pass."""
-        self._val_counts = torch.zeros(
-            self.config.model.num_codes, dtype=torch.int64, device=self.device
-        )
+        self._val_counts = torch.zeros_like(self._val_counts, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the losses of the reconstruction and PSNR, and count the codes."""
-        images = batch["image"]
-        reconstructions, quantized, _ = self(images)
-        loss, logs = reconstruction_loss(
-            images, reconstructions, self.config.objective, self.perceptual()
-        )
+        images, objective = batch["image"], self.config.objective
+        made, quantized, _ = self(images)
+        loss, logs = reconstruction_loss(images, made, objective, self.perceptual())
         logs |= {
-            "loss": loss + self.config.objective.codebook_weight * quantized.loss,
+            "loss": loss + objective.codebook_weight * quantized.loss,
             "codebook": quantized.loss,
-            "psnr": image_psnr(images, reconstructions),
+            "psnr": image_psnr(images, made),
         }
-        for name, value in logs.items():
-            self.log(f"val/{name}", value, sync_dist=True, batch_size=len(images))
+        self.log_scalars("val", logs, images)
         self._val_counts += code_counts(quantized.tokens, self.config.model.num_codes)
 
     def on_validation_epoch_end(self) -> None:
@@ -267,22 +193,10 @@ class VQGANModule(AdversarialModule):
         self.log("val/usage", usage(counts), sync_dist=True)
         self.log("val/perplexity", perplexity(counts), sync_dist=True)
 
-    def _set_schedules(self, optimizers: list[LightningOptimizer]) -> None:
-        """Set learning rates and the Gumbel temperature of this batch."""
-        self.set_rates(optimizers)
-        model = self.config.model
-        if model.temperature_batches:
+    def _set_temperature(self) -> None:
+        """Set the Gumbel temperature of this batch."""
+        m = self.config.model
+        if m.temperature_batches:
             self.autoencoder.quantize.temperature = cosine(
-                model.temperature,
-                model.temperature_end,
-                self.batches_seen,
-                model.temperature_batches,
-            )
-
-    def _check_size(self, images: Tensor) -> None:
-        height, width = images.shape[-2:]
-        if height % self.factor or width % self.factor:
-            raise ValueError(
-                f"the tokenizer needs sides that are multiples of {self.factor}, "
-                f"got {height} x {width}"
+                m.temperature, m.temperature_end, self.batches_seen, m.temperature_batches
             )

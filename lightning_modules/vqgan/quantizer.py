@@ -59,12 +59,9 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def update(self, z: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> None:
-        """Take a batch into the running statistics; once per training batch.
+        """Take this rank's latents [B, c, h, w] and codes [B, h, w] into the running statistics.
 
-        Args:
-            z: latents [B, c, h, w] of this rank.
-            tokens: their codes [B, h, w] in [0, K).
-            generator: CPU generator for the choice of latents that replace unused codes.
+        Once per training batch; the CPU generator chooses latents that replace unused codes.
         """
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -275,11 +272,8 @@ class GumbelQuantizer(Quantizer):
     ) -> Quantized:
         """Quantize latents [B, c, h, w]; arithmetic is float32 under any autocast.
 
-        Args:
-            z: latents.
-            noise: Gumbel noise [B, K, h, w], of the kept codes alone where only they have logits;
-                drawn where it is needed and missing.
-            generator: for drawn noise, on the device of z.
+        Gumbel noise [B, K, h, w], of the kept codes alone where only they have logits, is drawn
+        where it is needed and missing, by the generator on the device of z.
         """
         with torch.autocast(z.device.type, enabled=False):
             logits, embed = self.proj(z.float()), self.embed.weight  # [B, K, h, w], [K, c]
@@ -314,15 +308,7 @@ QUANTIZERS: dict[str, type[NearestQuantizer] | type[GumbelQuantizer]] = {
 
 @torch.no_grad()
 def nearest(rows: Tensor, codes: Tensor) -> Tensor:
-    """Return the code of smallest |z - e|^2 for each row, in float32 and in bounded memory.
-
-    Args:
-        rows: z [N, c].
-        codes: e [K, c].
-
-    Returns:
-        [N] int64.
-    """
+    """Return the code e [K, c] of least |z - e|^2 for rows z [N, c]: [N]; in bounded memory."""
     rows, codes = rows.float(), codes.float()
     norms = codes.square().sum(1)  # |z|^2 is the same for all codes and is left out
     chunks = rows.split(max(1, MAX_DISTANCES // codes.shape[0]))
@@ -360,16 +346,10 @@ def usage(counts: Tensor) -> Tensor:
 
 
 def map_from_counts(counts: Tensor) -> Tensor:
-    """Return new ids for codes by how often they occurred: 1, 2, ... in order, and 0 for none.
+    """Return new ids [K] for codes that occurred counts [K] times: 1, 2, ..., and 0 for none.
 
     This is VQ-Diffusion's form (2886 codes of 8192 keep an id of their own, 5306 share id 0). Where
     every code occurred they keep their ids.
-
-    Args:
-        counts: [K] int64.
-
-    Returns:
-        [K] int64.
     """
     seen = counts > 0
     if bool(seen.all()):
@@ -378,13 +358,10 @@ def map_from_counts(counts: Tensor) -> Tensor:
 
 
 def used_from_map(new_ids: Tensor) -> Tensor:
-    """Return the kept codes of a map that gives every old code its new id.
+    """Return the kept codes of a map [K] that gives every old code its new id in [0, max].
 
     For each new id this is the first old code; codes beyond it fall together, so a map with a
     catch-all id 0 (VQ-Diffusion's `taming_vqvae_2887.pt`) is unknown_code=id with unknown_id=0.
-
-    Args:
-        new_ids: [K] int64, every id of [0, max] occurring.
 
     Raises:
         ValueError: an id of the range that no code has.

@@ -63,7 +63,7 @@ def test_unknown_keys_are_named_with_their_section() -> None:
         (TextConfig, {"max_length": 0}, "max_length must be at least 1, got 0"),
         (OptimConfig, {"lr": 0.0}, "lr must be positive"),
         (OptimConfig, {"betas": [0.9]}, "betas must be two numbers"),
-        (OptimConfig, {"ema": 1.0}, r"ema must lie in \[0, 1\)"),
+        (OptimConfig, {"ema": 1.0}, r"ema must be in \[0, 1\)"),
         (PaellaConfig, {"sampling": {"steps": 0}}, "steps must be at least 1, got 0"),
     ],
 )

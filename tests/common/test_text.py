@@ -330,8 +330,8 @@ def test_frozen_encoders_have_no_gradient(tiny_t5: str, tiny_clip: dict[str, str
     found = encoder(CAPTIONS[:1], CPU)
     assert not found.tokens.requires_grad
     assert found.pooled is not None and not found.pooled.requires_grad
-    assert not any(p.requires_grad for p in encoder._t5.parameters())
-    assert not encoder._t5.training
+    assert not any(p.requires_grad for p in encoder._model.parameters())
+    assert not encoder._model.training
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.config import load
 
-from experiments import average, stages
+from experiments import average
+from experiments.cli import command
+from experiments.papers.registry import load
+from experiments.pipeline.publish import Titles
+from experiments.pipeline.runner import execute
 from lightning_modules.common.checkpoint import load_weights, save_weights
+from lightning_modules.common.request import Request
 from lightning_modules.registry import load_generator
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory", "ignore:The dirpath has changed", "ignore:Your `IterableDataset`"
-)
 
 
 def test_a_run_keeps_a_series_whose_average_samples(
@@ -21,7 +21,7 @@ def test_a_run_keeps_a_series_whose_average_samples(
     words = ["trainer.keep_every=1", "trainer.max_steps=6", "trainer.epoch_steps=2", "optim.ema=0"]
     config = load("paella", "micro", ["logger=csv", f"cache={tmp_path / 'cache'}", *words])
     ckpt = tmp_path / "run"
-    stages.run("paella", "micro", config, ckpt, command="run", say=lambda line: None)
+    execute(Titles("paella", "micro", "run"), config, ckpt, lambda line: None)
     series = sorted((tmp_path / "cache").glob("train-*/weights-*.safetensors"))
     assert [f.stem for f in series] == [f"weights-{n:08d}" for n in (2, 4, 6)]
     final = load_weights(ckpt / "checkpoint.safetensors")
@@ -29,7 +29,7 @@ def test_a_run_keeps_a_series_whose_average_samples(
     assert all(torch.equal(v, final[0][k]) for k, v in states[-1].items())
     out = tmp_path / "averaged" / "x.safetensors"
     words = ["--ckpt", str(ckpt), "--out", str(out), "--decay", "0.5", *map(str, series)]
-    assert average.main(words) == 0 and "average of 3" in capsys.readouterr().out
+    assert command(average.run, words) == 0 and "average of 3" in capsys.readouterr().out
     found, settings = load_weights(out)
     assert settings == final[1] and found.keys() == final[0].keys()
     moved = [k for k, v in found.items() if not torch.equal(v, final[0][k])]
@@ -37,7 +37,7 @@ def test_a_run_keeps_a_series_whose_average_samples(
     for k in moved:
         a, b, c = (s[k] for s in states)
         torch.testing.assert_close(found[k], a / 4 + b / 4 + c / 2)
-    images = load_generator(out).sample(["a red circle"], seeds=[0])
+    images = load_generator(out).sample(Request(["a red circle"], [0]))
     assert images.isfinite().all()
 
     alien = tmp_path / "alien.safetensors"
@@ -49,6 +49,6 @@ def test_a_run_keeps_a_series_whose_average_samples(
         ([*words, "--decay", "2"], "decay must be"),
         ([*words, "--dekay", "2"], "unrecognized"),
     ):
-        assert average.main(wrong) == 2
+        assert command(average.run, wrong) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1

@@ -333,6 +333,7 @@ def test_settings_of_amused(amused: Path) -> None:
     assert dict(alone.settings)["uvit.hidden_size"] == 16
 
 
+@pytest.mark.bits
 def test_amused_converts_and_samples(
     amused: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

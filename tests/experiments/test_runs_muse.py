@@ -1,177 +1,145 @@
 """Whole runs of Muse at scale micro: both stages, what depends on what, edits, files."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from experiments.config import ConfigError, UserError, load
-from experiments.pictures import load_png
-from experiments.upscale import PairData, high_data
+from torch import Tensor
 
 from data.scenes import scenes
-from experiments import sample, stages
-from lightning_modules.common.checkpoint import load_weights
+from data.tokens import TokenData
+from experiments import sample
+from experiments.cli import command
+from experiments.papers.registry import load
+from experiments.report.pictures import load_png, to_uint8
+from lightning_modules.common.checkpoint import load_weights, save_weights
+from lightning_modules.common.request import Request
 from lightning_modules.muse.module import MuseModule
-from lightning_modules.registry import load_generator, load_tokenizer
+from lightning_modules.registry import load_first_stage, load_generator
+from tests import micro_runs
+from tests.micro_runs import QUIET, Run, refused
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory", "ignore:The dirpath has changed", "ignore:Your `IterableDataset`"
-)
-
-
-def plan(*words: str) -> dict[str, str]:
-    return {s.name: s.key for s in stages.plan("muse", load("muse", "micro", words))}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def go(cache: Path, out: Path, *words: str) -> tuple[dict[str, Any], list[str]]:
-    """Do a run; returns its scores and what was said."""
-    lines: list[str] = []
-    config = load("muse", "micro", ["logger=csv", f"cache={cache}", *words])
-    outcome = stages.run("muse", "micro", config, out, command="run muse", say=lines.append)
-    return outcome.scores, lines
+pytestmark = pytest.mark.filterwarnings(*QUIET)
+names, changed = partial(micro_runs.names, "muse"), partial(micro_runs.changed, "muse")
+ENLARGED = {f"{what}sample-superres-{s}" for what in ("", "features-") for s in ("val", "heldout")}
+FINAL = ENLARGED | {"edits", "features-edits", "score"}
+BASE = {f"{what}sample-{split}" for what in ("", "features-") for split in ("val", "heldout")}
 
 
 @pytest.fixture(scope="module")
-def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("runs") / "muse"
-    return out, go(cache, out)[0]
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("muse")
+    return micro_runs.go("muse", root / "run", root / "cache")
 
 
-def folder(cache: Path, name: str, *words: str) -> Path:
-    return cache / f"{name}-{plan(*words)[name]}"
-
-
-def test_stages_in_their_order() -> None:
-    both = ["data", "tokenizer", "cache", "train", "pairs", "superres", "joined", "sample", "edits",
-            "score", "report"]  # fmt: skip
-    assert list(plan()) == both
-    base = [n for n in both if n not in ("pairs", "superres", "joined")]
-    assert list(plan("superres.enabled=false")) == base
-    assert "edits" not in plan("eval.edits=0")
+def test_what_stages_there_are() -> None:
+    both = names()
+    assert (both.count("encode"), both.count("generator"), both.count("superres")) == (2, 2, 1)
+    assert {*ENLARGED, *BASE, "edits"} <= set(both)
+    alone = names("superres.enabled=false")
+    assert (alone.count("encode"), alone.count("generator")) == (1, 1)
+    assert not [name for name in alone if "superres" in name] and "edits" in alone
+    assert not [name for name in names("eval.edits=0") if "edits" in name]
 
 
 def test_what_depends_on_what() -> None:
-    def changed(*words: str, without: tuple[str, ...] = ()) -> set[str]:
-        first, second = plan(*without), plan(*without, *words)
-        return {name for name in first if first[name] != second[name]}
-
-    drawn = {"sample", "edits", "score", "report"}
-    assert changed("sampling.superres.steps=3") == drawn
-    assert changed("superres.optim.lr=0.002") == {"superres", "joined", *drawn}
-    assert changed("superres_trainer.max_steps=9") == {"superres", "joined", *drawn}
-    assert changed("optim.lr=0.002") == {"train", "superres", "joined", *drawn}
+    enlarging = {"superres", "generator", *FINAL}
+    assert changed("sampling.superres.steps=3") == FINAL  # the base's pictures stay
+    assert changed("superres.optim.lr=0.002") == enlarging
+    assert changed("superres_trainer.max_steps=9") == enlarging
+    assert changed("optim.lr=0.002") == {"train", *BASE, *enlarging}
     # with the pictures' own low-res tokens the two stages are trained apart
     real = ("superres.low=real",)
-    assert changed("optim.lr=0.002", without=real) == {"train", "joined", *drawn}
-    assert changed("eval.edits=2") == {"edits", "score", "report"}
-    assert changed("superres.factor=4", "superres.model.max_side=32") == {
-        "pairs", "superres", "joined", *drawn
-    }  # fmt: skip
+    assert changed("optim.lr=0.002", given=real) == {"train", "generator", *BASE, *FINAL}
+    assert not changed("sampling.edit.iterations=2")  # edits of a run have a mask
+    assert not changed("sampling.superres.steps=3", given=("superres.enabled=false",))
+    assert changed("eval.edits=2") == {"edits", "features-edits", "score"}
+    wider = changed("superres.factor=4", "superres.model.max_side=32")
+    assert {"encode", *enlarging} <= wider and not {"train", "tokenizer", *BASE} & wider
 
 
-def test_scores_of_both_stages_and_of_edits(run: tuple[Path, dict[str, Any]]) -> None:
-    out, scores = run
-    for name in ("eval", "eval/heldout", "superres", "superres/heldout"):
-        score = scores[f"{name}/scene_accuracy"]
+def test_scores_of_both_stages_and_of_edits(run: Run) -> None:
+    for prefix in ("eval", "eval/heldout", "superres", "superres/heldout"):
+        score = run.scores[f"{prefix}/scene_accuracy"]
         assert score["n"] == 16
-        how = "64 px, reduced to 32 px by area averaging" if "superres" in name else None
+        how = "reduced to 32 px by area averaging" if "superres" in prefix else None
         assert score.get("pictures") == how
-    assert scores["edit/object_accuracy"]["n"] == 4
-    assert "superres/scene_accuracy" in json.loads((out / "metrics.json").read_text())
-    page = (out / "report.html").read_text()
+    assert run.scores["edit/object_accuracy"]["n"] == 4
     shown = ("Super-resolution: val, reduced", "Edits: the picture", "superres train",
-             "of which up to 50% were predicted by the base")  # fmt: skip
+             "of which up to 50% are predicted by the base")  # fmt: skip
     for words in shown:
-        assert words in page
+        assert words in run.page
 
 
-def test_pictures_of_both_stages(run: tuple[Path, dict[str, Any]], cache: Path) -> None:
-    drawn = folder(cache, "sample")
-    for i in (0, 31):
-        assert load_png(drawn / f"{i:05d}.png")[0].shape == (3, 64, 64)
-        assert load_png(drawn / f"base-{i:05d}.png")[0].shape == (3, 32, 32)
-    card, _ = load_png(folder(cache, "edits") / "card-00000.png")
-    assert card.shape == (3, 64, 192)
-    assert bool((card[:, :, 64:128] == 128).all(0).any())  # what was masked is grey
+def test_pictures_of_both_stages(run: Run) -> None:
+    assert run.pictures("superres/heldout").shape == (16, 3, 64, 64)
+    assert run.pictures("eval/heldout").shape == (16, 3, 32, 32)
+    triple, _ = load_png(run.folder("edits") / "triple-00000.png")
+    assert triple.shape == (3, 64, 192)
+    assert bool((triple[:, :, 64:128] == 128).all(0).any())  # what was masked is grey
 
 
-def test_the_checkpoint_holds_both_stages(run: tuple[Path, dict[str, Any]], cache: Path) -> None:
-    out, _ = run
-    module = load_generator(out / "checkpoint.safetensors")
+@pytest.mark.bits
+def test_the_checkpoint_holds_both_stages(run: Run) -> None:
+    module = load_generator(run.out)
     assert isinstance(module, MuseModule) and module.superres is not None and module.critic
-    base, _ = load_weights(folder(cache, "train") / "checkpoint.safetensors")
     state = module.state_dict()
-    assert all(torch.equal(state[k], v) for k, v in base.items())
-    stage, _ = load_weights(folder(cache, "superres") / "superres.safetensors")
-    assert all(torch.equal(state[f"superres.{k}"], v) for k, v in stage.items())
-    first = load_png(folder(cache, "sample") / "00000.png")
-    image = module.sample([first[1]["prompt"]], seeds=[int(first[1]["seed"])])
-    assert torch.equal((image[0] * 127.5 + 127.5).round().clamp(0, 255).byte(), first[0])
+    for name, before in (("train/checkpoint", ""), ("superres/superres", "superres.")):
+        stage, _, file = name.partition("/")
+        for key, value in load_weights(run.folder(stage) / f"{file}.safetensors")[0].items():
+            assert torch.equal(state[f"{before}{key}"], value)
+    asked = run.asked("superres")  # one whole batch, since bits hang on its shape
+    request = Request([row["prompt"] for row in asked], [row["seed"] for row in asked])
+    assert torch.equal(to_uint8(module.sample(request)), run.pictures("superres"))
 
 
-def test_a_second_run_reuses_everything(
-    run: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path
-) -> None:
-    scores, lines = go(cache, tmp_path / "again")
-    assert scores == run[1]
-    assert sum("reused" in line for line in lines) == len(plan())
+def test_a_second_run_reuses_everything(run: Run, tmp_path: Path) -> None:
+    again = micro_runs.go("muse", tmp_path / "again", run.cache)
+    assert again.scores == run.scores and not again.made()
 
 
-def test_pairs_are_of_the_same_pictures(run: tuple[Path, dict[str, Any]], cache: Path) -> None:
-    config = load("muse", "micro", [f"cache={cache}"])
-    data: Any = PairData(
-        folder(cache, "pairs"), None, {"high": {}, "low": {}}, batch_size=8, seed=3
-    )  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(folder(cache, "tokenizer") / "tokenizer.safetensors")
-    size = high_data(config).resolution  # type: ignore[arg-type]
-    known = {s["key"]: s["image"] for s in scenes("train", 64, resolution=size)}
-    for batch in data.stream():
-        pixels = torch.stack([torch.from_numpy(known[k]) for k in batch["key"]])
-        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        small = torch.nn.functional.avg_pool2d(images, 2)
-        assert torch.equal(batch["tokens"], tokenizer.encode(images))
-        assert float((batch["low"] == tokenizer.encode(small)).float().mean()) > 0.99
-        break
+def test_pairs_are_of_the_same_pictures(run: Run) -> None:
+    pairs = run.plan.samples["superres"].generator.parts["superres"].source
+    tokenizer = load_first_stage(run.folder("tokenizer") / "first_stage.safetensors")
+    known = {s["key"]: s["image"] for s in scenes("train", 64, resolution=64)}
+    batch = next(iter(TokenData(run.folder(pairs), batch_size=8, seed=3).stream()))
+    images = torch.stack([pixels(known[key]) for key in batch["key"]])
+    assert torch.equal(batch["tokens"], tokenizer.encode(images))
+    small = torch.nn.functional.avg_pool2d(images, 2)
+    assert float((batch["low"] == tokenizer.encode(small)).float().mean()) > 0.99
 
 
-def test_pictures_are_encoded_as_they_come(
-    cache: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def pixels(image: Any) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def test_pictures_are_encoded_as_they_come(run: Run, tmp_path: Path) -> None:
     words = (
         "data.cache=false",
         "superres.low=real",
         "eval.edits=0",
         "superres_trainer.max_steps=2",
     )
-    scores = go(cache, tmp_path / "run", *words)[0]
+    assert "encode" not in names(*words)
+    scores = micro_runs.go("muse", tmp_path / "run", run.cache, *words).scores
     assert "superres/scene_accuracy" in scores and "edit/object_accuracy" not in scores
-    assert not (folder(cache, "pairs", *words) / "high").exists()  # whatever the trainer
 
 
-def test_a_tokenizer_of_its_own(
-    cache: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_tokenizer_of_its_own(run: Run, tmp_path: Path) -> None:
     """Another file for the larger pictures travels beside the checkpoint."""
-    out, _ = run
-    state, config = load_weights(out / "tokenizer.safetensors")
-    from lightning_modules.common.checkpoint import save_weights
-
+    state, config = load_weights(run.out / "tokenizer.safetensors")
     other = tmp_path / "other.safetensors"
     save_weights(other, state, {**config, "note": "the same weights in another file"})
     words = (f"superres.tokenizer={other}", "eval.edits=0", "superres_trainer.max_steps=2")
-    go(cache, tmp_path / "run", *words)
-    module: Any = load_generator(tmp_path / "run" / "checkpoint.safetensors")
-    assert module.superres.tokenizer is not module.tokenizer
-    (tmp_path / "run" / "high.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"needs its tokenizer high\.safetensors"):
-        load_generator(tmp_path / "run" / "checkpoint.safetensors")
+    out = micro_runs.go("muse", tmp_path / "run", run.cache, *words).out
+    module: Any = load_generator(out)
+    assert module.superres.first_stage is not module.first_stage
+    (out / "high.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*high\.safetensors"):
+        load_generator(out)
 
 
 WRONG = [
@@ -197,14 +165,12 @@ WRONG = [
 
 @pytest.mark.parametrize(("words", "message"), WRONG, ids=str)
 def test_what_does_not_fit_is_named(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load("muse", "micro", words)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in refused(lambda: load("muse", "micro", words))
 
 
 def test_a_missing_tokenizer_is_named() -> None:
-    with pytest.raises(UserError, match=r"superres\.tokenizer: there is no file none"):
-        plan("superres.tokenizer=none.safetensors")
+    wrong = refused(lambda: names("superres.tokenizer=none.safetensors"))
+    assert "superres.tokenizer: there is no file none" in wrong
 
 
 def test_the_paper_has_the_sizes_of_its_tables() -> None:
@@ -223,14 +189,13 @@ def test_the_paper_has_the_sizes_of_its_tables() -> None:
 # Edits from the command line ----
 
 
-def test_edits_by_hand(
-    run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_edits_by_hand(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out, _ = run
 
     def draw(*words: str) -> int:
-        return sample.main(["--ckpt", str(out), "--device", "cpu", "--prompt", "a", *words])
+        return command(
+            sample.run, ["--ckpt", str(run.out), "--device", "cpu", "--prompt", "a", *words]
+        )
 
     assert draw("--out", "0") == 0
     given = "0/00000.png"
@@ -261,13 +226,13 @@ WRONG_WORDS = [
 
 @pytest.mark.parametrize(("words", "message"), WRONG_WORDS, ids=str)
 def test_wrong_edits_are_one_line(
-    words: list[str], message: str, run: tuple[Path, dict[str, Any]], tmp_path: Path,
+    words: list[str], message: str, run: Run, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save("i.png")
-    assert sample.main(["--ckpt", str(run[0]), "--prompt", "a", *words, "--out", "x"]) == 2
+    assert command(sample.run, ["--ckpt", str(run.out), "--prompt", "a", *words, "--out", "x"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("x").exists()

@@ -7,14 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments.pictures import load_png
 from PIL import Image
+from safetensors.torch import save_file
 
-from experiments.sample import main
+from data.files import file_hash, write_json
+from experiments.cli import command
+from experiments.papers.registry import load
+from experiments.pipeline.publish import Titles
+from experiments.pipeline.runner import execute
+from experiments.report.pictures import load_png
+from experiments.sample import run
 from lightning_modules.common.checkpoint import load_weights, save_weights
+from lightning_modules.common.request import Request
 from lightning_modules.paella.module import PaellaModule
-from lightning_modules.registry import generator_file, load_generator, load_tokenizer
+from lightning_modules.registry import load_generator
 from lightning_modules.vqgan.module import VQGANModule
+from tests.tiny_generators import MUSE, tiny
 
 TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
              "z_channels": 4, "embed_dim": 4, "num_codes": 12, "norm_groups": 4}  # fmt: skip
@@ -34,21 +42,30 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
     config = {"paper": "paella", "seed": 0, "grid": [8, 8], "num_codes": 12, "model": MODEL,
-              "text": TEXT, "sampling": SAMPLING}  # fmt: skip
+              "text": TEXT}  # fmt: skip
     generator = PaellaModule(config)
     for parameter in [*tokenizer.parameters(), *generator.parameters()]:
         torch.nn.init.normal_(parameter, std=0.3)
     save_weights(folder / "tokenizer.safetensors", *tokenizer.export())
-    state, settings = generator_file(
-        generator, folder / "tokenizer.safetensors", "tokenizer.safetensors"
+    save_weights(folder / "checkpoint.safetensors", *generator.export())
+    write_json(
+        folder / "checkpoint.json",
+        {"first_stage": named(folder / "tokenizer.safetensors"), "sampling": SAMPLING},
     )
-    save_weights(folder / "checkpoint.safetensors", state, settings)
     return folder
+
+
+def named(file: Path) -> dict[str, str]:
+    return {"file": file.name, "sha256": file_hash(file)}
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def main(argv: list[str]) -> int:
+    return command(run, argv)
 
 
 def sample(run_folder: Path, *words: str) -> int:
@@ -83,18 +100,30 @@ def test_pictures_carry_what_made_them(run_folder: Path) -> None:
 def test_pictures_are_the_modules_own(run_folder: Path) -> None:
     assert sample(run_folder, "--prompt", "a b", "--seed", "3", "--out", "a") == 0
     module = load_generator(run_folder / "checkpoint.safetensors")
-    image = module.sample(["a b"], seeds=[3])[0]
+    image = module.sample(Request(["a b"], [3]))[0]
     expected = (image * 127.5 + 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
     assert np.array_equal(pixels("a/00000.png"), expected.astype(np.uint8))
 
 
-def test_batches_change_no_picture(run_folder: Path) -> None:
+def test_a_picture_depends_on_its_prompt_and_seed_alone(run_folder: Path) -> None:
+    """In batches of one shape, the last one filled up, to the byte; of any shape up to ties."""
     Path("p.txt").write_text("one thing\n\n  a longer prompt of words \nthree\n", encoding="utf-8")
-    assert sample(run_folder, "--prompts", "p.txt", "--out", "a", "--batch-size", "3") == 0
-    assert sample(run_folder, "--prompts", "p.txt", "--out", "b", "--batch-size", "1") == 0
-    for i in range(3):
-        assert np.array_equal(pixels(f"a/0000{i}.png"), pixels(f"b/0000{i}.png"))
+    words = ["--prompts", "p.txt", "--batch-size"]
+    assert sample(run_folder, *words, "2", "--out", "a") == 0
+    assert sample(run_folder, *words, "2", "--seed", "9", "--out", "other") == 0
+    assert sample(run_folder, *words, "2", "--out", "again") == 0
+    assert sample(run_folder, *words, "1", "--out", "single") == 0
+    names = [f"0000{i}.png" for i in range(3)]
+    for name in names:
+        assert np.array_equal(pixels(f"a/{name}"), pixels(f"again/{name}"))
+        assert not np.array_equal(pixels(f"a/{name}"), pixels(f"other/{name}"))
+    gaps = [abs(pixels(f"a/{n}").astype(int) - pixels(f"single/{n}")).max() for n in names]
+    assert sum(gap <= 1 for gap in gaps) >= 2  # a token that flips changes one picture, rarely
     assert load_png("a/00001.png")[1]["prompt"] == "a longer prompt of words"
+    assert sample(run_folder, "--prompt", "three", "--seed", "2", "--prompt", "x",
+                  "--batch-size", "2", "--out", "last") == 0  # fmt: skip
+    # the last batch of three is "three" twice: what fills it up changes nothing
+    assert np.array_equal(pixels("last/00000.png"), pixels("a/00002.png"))
 
 
 def test_a_preset_of_sampling(run_folder: Path) -> None:
@@ -133,11 +162,10 @@ def test_mask_keeps_pixels_and_tokens(run_folder: Path) -> None:
     start = torch.from_numpy(original).permute(2, 0, 1)[None] / 127.5 - 1
     touched = torch.zeros(1, 8, 8, dtype=torch.bool)
     touched[0, 1:4, 2:5] = True
-    tokens = module.sample_tokens(
-        ["x"], seeds=[0], start=module.tokenizer.encode(start), mask=touched
-    )
-    assert torch.equal(tokens[~touched], module.tokenizer.encode(start)[~touched])
-    image = module.tokenizer.decode(tokens)[0]
+    known = module.first_stage.encode(start)
+    tokens = module.sample_tokens(Request(["x"], [0], start=known, mask=touched))
+    assert torch.equal(tokens[~touched], known[~touched])
+    image = module.first_stage.decode(tokens)[0]
     expected = (image * 127.5 + 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
     assert np.array_equal(pixels("b/00000.png"), expected.astype(np.uint8))
 
@@ -279,9 +307,11 @@ def test_wrong_words_are_one_line(
         ("bare.safetensors", "experiments.convert"),
         ("text.safetensors", "is no readable checkpoint"),
         ("text.pt", "is no checkpoint that can be read safely"),
-        ("middle.safetensors", "names no 'tokenizer'"),
-        ("alone.safetensors", "not beside it"),
-        ("odd.safetensors", "is not the tokenizer that"),
+        ("middle.safetensors", "beside it names its first stage"),
+        ("strange.safetensors", "has no setting 'stepz'"),
+        ("broken.safetensors", "broken.json is no JSON"),
+        ("alone.safetensors", "name it with --tokenizer"),
+        ("odd.safetensors", "is not the first stage that"),
         ("short.safetensors", "does not fit PaellaModule"),
     ],
 )
@@ -294,18 +324,22 @@ def test_wrong_checkpoints(
     Path("tokenizer.safetensors").write_bytes(tokenizer.read_bytes())
     Path("text.safetensors").write_text("no tensors at all")
     Path("text.pt").write_text("no tensors at all")
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, "bare.safetensors")
-    other = {**load_weights(tokenizer)[0]}
-    save_weights("odd-tokenizer.safetensors", {k: v + 1 for k, v in other.items()},
-                 load_weights(tokenizer)[1])  # fmt: skip
-    named: dict[str, Any] = config["tokenizer"]
-    save_weights("middle.safetensors", state, {k: v for k, v in config.items() if k != "tokenizer"})
-    save_weights("alone.safetensors", state, {**config, "tokenizer": {**named, "file": "gone"}})
-    odd = {**named, "file": "odd-tokenizer.safetensors"}
-    save_weights("odd.safetensors", state, {**config, "tokenizer": odd})
+    weights, settings = load_weights(tokenizer)
+    save_weights("other.safetensors", {k: v + 1 for k, v in weights.items()}, settings)
+    for case, beside in {
+        "middle": None,
+        "alone": {"first_stage": {**named(tokenizer), "file": "gone"}},
+        "odd": {"first_stage": {**named(tokenizer), "file": "other.safetensors"}},
+        "strange": {"first_stage": named(tokenizer), "sampling": {"stepz": 3}},
+        "broken": {"first_stage": named(tokenizer)},
+    }.items():
+        save_weights(f"{case}.safetensors", state, config)
+        if beside is not None:
+            write_json(Path(f"{case}.json"), beside)
+    Path("broken.json").write_text("{")
     save_weights("short.safetensors", dict(list(state.items())[1:]), config)
+    write_json(Path("short.json"), {"first_stage": named(tokenizer)})
     assert main(["--ckpt", name, "--prompt", "a"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -313,7 +347,92 @@ def test_wrong_checkpoints(
 
 
 def test_tokenizer_from_elsewhere(run_folder: Path) -> None:
-    Path("moved.safetensors").write_bytes((run_folder / "checkpoint.safetensors").read_bytes())
-    words = ["--ckpt", "moved.safetensors", "--prompt", "a", "--out", "a"]
+    for name in ("checkpoint.safetensors", "checkpoint.json"):
+        Path(name).write_bytes((run_folder / name).read_bytes())
+    words = ["--ckpt", "checkpoint.safetensors", "--prompt", "a", "--out", "a"]
+    assert main(words) == 2
     assert main([*words, "--tokenizer", str(run_folder / "tokenizer.safetensors")]) == 0
-    assert load_tokenizer(run_folder / "tokenizer.safetensors").num_codes == 12
+    assert sample(run_folder, "--prompt", "a", "--out", "b") == 0
+    assert np.array_equal(pixels("a/00000.png"), pixels("b/00000.png"))
+
+
+# Folders of earlier versions ----
+
+
+def test_an_old_run_folder_with_all_settings_inside(run_folder: Path) -> None:
+    """Before there was a checkpoint.json, the checkpoint held its tokenizer and its sampling."""
+    Path("old").mkdir()
+    tokenizer = Path("old/tokenizer.safetensors")
+    tokenizer.write_bytes((run_folder / tokenizer.name).read_bytes())
+    state, config = load_weights(run_folder / "checkpoint.safetensors")
+    inside = {**config, "tokenizer": named(tokenizer), "sampling": SAMPLING}
+    save_weights("old/checkpoint.safetensors", state, inside)
+    words = ["--prompt", "a red circle", "--prompt", "b", "--out"]
+    assert sample(Path("old"), *words, "a") == sample(run_folder, *words, "b") == 0
+    for i in range(2):
+        assert np.array_equal(pixels(f"a/0000{i}.png"), pixels(f"b/0000{i}.png"))
+    assert json.loads(load_png("a/00000.png")[1]["settings"])["sampling"]["steps"] == 3
+
+
+def test_an_old_run_folder_of_two_joined_stages() -> None:
+    """Super-resolution once lay in the base's file, as superres.* tensors."""
+    superres = {"enabled": True, "model": {**MUSE, "low_num_codes": 12, "low_layers": 1,
+                                           "low_max_side": 4, "block": 2}}  # fmt: skip
+    sampling = {"steps": 3, "superres": {"steps": 2}}
+    high = {"grid": [8, 8], "num_codes": 12}
+    parts: Any = tiny("muse", superres=superres, high=high, sampling=sampling)
+    tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
+    for parameter in [*tokenizer.parameters(), *parts.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    for folder in ("old", "new"):
+        save_weights(f"{folder}/tokenizer.safetensors", *tokenizer.export())
+    own = named(Path("old/tokenizer.safetensors"))
+    base_state, config = tiny("muse", sampling={}).export()
+    base_state = {k: v for k, v in parts.state_dict().items() if k in base_state}
+    state, settings = parts.superres.export()
+    joined = {**base_state, **{f"superres.{k}": v for k, v in state.items()}}
+    inside = {**config, "tokenizer": own, "sampling": sampling, "superres": superres, "high": high}
+    save_weights("old/checkpoint.safetensors", joined, inside)
+
+    save_weights("new/checkpoint.safetensors", base_state, config)
+    save_weights("new/superres.safetensors", state, settings)
+    part = {"superres": named(Path("new/superres.safetensors"))}
+    write_json(
+        Path("new/checkpoint.json"), {"first_stage": own, "parts": part, "sampling": sampling}
+    )
+    for folder in ("old", "new"):
+        assert sample(Path(folder), "--prompt", "a red circle", "--out", f"of-{folder}") == 0
+    assert pixels("of-old/00000.png").shape == (16, 16, 3)
+    assert np.array_equal(pixels("of-old/00000.png"), pixels("of-new/00000.png"))
+
+
+# A run's own pictures ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run at scale micro: its folder, and that of its pictures for val."""
+    root = tmp_path_factory.mktemp("trained")
+    words = ["logger=csv", f"cache={root / 'cache'}", "eval.heldout=0", "trainer.max_steps=4"]
+    settings = load("paella", "micro", words)
+    execute(Titles("paella", "micro", "run"), settings, root / "run", lambda line: None)
+    (pictures,) = (root / "cache").glob("sample-val-*")
+    return root / "run", pictures
+
+
+def test_sample_draws_the_runs_own_pictures(trained: tuple[Path, Path]) -> None:
+    """Whole batches of one shape and order give the same bytes; singles agree up to float ties."""
+    out, folder = trained
+    asked = json.loads((folder / "prompts.json").read_text())
+    theirs = [pixels(str(folder / row["file"])) for row in asked]
+    assert [row["seed"] for row in asked] == list(range(16))
+    Path("prompts.txt").write_text("\n".join(row["prompt"] for row in asked), encoding="utf-8")
+    words = ["--prompts", "prompts.txt", "--out"]
+    assert sample(out, *words, "whole", "--batch-size", "16") == 0
+    for row, picture in zip(asked, theirs, strict=True):
+        assert np.array_equal(pixels(f"whole/{row['file']}"), picture)
+    assert sample(out, *words, "single", "--batch-size", "1") == 0
+    same = [np.array_equal(pixels(f"single/{row['file']}"), p)
+            for row, p in zip(asked, theirs, strict=True)]  # fmt: skip
+    print(f"{sum(same)} of {len(same)} pictures drawn alone have the bytes of the run")
+    assert sum(same) >= 12

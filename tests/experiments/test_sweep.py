@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from experiments.config import ConfigError, load
 
 from experiments import sweep
+from experiments.cli import command
+from experiments.papers.registry import load
 from experiments.points import KNOWN, PROGRAM, make_points, read_sweep
 from experiments.run import parse
+from experiments.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -19,6 +21,10 @@ program: experiments/run.py
 command: ["${env}", "${interpreter}", -m, experiments.run, "${args}"]
 method: grid
 """
+
+
+def main(argv: list[str]) -> int:
+    return command(sweep.run, argv)
 
 
 def write(path: Path, text: str) -> Path:
@@ -90,7 +96,7 @@ def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
 def test_what_cannot_be_run_is_refused_before_any_work(
     text: str, said: str, tmp_path: Path, capsys
 ) -> None:
-    assert sweep.main([str(write(tmp_path / "x.yaml", text)), "--out", str(tmp_path / "o")]) == 2
+    assert main([str(write(tmp_path / "x.yaml", text)), "--out", str(tmp_path / "o")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and len(err.splitlines()) == 1
     assert not (tmp_path / "o").exists()
@@ -111,7 +117,7 @@ def test_other_mistakes(tmp_path: Path, capsys) -> None:
         ([str(path), str(path), "--index", "1"], "--index belongs to one sweep; give one file"),
         ([str(small(tmp_path / "c.yaml")), "--index", "4"], "--index must be 0 to 3, got 4"),
     ]:
-        assert sweep.main(argv) == 2
+        assert main(argv) == 2
         assert said in capsys.readouterr().err
 
 
@@ -138,12 +144,12 @@ def test_one_point_of_an_array(tmp_path: Path, monkeypatch) -> None:
     _, points = make_points(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
     done: list[str] = []
 
-    def run(paper: str, scale: str, config, out: Path, **_) -> None:
+    def execute(titles, config, out: Path, say) -> None:
         out.mkdir(parents=True)
         (out / "metrics.json").write_text('{"eval/a": {"value": 1.0}}')
         done.append(out.name)
 
-    monkeypatch.setattr("experiments.stages.run", run)
+    monkeypatch.setattr("experiments.pipeline.runner.execute", execute)
     monkeypatch.setattr(sweep, "stands", lambda point: (point.out / "metrics.json").is_file())
     for index, count in ((2, 1), (0, 2)):
         _, points = make_points(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
@@ -168,9 +174,9 @@ def test_words_of_the_command_count(tmp_path: Path) -> None:
 def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     words = [f"cache={cache}", "--out", str(out)]
-    assert sweep.main([str(small(tmp_path / "s.yaml")), *words]) == 0
+    assert main([str(small(tmp_path / "s.yaml")), *words]) == 0
     said = capsys.readouterr().out
-    assert said.count("train: runs") == 1 and said.count("sample: runs") == 4
+    assert said.count("] train: runs") == 1 and said.count("] sample-val: runs") == 4
     assert "[2/4] s: steps=1 guidance_end=2.0 (about" in said
     assert "in all points: tokenizer/psnr" in said and "best eval/scene_accuracy: steps=" in said
     assert sorted(p.name for p in out.glob("*.*") if p.is_file()) == [
@@ -189,24 +195,25 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
                 found = row[f"{name} {key}"]
                 assert (float(found) if found else None) == score.get(key)
     page = (out / "table.html").read_text()
-    assert "data:image/png" in page and 'src="http' not in page and "clip_scenes" in page
+    assert "data:image/svg+xml" in page and 'src="http' not in page and "clip_scenes" in page
 
     # one point more; one whose folder was lost, one of another day; the rest stands
     (Path(rows[3]["run"]) / "metrics.json").unlink()
     (Path(rows[2]["run"]) / "metrics.json").write_text("{}")
     kept = (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns
     again = [str(small(tmp_path / "s.yaml", "[1, 2, 3]")), *words]
-    assert sweep.main([*again, "--dry-run"]) == 0
+    assert main([*again, "--dry-run"]) == 0
     listed = capsys.readouterr().out
     assert listed.count(" stands  ") == 2 and listed.count(" to do  ") == 4
-    assert sweep.main(again) == 0
+    assert main(again) == 0
     said = capsys.readouterr().out
-    assert said.count("stands in") == 2 and "train: runs" not in said
-    assert said.count("sample: runs") == 2  # of the lost one only the folder is made again
+    assert said.count("stands in") == 2 and "] train: runs" not in said
+    assert said.count("] sample-val: runs") == 2  # of the lost one only the folder is made again
     assert (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns == kept
 
 
 def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, capsys) -> None:
+    (tmp_path / "none.pth").write_text("no weights")
     path = write(
         tmp_path / "f.yaml",
         "parameters:\n  paper: {value: vqgan}\n  scale: {value: micro}\n"
@@ -214,7 +221,7 @@ def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, cap
         "  objective.perceptual_weight: {value: 1.0}\n",
     )
     out = tmp_path / "out"
-    assert sweep.main([str(path), f"cache={tmp_path}/cache", "--out", str(out)]) == 1
+    assert main([str(path), f"cache={tmp_path}/cache", "--out", str(out)]) == 1
     said = capsys.readouterr().out
     assert said.count("failed: ") == 2 and "none.pth" in said
     with open(out / "table.csv", newline="") as f:
@@ -223,13 +230,26 @@ def test_a_point_that_fails_is_noted_and_the_others_are_done(tmp_path: Path, cap
     assert rows[1]["error"] == "" and float(rows[1]["eval/psnr"]) > 0
 
 
+def test_a_file_that_is_not_there_is_refused_before_any_work(tmp_path: Path, capsys) -> None:
+    path = write(
+        tmp_path / "f.yaml",
+        "parameters:\n  paper: {value: vqgan}\n  scale: {value: micro}\n"
+        f"  objective.lpips_path: {{values: [null, {tmp_path}/gone.pth]}}\n",
+    )
+    out = tmp_path / "out"
+    assert main([str(path), f"cache={tmp_path}/cache", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "gone.pth" in error and error.count("\n") == 1
+    assert not out.exists() and not (tmp_path / "cache").exists()
+
+
 def test_help(capsys) -> None:
-    assert sweep.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     assert "--dry-run" in capsys.readouterr().out
 
 
 def test_a_wrong_option_is_refused(capsys) -> None:
-    assert sweep.main([str(FILES[0]), "--dryrun"]) == 2
+    assert main([str(FILES[0]), "--dryrun"]) == 2
     assert "--dryrun" in capsys.readouterr().err
 
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from experiments.pictures import to_uint8
 from torch import Tensor
 
+from experiments.report.pictures import to_uint8
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.settings import build
 from lightning_modules.ldmae import process

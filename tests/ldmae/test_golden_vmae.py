@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments.pictures import to_uint8
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.images import adm_crop, to_tensor
+from experiments.report.pictures import to_uint8
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.ldmae.autoencoder import AutoencoderModule, TrainingNoise
 from lightning_modules.ldmae.config import ViTConfig

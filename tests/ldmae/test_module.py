@@ -348,14 +348,15 @@ def test_one_setting_of_sizes_serves_all_conditions(make: Make) -> None:
             {"sampling": {"solver": "dopri5", "first_step": 1}},
             "sampling.first_step must be 0 with",
         ),
-        ("text", {"sampling": {"first_step": 5}}, "first_step must be between 0 and steps - 1"),
+        ("text", {"sampling": {"first_step": 5}}, "first_step must be from 0 to steps - 1"),
     ],
 )
 def test_settings_that_do_not_fit(
     condition: str, sections: dict[str, Any], message: str, make: Make
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make(condition, **sections)
+        module = make(condition, **sections)
+        module.config.check_sampling(module.config.sampling, module.geometry)
 
 
 def test_an_autoencoder_or_a_request_that_does_not_fit(make: Make) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_modules.common.checkpoint import load_foreign
+from lightning_modules.common.config import ConvConfig
 from lightning_modules.ldmae.autoencoder import AutoencoderModule
-from lightning_modules.ldmae.config import ConvConfig, ViTConfig
+from lightning_modules.ldmae.config import ViTConfig
 from lightning_modules.ldmae.conv import ConvAutoencoder
 from lightning_modules.ldmae.convert import convert_vmae
 from lightning_modules.ldmae.losses import patch_errors, visible_and_masked

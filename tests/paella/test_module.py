@@ -460,7 +460,8 @@ def test_sections_that_do_not_fit(
     kind: str, sections: dict[str, Any], message: str, make: Make
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make(kind, **sections)
+        module = make(kind, **sections)
+        module.config.check_sampling(module.config.sampling, module.geometry)
 
 
 def test_a_schedule_of_the_other_network(make: Make) -> None:

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.files import file_hash
+from experiments.settings import ConfigError, UserError
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.common.request import Request
 from lightning_modules.muse.module import MuseModule
 from lightning_modules.registry import load_first_stage, load_generator
 from lightning_modules.vqgan.module import VQGANModule
+from tests import micro_runs
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found", "ignore:You def")
+pytestmark = pytest.mark.filterwarnings("ignore:Found", "ignore:You def", *micro_runs.QUIET)
 TAMING = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
           "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "ema",
           "restart_after": 2}  # fmt: skip
@@ -126,3 +128,28 @@ def test_generators_take_the_new_decoder(first: tuple[str, Path], tmp_path: Path
     # a file fine-tuned twice still says whose tokens it has
     assert load_first_stage(new).same_tokens_as == file_hash(path)
     assert load_first_stage(new).export()[1]["tokens_of"] == file_hash(path)
+
+
+def test_a_run_goes_on_from_another_runs_tokenizer(tmp_path: Path) -> None:
+    def go(name: str, *words: str, paper: str = "vqgan") -> Path:
+        micro_runs.go(paper, tmp_path / name, tmp_path / "cache", *words)
+        return tmp_path / name / "tokenizer.safetensors"
+
+    original = go("original")
+    wider = ["model.decoder_ch=32", "model.decoder_res_blocks=4"]
+    finer = go("finer", f"finetune={original}", *wider)
+    before, after = load_first_stage(original), load_first_stage(finer)
+    x = images(4)
+    assert torch.equal(after.encode(x), before.encode(x))
+    assert after.same_tokens_as == file_hash(original)
+    # what was trained on the tokens of the one samples through the other
+    go("paella", f"tokenizer.ckpt={original}", paper="paella")
+    plain, tuned = (load_generator(tmp_path / "paella", file) for file in (original, finer))
+    asked = Request(["a red circle"], [0])
+    assert torch.equal(plain.sample_tokens(asked), tuned.sample_tokens(asked))
+    assert not torch.equal(plain.sample(asked), tuned.sample(asked))
+
+    with pytest.raises(ConfigError, match="finetune: there is no file none"):
+        micro_runs.stages("vqgan", "finetune=none.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        go("other", f"finetune={original}", "model.ch=8")

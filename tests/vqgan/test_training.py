@@ -152,11 +152,21 @@ def test_schedules_follow_batches_and_not_optimizer_steps(tmp_path: Path) -> Non
     seen = []
     optimizers = trained.optimizer_list()
     for trained.batches_seen in (0, 1, 2, 4, 6, 100):
-        trained._set_schedules(optimizers)
+        trained.set_rates(optimizers)
         seen.append([p.param_groups[0]["lr"] for p in optimizers])
     rates = torch.tensor(seen)
     torch.testing.assert_close(rates[:, 0], torch.tensor([0.05, 0.1, 0.1, 0.075, 0.05, 0.05]))
     torch.testing.assert_close(rates[:, 1], rates[:, 0] / 10)
+
+
+def test_the_loss_weighs_pixels_codes_and_the_discriminator(tmp_path: Path) -> None:
+    objective = {"pixel_weight": 4.0, "codebook_weight": 0.5, "disc_start": 0, "disc_factor": 2.0}
+    _, t = fit(tmp_path, 1, module(objective=objective))
+    m = {k: float(v) for k, v in t.callback_metrics.items()}
+    for stage, term in (("val", 0.0), ("train", 2 * m["train/d_weight"] * m["train/g_loss"])):
+        expected = 4 * m[f"{stage}/rec"] + 0.5 * m[f"{stage}/codebook"] + term
+        assert m[f"{stage}/loss"] == pytest.approx(expected, rel=1e-5)
+    assert m["train/d_weight"] > 0 and m["train/disc_loss"] > 0
 
 
 def test_lpips_trains_and_never_enters_a_checkpoint(tmp_path: Path) -> None:

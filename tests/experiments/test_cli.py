@@ -1,0 +1,165 @@
+"""What every command shares: one line for errors, exit codes, signals, quiet ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import Parser, columns, command, first_line, speaker
+from experiments.settings import ConfigError, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, *argv]
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def raising(error: BaseException):
+    def run(argv: list[str]) -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("seed: no"), 2), (UserError("the disk is full"), 1)]
+)
+def test_errors_are_one_line_and_a_code(error: Exception, code: int, capsys) -> None:
+    assert command(raising(error), []) == code
+    assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+def test_codes_of_what_ends_well() -> None:
+    assert command(lambda argv: None, ["a"]) == 0
+    assert command(lambda argv: len(argv), ["a", "b", "c"]) == 3
+
+
+def test_what_nobody_foresaw_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        command(raising(ZeroDivisionError()), [])
+    with pytest.raises(SystemExit):  # without a signal it is no interruption
+        command(raising(SystemExit(1)), [])
+
+
+INTERRUPTED = """
+import os, sys, time
+from experiments.cli import command
+
+def run(argv):
+    try:
+        os.kill(os.getpid(), int(argv[0]))
+        time.sleep(30)
+    except KeyboardInterrupt:
+        if argv[1] == "lightning":
+            sys.exit(1)
+        if argv[1] == "twice":
+            os.kill(os.getpid(), int(argv[0]))
+            time.sleep(30)
+        raise
+
+sys.exit(command(run, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+@pytest.mark.parametrize("how", ["plain", "lightning", "twice"])
+def test_interrupted(number: int, code: int, how: str, tmp_path: Path) -> None:
+    done = python("-c", INTERRUPTED, str(number), how, cwd=tmp_path)
+    assert done.returncode == code
+    # the second signal ends it at once
+    said = "" if how == "twice" else "interrupted; the same command resumes\n"
+    assert (done.stdout, done.stderr) == ("", said)
+
+
+def test_handlers_are_put_back() -> None:
+    import signal
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    command(lambda argv: 0, [])
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_only_rank_0_prints(name: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    speaker()("[1/2] train: runs")
+    assert command(raising(ConfigError("no")), []) == 2
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv(name, "0")
+    speaker()("[1/2] train: runs")
+    assert capsys.readouterr().out == "[1/2] train: runs\n"
+
+
+def test_lines_are_not_broken(capsys) -> None:
+    line = "[1/2] train: runs in " + "/a-long-folder" * 30
+    speaker()(line)
+    assert capsys.readouterr().out == line + "\n"
+
+
+def test_settings_and_options_in_any_order() -> None:
+    parser = Parser("x")
+    parser.add_argument("--flag", action="store_true")
+    parser.add_argument("--out")
+    args, words = parser.split(["a=1", "--flag", "--b.c=2", "--out=there"])
+    assert (args.flag, args.out, words) == (True, "there", ["a=1", "--b.c=2"])
+    for argv, said in (
+        (["--flga"], "did you mean --flag?"),
+        (["--out"], "expected one argument"),
+        (["--fl"], "did you mean --flag?"),  # no abbreviations
+    ):
+        with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+            parser.split(argv)
+
+
+def test_texts() -> None:
+    assert columns({"a": "one", "long": "two", "b": ""}) == ["  a     one", "  long  two", "  b"]
+    assert first_line(ValueError("first\nsecond")) == "first"
+    assert first_line(ValueError()) == "ValueError"
+
+
+LIGHT = """
+import sys
+from experiments import {names}
+from experiments.cli import command
+for module, argv, code in {calls}:
+    found = command(vars()[module].run, argv)
+    assert found == code, (module, argv, found)
+heavy = {{"torch", "lightning", "transformers", "wandb", "webdataset"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+MICRO = ["--paper", "paella", "--scale", "micro"]
+SWEEP = str(ROOT / "sweeps" / "paella_steps.yaml")
+CALLS = [
+    ("run", ["--help"], 0),
+    ("run", ["--paper", "help"], 0),
+    ("run", [*MICRO, "--help"], 0),
+    ("run", [*MICRO, "--print-config"], 0),
+    ("run", [*MICRO, "--dry-run", "--json"], 0),
+    ("run", ["--paper", "muse", "--scale", "micro", "--dry-run"], 0),
+    ("run", ["--paper", "ldmae", "--scale", "micro", "--dry-run"], 0),
+    ("run", [*MICRO, "sampling.step=3"], 2),
+    ("run", [*MICRO, "--dry-run", "--until", "trian"], 2),
+    ("run", [*MICRO, "--dry-run", "data.shards=none/{0..3}.tar"], 2),
+    ("sweep", ["--help"], 0),
+    ("sweep", [SWEEP, "--dry-run"], 0),
+    ("sweep", [SWEEP, "sampling.step=3"], 2),
+    ("store", ["--help"], 0),
+    ("store", ["ls"], 2),
+    ("sample", ["--help"], 0),
+    ("sample", ["--prompt", "a"], 2),
+    ("sample", ["--ckpt", "none", "--prommpt", "a"], 2),
+    ("average", ["--help"], 0),
+    ("average", ["--out", "x"], 2),
+]
+
+
+def test_help_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
+    names = ", ".join(dict.fromkeys(module for module, _, _ in CALLS))
+    done = python("-c", LIGHT.format(names=names, calls=CALLS), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
