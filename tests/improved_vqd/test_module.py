@@ -117,7 +117,9 @@ def test_guidance_is_in_log_space(kind: str) -> None:
     x = torch.randint(K, (4, *GRID), generator=source())
     t = torch.tensor([3])
     own, null = module._condition(prompts), module._null_condition()
-    both, weights = module._guided([own], [1.0], module.settings({"guidance": 4.0}), None)
+    guidance = module._guidance(module.settings({"guidance": 4.0}), None)
+    assert guidance is not None
+    both, weights = [own, guidance[0]], guidance[1:]
     network = module.network
     found = network.head(network.mixed_rows(x, t, both, weights)).log_softmax(-1)
     log_p, log_null = (
@@ -126,8 +128,7 @@ def test_guidance_is_in_log_space(kind: str) -> None:
     )
     guided = (log_null + 4 * (log_p - log_null)).log_softmax(-1)
     torch.testing.assert_close(found, guided)
-    off = module._guided([own], [1.0], module.settings({"guidance": 1.0}), None)
-    assert off == ([own], [1.0])
+    assert module._guidance(module.settings({"guidance": 1.0}), None) is None
 
 
 def test_negative_prompts() -> None:
