@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments.config import RUNS, load
 
+from experiments.papers.registry import PAPERS, load
+from experiments.pipeline.plan import plan
 from experiments.points import Point, Sweep, read_sweep
 from experiments.report import tables
 from experiments.report.published import (
@@ -26,7 +27,8 @@ NOTHING = Published()
 
 
 def point(scores: dict[str, Any], out: Path = Path("runs/x"), **settings: Any) -> Point:
-    return Point(settings, [], "vqgan", "micro", load("vqgan", "micro"), out, scores)
+    run = load("vqgan", "micro")
+    return Point(settings, [], "vqgan", "micro", run, out, plan("vqgan", run), scores)
 
 
 def score(value: float, half: float = 1.0) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def test_two_settings_are_a_map_and_three_are_lines() -> None:
 @pytest.mark.parametrize("path", sorted(REPORTED.glob("*.yaml")), ids=lambda p: p.stem)
 def test_published_numbers_say_where_they_come_from(path: Path) -> None:
     published = load_published(path)
-    assert path.stem in RUNS and published.tables
+    assert path.stem in PAPERS and published.tables
     for table in published.tables.values():
         assert table.title and table.source and table.protocol and table.rows
     for claim in published.claims:
