@@ -115,12 +115,17 @@ def file_pairs(cls: type, path: Path) -> list[tuple[str, Any]]:
     Raises:
         ConfigError: no readable YAML, a key that `cls` does not have, a wrong type.
     """
+    return list(_file_pairs(cls, path, path.stat().st_mtime_ns))
+
+
+@cache  # a sweep reads the same few files for every one of its runs
+def _file_pairs(cls: type, path: Path, mtime_ns: int) -> tuple[tuple[str, Any], ...]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # PyYAML's and OmegaConf's errors share no base
         raise ConfigError(f"{path}: no readable YAML: {' '.join(str(error).split())}") from error
     try:
-        pairs = list(_leaves(cls, cls, content or {}, ""))
+        pairs = tuple(_leaves(cls, cls, content or {}, ""))
         _set(cls, OmegaConf.structured(cls), pairs)
         return pairs
     except ConfigError as error:

@@ -102,8 +102,8 @@ def report(tmp_path: Path) -> RunPage:
         reconstructions=[(images[0], images[3])],
         config_yaml=f"seed: 0\nname: {NASTY}\n",
         stages=[
-            StageRow("train", "abc123", 75.0, False, {"seen": 40, "no caption": 3}),
-            StageRow("data", "d0", 9.0, True, {"seen": 12}),
+            StageRow("train", "abc123", 75.0, {"seen": 40, "no caption": 3}),
+            StageRow("data", "d0", 9.0, {"seen": 12}),
         ],
         files={"checkpoint": Path("runs/x/checkpoint.safetensors")},
     )
