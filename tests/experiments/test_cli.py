@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import Parser, columns, command, first_line, speaker
+from experiments.cli import GRAMMAR, Parser, columns, command, first_line, speaker
 from experiments.settings import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,21 @@ def test_settings_and_options_in_any_order() -> None:
     ):
         with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
             parser.split(argv)
+
+
+def test_options_are_written_as_settings_are() -> None:
+    parser = Parser("x")
+    parser.add_argument("--scale")
+    parser.add_argument("--prompt", action="append")
+    parser.add_argument("--flag", action="store_true")
+    for written in (["--scale", "micro"], ["--scale=micro"], ["scale=micro"]):
+        args, words = parser.split(["seed=1", *written, "--flag"])
+        assert (args.scale, args.flag, words) == ("micro", True, ["seed=1"])
+    args, words = parser.split(
+        ["--prompt", "scale=two", "prompt=a=b", "flag=1", "scale=b", "scale=c"]
+    )
+    assert (args.prompt, args.scale, words) == (["scale=two", "a=b"], "c", ["flag=1"])
+    assert GRAMMAR in parser.format_help()
 
 
 def test_texts() -> None:
