@@ -36,8 +36,8 @@ examples:
   {COMMAND} sweeps/ldmae_autoencoders.yaml sweeps/ldmae_losses.yaml
   {COMMAND} sweeps/paella_steps.yaml eval.prompts=64 --dry-run
 
-Writes table.csv, table.html and pictures into --out (default: runs/sweep-NAME), and every run's
-run into a folder there. The same command resumes."""
+Writes table.csv, table.html and pictures into --out (default: runs/sweep-NAME), and every run into
+a folder there. The same command resumes."""
 
 
 def run(argv: Sequence[str]) -> int:
