@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import GRAMMAR, Parser, columns, command, first_line, speaker
+from experiments.cli import Parser, columns, command, first_line, speaker
 from experiments.settings import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_options_are_written_as_settings_are() -> None:
         ["--prompt", "scale=two", "prompt=a=b", "flag=1", "scale=b", "scale=c"]
     )
     assert (args.prompt, args.scale, words) == (["scale=two", "a=b"], "c", ["flag=1"])
-    assert GRAMMAR in parser.format_help()
+    assert "--name=value or name=value" in parser.format_help()
 
 
 def test_texts() -> None:
