@@ -101,21 +101,6 @@ def test_lines_are_not_broken(capsys) -> None:
     assert capsys.readouterr().out == line + "\n"
 
 
-def test_settings_and_options_in_any_order() -> None:
-    parser = Parser("x")
-    parser.add_argument("--flag", action="store_true")
-    parser.add_argument("--out")
-    args, words = parser.split(["a=1", "--flag", "--b.c=2", "--out=there"])
-    assert (args.flag, args.out, words) == (True, "there", ["a=1", "--b.c=2"])
-    for argv, said in (
-        (["--flga"], "did you mean --flag?"),
-        (["--out"], "expected one argument"),
-        (["--fl"], "did you mean --flag?"),  # no abbreviations
-    ):
-        with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
-            parser.split(argv)
-
-
 def test_options_are_written_as_settings_are() -> None:
     parser = Parser("x")
     parser.add_argument("--scale")
@@ -129,6 +114,21 @@ def test_options_are_written_as_settings_are() -> None:
     )
     assert (args.prompt, args.scale, words) == (["scale=two", "a=b"], "c", ["flag=1"])
     assert "--name=value or name=value" in parser.format_help()
+
+
+def test_settings_and_options_in_any_order() -> None:
+    parser = Parser("x")
+    parser.add_argument("--flag", action="store_true")
+    parser.add_argument("--out")
+    args, words = parser.split(["a=1", "--flag", "--b.c=2", "--out=there"])
+    assert (args.flag, args.out, words) == (True, "there", ["a=1", "--b.c=2"])
+    for argv, said in (
+        (["--flga"], "did you mean --flag?"),
+        (["--out"], "expected one argument"),
+        (["--fl"], "did you mean --flag?"),  # no abbreviations
+    ):
+        with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+            parser.split(argv)
 
 
 def test_texts() -> None:
