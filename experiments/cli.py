@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -16,18 +16,22 @@ from rich.text import Text
 from experiments.pipeline.ranks import is_leader
 from experiments.settings import ConfigError, UserError, pick
 
+GRAMMAR = """options: --name value, --name=value or name=value; settings: key=value or --key=value,
+anywhere on the line."""
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong word as a ConfigError: one line, no usage.
 
-    Words that are no options are `key=value` settings, anywhere on the line.
+    An option with a value may also be written name=value, so that settings and options share one
+    form. Words that are no options are `key=value` settings, anywhere on the line.
     """
 
     def __init__(self, command: str, description: str = "", epilog: str = "") -> None:
         super().__init__(
             prog=command,
             description=description,
-            epilog=epilog,
+            epilog=f"{GRAMMAR}\n\n{epilog}".rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=False,
             allow_abbrev=False,
@@ -37,6 +41,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise ConfigError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, with name=value read as --name=value."""
+        words = sys.argv[1:] if args is None else args
+        takes = {o for a in self._actions if a.nargs != 0 for o in a.option_strings}
+        dashed = [
+            f"--{word}" if f"--{word.partition('=')[0]}" in takes and "=" in word
+            # a word behind an option is its value, whatever it looks like
+            and before not in takes else word
+            for before, word in zip(["", *words], words, strict=False)
+        ]  # fmt: skip
+        return super().parse_known_args(dashed, namespace)
 
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Split a command line into its options and the other words.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments.cli import Parser, columns, command, console, prepare_torch, speaker
+from experiments.agent import with_parameters
+from experiments.cli import GRAMMAR, Parser, columns, command, console, prepare_torch, speaker
 from experiments.papers.base import RunSettings
 from experiments.papers.registry import PAPERS, header, load, scales
 from experiments.pipeline.plan import chosen, plan
@@ -50,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: a wrong word on the command line; nothing was started.
         UserError: something the user can put right stopped the run.
     """
-    args, overrides = parse(argv)
+    args, overrides = parse(with_parameters(argv, os.environ))
     if args.paper == "help":
         print(papers_help())
         return 0
@@ -103,7 +105,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def general_help() -> str:
     """Text of `--help`: what exists and the shape of a command."""
     lines = [f"usage: {COMMAND} --paper NAME [--scale NAME] [key=value ...]", "", *_papers()]
-    lines += ["", "options"]
+    lines += ["", GRAMMAR, "", "options"]
     options = {
         "--scale NAME": "size of the experiment, or the path of a YAML (default: tiny)",
         "--out DIR": "run folder (default: runs/<paper>-<scale>-<key of its scores>)",
@@ -113,7 +115,7 @@ def general_help() -> str:
         "--paper NAME --help": "every setting of a paper: type, default, meaning",
     }
     lines += columns(options)
-    lines += ["", "main settings, written key=value or --key=value anywhere on the line"]
+    lines += ["", "main settings"]
     rows = {row.key: row for row in describe(RunSettings)}
     lines += columns({k: f"{rows[k].help} [{rows[k].type}]" for k in MAIN_SETTINGS if k in rows})
     lines += ["", "examples"]

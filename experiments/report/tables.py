@@ -1,4 +1,4 @@
-"""The tables of a sweep: scores of every point with intervals, published numbers beside them."""
+"""The tables of a sweep: scores of every run with intervals, published numbers beside them."""
 
 import csv
 import io
@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from data.files import write_text
 from eval.interval import Score
-from experiments.points import Point, Sweep, short_names, text_of
+from experiments.agent import text_of
+from experiments.grid import Sweep, SweepRun, short_names
 from experiments.report import charts
 from experiments.report.document import boxes, code, document, html_table, paragraphs, section
 from experiments.report.published import Published
@@ -31,37 +32,37 @@ class Summary(NamedTuple):
 
     tables: list[ScoreTable]
     notes: list[str]
-    """The best point, what is equal in all, and what failed."""
+    """The best run, what is equal in all, and what failed."""
     sources: list[str]
     """Where the published numbers come from."""
 
 
-def summarize(sweep: Sweep, points: Sequence[Point], published: Published) -> Summary:
+def summarize(sweep: Sweep, runs: Sequence[SweepRun], published: Published) -> Summary:
     """Collect the tables of a sweep and the lines below them.
 
     Args:
-        sweep: whose points.
-        points: all of them, done or not.
+        sweep: whose runs.
+        runs: all of them, done or not.
         published: what was published of the same settings.
     """
-    names, same = columns(sweep, points)
-    tables = [_main_table(points, names, published)]
-    for (score, what), curves in _scanned(points).items():
+    names, same = columns(sweep, runs)
+    tables = [_main_table(runs, names, published)]
+    for (score, what), curves in _scanned(runs).items():
         xs = sorted({x for curve in curves.values() for x in curve})
         rows = [[label, *(notation(curve.get(x)) for x in xs)] for label, curve in curves.items()]
         heads = [_short(score), *(f"{x:g}" for x in xs)]
         tables.append(ScoreTable(f"{_short(score)} against {what}", heads, rows))
     notes = [
-        *best_line(sweep, points),
-        *(f"equal in all points: {_short(n)} {notation(score)}" for n, score in same.items()),
-        *(f"failed: {p.label}: {p.error}" for p in points if p.error),
+        *best_line(sweep, runs),
+        *(f"equal in all runs: {_short(n)} {notation(score)}" for n, score in same.items()),
+        *(f"failed: {p.label}: {p.error}" for p in runs if p.error),
     ]
     return Summary(tables, notes, list(published.provenance()))
 
 
-def columns(sweep: Sweep, points: Sequence[Point]) -> tuple[list[str], dict[str, Score]]:
-    """Return the scores that differ between points, the metric first, and those that do not."""
-    done = [p for p in points if p.scores]
+def columns(sweep: Sweep, runs: Sequence[SweepRun]) -> tuple[list[str], dict[str, Score]]:
+    """Return the scores that differ between runs, the metric first, and those that do not."""
+    done = [p for p in runs if p.scores]
     names = list(dict.fromkeys(n for p in done for n in main_scores(p.scores)))
     names.sort(key=lambda name: name != sweep.metric)
     same = {
@@ -74,49 +75,49 @@ def columns(sweep: Sweep, points: Sequence[Point]) -> tuple[list[str], dict[str,
     return [name for name in names if name not in same], same
 
 
-def _main_table(points: Sequence[Point], names: Sequence[str], published: Published) -> ScoreTable:
-    """A row per point, or a column per point where these are fewer than the scores."""
-    settings = list(points[0].settings) if points else []
+def _main_table(runs: Sequence[SweepRun], names: Sequence[str], published: Published) -> ScoreTable:
+    """A row per run, or a column per run where these are fewer than the scores."""
+    settings = list(runs[0].settings) if runs else []
     varied = [
-        [short, *(text_of(p.settings[name]) for p in points)]
+        [short, *(text_of(p.settings[name]) for p in runs)]
         for name, short in zip(settings, short_names(dict.fromkeys(settings)), strict=True)
     ]
     given: list[tuple[str | None, list[str]]] = []  # (score that was measured too, column)
     for table in published.tables.values():
         if table.setting in settings:
-            rows = [table.rows.get(text_of(p.settings[table.setting]), {}) for p in points]
+            rows = [table.rows.get(text_of(p.settings[table.setting]), {}) for p in runs]
             for name, score in table.columns.items():
                 cells = [f"{row[name]:g}" if name in row else "" for row in rows]
                 given.append((score, [f"{name}, published", *cells]))
     scored = []
     for name in names:
-        cells = ["failed" if p.error else notation(p.scores.get(name)) for p in points]
+        cells = ["failed" if p.error else notation(p.scores.get(name)) for p in runs]
         scored += [[_short(name), *cells], *(column for score, column in given if score == name)]
     scored += [column for score, column in given if score not in names]
-    if len(points) < len(scored):
+    if len(runs) < len(scored):
         across = [", ".join(cells) for cells in zip(*varied, strict=True)] or ["score", ""]
         return ScoreTable("Scores", across, scored)
     heads, *lines = [list(cells) for cells in zip(*varied, *scored, strict=True)] or [[]]
     return ScoreTable("Scores", heads, lines)
 
 
-def _scanned(points: Sequence[Point]) -> dict[tuple[str, str], dict[str, dict[float, Score]]]:
-    """Return scores at several values of something: (score, what) -> point -> value -> score."""
+def _scanned(runs: Sequence[SweepRun]) -> dict[tuple[str, str], dict[str, dict[float, Score]]]:
+    """Return scores at several values of something: (score, what) -> run -> value -> score."""
     found: dict[tuple[str, str], dict[str, dict[float, Score]]] = {}
-    for point in points:
-        for key, names in scans(point.scores).items():
-            curve = {x: point.scores[name] for x, name in names.items()}
-            found.setdefault(key, {})[point.label] = curve
+    for run in runs:
+        for key, names in scans(run.scores).items():
+            curve = {x: run.scores[name] for x, name in names.items()}
+            found.setdefault(key, {})[run.label] = curve
     return found
 
 
-def best_line(sweep: Sweep, points: Sequence[Point]) -> list[str]:
-    """Name the point with the best metric, the first of equal ones, and how many may be as good.
+def best_line(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:
+    """Name the run with the best metric, the first of equal ones, and how many may be as good.
 
     Those may be whose 95 % intervals overlap with its interval; where all do, it is a tie. No line
-    without two points that are scored.
+    without two runs that are scored.
     """
-    scored = [(p.label, p.scores[sweep.metric]) for p in points if sweep.metric in p.scores]
+    scored = [(p.label, p.scores[sweep.metric]) for p in runs if sweep.metric in p.scores]
     if len(scored) < 2:
         return []
     choose = min if sweep.minimize else max
@@ -131,43 +132,43 @@ def best_line(sweep: Sweep, points: Sequence[Point]) -> list[str]:
 
 
 def write_sweep(
-    sweep: Sweep, points: Sequence[Point], out: Path, command: str, published: Published
+    sweep: Sweep, runs: Sequence[SweepRun], out: Path, command: str, published: Published
 ) -> list[Path]:
     """Write table.csv, table.html and the charts; returns their paths."""
-    figures = draw(sweep, points)
-    write_text(out / "table.csv", as_csv(points))
-    write_text(out / "table.html", as_html(sweep, points, command, figures, published))
+    figures = draw(sweep, runs)
+    write_text(out / "table.csv", as_csv(runs))
+    write_text(out / "table.html", as_html(sweep, runs, command, figures, published))
     for name, figure in figures.items():
         charts.save(out / name, figure)
     return [out / name for name in ("table.csv", "table.html", *figures)]
 
 
-def as_csv(points: Sequence[Point]) -> str:
-    """Return one line per point: settings, every score with interval and n, and the run folder."""
-    settings = list(points[0].settings) if points else []
-    names = list(dict.fromkeys(name for p in points for name in p.scores))
+def as_csv(runs: Sequence[SweepRun]) -> str:
+    """Return one line per run: settings, every score with interval and n, and the run folder."""
+    settings = list(runs[0].settings) if runs else []
+    names = list(dict.fromkeys(name for p in runs for name in p.scores))
     heads = [*settings, *(f"{n}{end}" for n in names for end in ("", " low", " high", " n"))]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow([*heads, "run", "error"])
-    for point in points:
-        row: list[Any] = [text_of(point.settings[s]) for s in settings]
+    for run in runs:
+        row: list[Any] = [text_of(run.settings[s]) for s in settings]
         for name in names:
-            score = point.scores.get(name, {})
+            score = run.scores.get(name, {})
             row += [score.get(key) for key in ("value", "low", "high", "n")]
-        writer.writerow([*row, point.out, point.error])
+        writer.writerow([*row, run.out, run.error])
     return lines.getvalue()
 
 
 def as_html(
     sweep: Sweep,
-    points: Sequence[Point],
+    runs: Sequence[SweepRun],
     command: str,
     figures: Mapping[str, Figure],
     published: Published,
 ) -> str:
     """Return the page of a sweep: one self-contained file."""
-    tables, notes, sources = summarize(sweep, points, published)
+    tables, notes, sources = summarize(sweep, runs, published)
     drawn = [charts.chart_tag(figure, Path(name).stem) for name, figure in figures.items()]
     main, *others = [
         section(t.title, html_table(t.heads, t.rows), "With the 95 % intervals.") for t in tables
@@ -175,7 +176,7 @@ def as_html(
     return document(
         f"Sweep {sweep.name}",
         [
-            f"<h1>{escape(sweep.name)}</h1><p class=muted>{len(points)} points</p>",
+            f"<h1>{escape(sweep.name)}</h1><p class=muted>{len(runs)} runs</p>",
             paragraphs(notes),
             main,
             section("Charts", boxes("charts", drawn)),
@@ -186,32 +187,32 @@ def as_html(
     )
 
 
-def draw(sweep: Sweep, points: Sequence[Point]) -> dict[str, Figure]:
+def draw(sweep: Sweep, runs: Sequence[SweepRun]) -> dict[str, Figure]:
     """Draw the sweep's metric over its settings, and every score that was scanned.
 
     Returns:
         {name of the PNG: chart}.
     """
     figures: dict[str, Figure] = {}
-    names, _ = columns(sweep, points)
+    names, _ = columns(sweep, runs)
     metric = names[0] if names else ""
-    scored = [(p, p.scores[metric]) for p in points if metric in p.scores]
+    scored = [(p, p.scores[metric]) for p in runs if metric in p.scores]
     settings = list(short_names(scored[0][0].settings)) if scored else []
     if len(settings) == 2:
         across, up = settings
         cells = {}
-        for point, score in scored:
-            x, y = map(text_of, point.settings.values())
+        for run, score in scored:
+            x, y = map(text_of, run.settings.values())
             cells[x, y] = score["value"]
         figures["picture.png"] = charts.heatmap(cells, across=across, up=up, title=_short(metric))
     elif settings:
         curves: dict[str, list[charts.Value]] = {}
-        for point, score in scored:
-            *others, (last, x) = short_names(point.settings).items()
+        for run, score in scored:
+            *others, (last, x) = short_names(run.settings).items()
             label = " ".join(f"{name}={text_of(value)}" for name, value in others)
             curves.setdefault(label, []).append(charts.value_of(x, score))
         figures["picture.png"] = charts.lines(curves, across=last, up=_short(metric))
-    for (name, what), found in _scanned(points).items():
+    for (name, what), found in _scanned(runs).items():
         curves = {
             label: [charts.value_of(x, score) for x, score in curve.items()]
             for label, curve in found.items()

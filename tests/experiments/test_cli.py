@@ -101,6 +101,21 @@ def test_lines_are_not_broken(capsys) -> None:
     assert capsys.readouterr().out == line + "\n"
 
 
+def test_options_are_written_as_settings_are() -> None:
+    parser = Parser("x")
+    parser.add_argument("--scale")
+    parser.add_argument("--prompt", action="append")
+    parser.add_argument("--flag", action="store_true")
+    for written in (["--scale", "micro"], ["--scale=micro"], ["scale=micro"]):
+        args, words = parser.split(["seed=1", *written, "--flag"])
+        assert (args.scale, args.flag, words) == ("micro", True, ["seed=1"])
+    args, words = parser.split(
+        ["--prompt", "scale=two", "prompt=a=b", "flag=1", "scale=b", "scale=c"]
+    )
+    assert (args.prompt, args.scale, words) == (["scale=two", "a=b"], "c", ["flag=1"])
+    assert "--name=value or name=value" in parser.format_help()
+
+
 def test_settings_and_options_in_any_order() -> None:
     parser = Parser("x")
     parser.add_argument("--flag", action="store_true")

@@ -1,16 +1,26 @@
-"""Sweeps: the files are W&B's, the points are runs, and what stands is not done again."""
+"""Sweeps: the files are W&B's, and runs that are finished are not done again."""
 
+import contextlib
 import csv
+import itertools
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb.sdk.lib import config_util
 
 from experiments import sweep
+from experiments.agent import MACROS, PARAMETERS, with_parameters
 from experiments.cli import command
+from experiments.grid import KNOWN, PROGRAM, folder_name, make_runs, read_sweep
 from experiments.papers.registry import load
-from experiments.points import KNOWN, PROGRAM, make_points, read_sweep
 from experiments.run import parse
 from experiments.settings import ConfigError
 
@@ -58,18 +68,18 @@ def test_there_are_sweeps_and_no_package() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
     read = read_sweep(path)
-    _, points = make_points(read, [], None)
-    assert len(points) > 1 and read.metric and len({p.out for p in points}) == len(points)
+    _, runs = make_runs(read, [], None)
+    assert len(runs) > 1 and read.metric and len({p.out for p in runs}) == len(runs)
     # an agent reads with PyYAML, where 1e-5 is a text; it sorts by name and writes --key=value
     raw = yaml.safe_load(path.read_text())
     values = {k: v.get("values", [v.get("value")]) for k, v in raw["parameters"].items()}
     assert values == read.values
     assert raw["command"][-1] == "${args}" and raw["command"][2:4] == ["-m", PROGRAM]
     assert set(raw) <= KNOWN
-    for point in points:
-        args, words = parse(sorted(point.argv, key=lambda word: word.partition("=")[0]))
+    for run in runs:
+        args, words = parse(sorted(run.argv, key=lambda word: word.partition("=")[0]))
         own = [] if "logger" in values else ["logger=csv"]
-        assert load(args.paper, args.scale, [*own, *words]) == point.config
+        assert load(args.paper, args.scale, [*own, *words]) == run.config
     head = path.read_text().split("program:")[0]
     for part in (f"python -m experiments.sweep sweeps/{path.name}", "# time:"):
         assert part in head
@@ -89,8 +99,18 @@ def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
         ("parameters: {seed: {value: 1}}", "names no paper"),
         ("parameters: {paper: {value: paela}}", "did you mean paella?"),
         ("parameters: {paper: {value: paella}, sampling.step: {value: 1}}", "sampling.steps?"),
-        ("parameters: {paper: {value: paella}, seed: {values: [0, -1]}}", "seed must be at least"),
+        ("parameters: {paper: {value: paella}, seed: {values: [0, -1]}}", "seed must be from 0"),
         ("parameters: [", "no readable YAML"),
+        ("parameters: {seed: {distribution: categorical, value: 1}}", "seed needs `value: x`"),
+        ("parameters: {a: {parameters: {b: {max: 3}}}}", "a.b needs `value: x`"),
+        ("parameters: {a.b: {value: 1}, a: {parameters: {b: {value: 2}}}}", "a.b is given twice"),
+        ("parameters: {seed: {value: 1}}\nrun_cap: 2", "run_cap is for a W&B server"),
+        ("parameters: {seed: {value: 1}}\n3: 2", "3 is for a W&B server"),
+        ("parameters: {seed: {value: 1}}\nmetric: eval/a", "metric is {name: NAME, goal: minimize"),
+        (
+            "parameters: {paper: {value: vqgan}, until: {value: x}}",
+            "--until is for a single",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_any_work(
@@ -98,7 +118,7 @@ def test_what_cannot_be_run_is_refused_before_any_work(
 ) -> None:
     assert main([str(write(tmp_path / "x.yaml", text)), "--out", str(tmp_path / "o")]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and said in err and len(err.splitlines()) == 1
+    assert out == "" and said in err and len(err.splitlines()) == 1 and "x.yaml: " in err
     assert not (tmp_path / "o").exists()
 
 
@@ -123,25 +143,25 @@ def test_other_mistakes(tmp_path: Path, capsys) -> None:
 
 def test_points_are_the_product_the_last_setting_fastest(tmp_path: Path) -> None:
     read = read_sweep(small(tmp_path / "a.yaml"))
-    out, points = make_points(read, [], None)
+    out, runs = make_runs(read, [], None)
     assert out == Path("runs/sweep-a")
-    found = [(p.settings["sampling.steps"], p.settings["sampling.guidance_end"]) for p in points]
+    found = [(p.settings["sampling.steps"], p.settings["sampling.guidance_end"]) for p in runs]
     assert found == [(1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]
-    assert [p.config.sampling.steps for p in points] == [1, 1, 2, 2]  # type: ignore[attr-defined]
-    assert points[1].out == out / "steps=1,guidance_end=2.0"
-    assert points[0].argv == ["--paper=paella", "--scale=micro", "--sampling.steps=1",
+    assert [p.config.sampling.steps for p in runs] == [1, 1, 2, 2]  # type: ignore[attr-defined]
+    assert runs[1].out == out / "steps=1,guidance_end=2.0"
+    assert runs[0].argv == ["--paper=paella", "--scale=micro", "--sampling.steps=1",
                               "--sampling.guidance_end=1.0"]  # fmt: skip
-    assert all(p.config.logger == "csv" for p in points)
+    assert all(p.config.logger == "csv" for p in runs)
 
-    out, points = make_points(read, ["sampling.steps=3", "logger=wandb"], None)
-    assert out.name.startswith("sweep-a-") and len(points) == 2
-    assert {(p.config.sampling.steps, p.config.logger) for p in points} == {(3, "wandb")}  # type: ignore[attr-defined]
-    assert points[0].settings == {"sampling.guidance_end": 1.0}
+    out, runs = make_runs(read, ["sampling.steps=3", "logger=wandb"], None)
+    assert out.name.startswith("sweep-a-") and len(runs) == 2
+    assert {(p.config.sampling.steps, p.config.logger) for p in runs} == {(3, "wandb")}  # type: ignore[attr-defined]
+    assert runs[0].settings == {"sampling.guidance_end": 1.0}
 
 
 def test_one_point_of_an_array(tmp_path: Path, monkeypatch) -> None:
-    """Each task of an array does its own; the table shows those that stand."""
-    _, points = make_points(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
+    """Each task of an array does its own; the table shows those that are finished."""
+    _, runs = make_runs(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
     done: list[str] = []
 
     def execute(titles, config, out: Path, say) -> None:
@@ -150,22 +170,140 @@ def test_one_point_of_an_array(tmp_path: Path, monkeypatch) -> None:
         done.append(out.name)
 
     monkeypatch.setattr("experiments.pipeline.runner.execute", execute)
-    monkeypatch.setattr(sweep, "stands", lambda point: (point.out / "metrics.json").is_file())
+    monkeypatch.setattr(sweep, "finished", lambda run: (run.out / "metrics.json").is_file())
     for index, count in ((2, 1), (0, 2)):
-        _, points = make_points(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
-        sweep.do_points(read_sweep(small(tmp_path / "a.yaml")), points, lambda line: None, index)
-        assert sum(bool(p.scores) for p in points) == count and bool(points[index].scores)
+        _, runs = make_runs(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
+        sweep.do_runs(read_sweep(small(tmp_path / "a.yaml")), runs, lambda line: None, index)
+        assert sum(bool(p.scores) for p in runs) == count and bool(runs[index].scores)
     assert done == ["steps=2,guidance_end=1.0", "steps=1,guidance_end=1.0"]
 
 
-def test_words_of_the_command_count(tmp_path: Path) -> None:
+def test_words_of_the_command_count(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(
-        'command: ["${env}", python, -m, experiments.run, --paper, vqgan, "${args_no_hyphens}"]\n'
+        'command: ["${env}", python, -m, experiments.run, --paper, vqgan, "${args_no_hyphens}",'
+        ' "trainer.max_steps=${envvar:STEPS}"]\n'
         "method: grid\nparameters: {seed: {values: [0, 1]}, scale: {value: micro}}\n"
     )
-    _, points = make_points(read_sweep(path), [], None)
-    assert [p.paper for p in points] == ["vqgan", "vqgan"]
+    with pytest.raises(ConfigError, match=r"a.yaml: command asks for the variable STEPS"):
+        read_sweep(path)
+    monkeypatch.setenv("STEPS", "5")
+    _, runs = make_runs(read_sweep(path), [], None)
+    assert [(r.paper, r.config.trainer.max_steps) for r in runs] == [("vqgan", 5)] * 2  # type: ignore[attr-defined]
+    path.write_text(path.read_text().replace("args_no_hyphens", "args_no_equals"))
+    with pytest.raises(ConfigError, match=r"\{args_no_equals\}, which a run does not read"):
+        read_sweep(path)
+
+
+def test_folders_are_short_and_apart(tmp_path: Path) -> None:
+    values = ["a/b", "a b", "a_b", "x" * 300, "x" * 299 + "y", "\U0001d4d0" * 90]
+    names = [folder_name({"text.path": value}) for value in values]
+    assert names[2] == "path=a_b" and len(set(names)) == len(names)
+    for name in names:
+        (tmp_path / name).mkdir()
+
+
+def test_a_wrong_value_names_its_run_and_file(tmp_path: Path, capsys) -> None:
+    assert main([str(small(tmp_path / "a.yaml", "[1, 0]")), "--dry-run"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/a.yaml: sampling.steps=0 sampling.guidance_end=1.0: "
+        "sampling.steps must be at least 1, got 0\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["--scale", "small"], ["--scale=small"], ["scale=small"]])
+def test_one_grammar(words: list[str], tmp_path: Path, capsys) -> None:
+    assert main([str(small(tmp_path / "a.yaml")), *words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("--scale=small") == 4
+
+
+KEYS = st.sampled_from(["paper", "scale", "seed", "sampling", "sampling.steps", "data.shards", "x"])
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+NODES = st.recursive(
+    LEAVES | st.sampled_from(["paella", "micro"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["value", "values", "parameters", "distribution"]) | KEYS,
+                      inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(KEYS, NODES, max_size=3),
+    st.dictionaries(st.sampled_from(["metric", "command", "program", "name"]), NODES, max_size=2),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_sweep_file_gives_a_traceback(parameters: dict, others: dict) -> None:
+    fixed = {"paper": {"value": "paella"}, "scale": {"value": "micro"}}
+    content = {**yaml.safe_load(HEAD), **others, "parameters": fixed | parameters}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.yaml"
+        path.write_text(yaml.safe_dump(content, allow_unicode=True))
+        with contextlib.suppress(ConfigError):
+            make_runs(read_sweep(path), [], None)
+
+
+# Under an agent ----
+
+FORMS = """
+  paper: {value: improved_vqd}
+  scale: {value: micro}
+  data:
+    parameters:
+      shards: {value: null}
+      max_skipped: {distribution: categorical, values: [0.1, 1.0e-5]}
+  sampling:
+    parameters:
+      compare: {values: [true, false]}
+      guidance: {distribution: constant, value: 2}
+  logger: {value: csv}
+"""
+FLAT = """
+  paper: {value: improved_vqd}
+  scale: {value: micro}
+  sampling.compare: {values: [true, false]}
+  eval.prompts: {values: [4, 8]}
+  data.shards: {value: null}
+"""
+
+
+@pytest.mark.parametrize("macro", sorted(MACROS))
+@pytest.mark.parametrize("text", [FORMS, FLAT])
+def test_an_agent_makes_the_same_runs(text: str, macro: str, tmp_path: Path, monkeypatch) -> None:
+    """The words and the file are made by W&B's own code, of what its server answers."""
+    path = write(tmp_path / "a.yaml", "parameters:" + text)
+    path.write_text(path.read_text().replace("${args}", f"${{{macro}}}"))
+    _, runs = make_runs(read_sweep(path), [], None)
+    assert len(runs) > 1
+    for answer, run in zip(answers(yaml.safe_load(text)), runs, strict=True):
+        args = {name: {"value": value} for name, value in answer.items()}
+        config_util.save_config_file_from_dict(str(tmp_path / "config-1.yaml"), args)
+        made = create_sweep_command_args({"args": args})
+        made["args_json_file"] = [str(tmp_path / "config-1.json")]
+        environment = {PARAMETERS: str(tmp_path / "config-1.yaml")}
+        named, words = parse(with_parameters(made[macro], environment))
+        own = [] if "logger" in answer else ["logger=csv"]
+        assert load(named.paper, named.scale, [*own, *words]) == run.config
+
+
+def answers(parameters: dict) -> Iterator[dict[str, Any]]:
+    """What a server makes of a grid: nested parameters stay nested."""
+    choices = [
+        list(answers(given["parameters"])) if "parameters" in given
+        else given.get("values") or [given["value"]]
+        for given in parameters.values()
+    ]  # fmt: skip
+    for values in itertools.product(*choices):
+        yield dict(zip(parameters, values, strict=True))
+
+
+def test_words_stay_without_an_agent_and_a_lost_file_is_named(tmp_path: Path) -> None:
+    assert with_parameters(["a=1", "--b"], {}) == ["a=1", "--b"]
+    for text in (None, "[1]", "seed: 3", "{"):
+        if text is not None:
+            (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"c\.yaml, which holds no parameters"):
+            with_parameters([], {PARAMETERS: str(tmp_path / "c.yaml")})
 
 
 # A whole sweep ----
@@ -178,7 +316,7 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert said.count("] train: runs") == 1 and said.count("] sample-val: runs") == 4
     assert "[2/4] s: steps=1 guidance_end=2.0 (about" in said
-    assert "in all points: tokenizer/psnr" in said and "best eval/scene_accuracy: steps=" in said
+    assert "in all runs: tokenizer/psnr" in said and "best eval/scene_accuracy: steps=" in said
     assert sorted(p.name for p in out.glob("*.*") if p.is_file()) == [
         "picture.png", "table.csv", "table.html",
     ]  # fmt: skip
@@ -197,17 +335,17 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     page = (out / "table.html").read_text()
     assert "data:image/svg+xml" in page and 'src="http' not in page and "clip_scenes" in page
 
-    # one point more; one whose folder was lost, one of another day; the rest stands
+    # one run more; one whose folder was lost, one of another day; the rest stays
     (Path(rows[3]["run"]) / "metrics.json").unlink()
     (Path(rows[2]["run"]) / "metrics.json").write_text("{}")
     kept = (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns
     again = [str(small(tmp_path / "s.yaml", "[1, 2, 3]")), *words]
     assert main([*again, "--dry-run"]) == 0
     listed = capsys.readouterr().out
-    assert listed.count(" stands  ") == 2 and listed.count(" to do  ") == 4
+    assert listed.count(" finished  ") == 2 and listed.count(" to do  ") == 4
     assert main(again) == 0
     said = capsys.readouterr().out
-    assert said.count("stands in") == 2 and "] train: runs" not in said
+    assert said.count("finished, in") == 2 and "] train: runs" not in said
     assert said.count("] sample-val: runs") == 2  # of the lost one only the folder is made again
     assert (Path(rows[0]["run"]) / "metrics.json").stat().st_mtime_ns == kept
 

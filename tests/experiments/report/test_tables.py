@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from experiments.grid import Sweep, SweepRun, read_sweep
 from experiments.papers.registry import PAPERS, load
 from experiments.pipeline.plan import plan
-from experiments.points import Point, Sweep, read_sweep
 from experiments.report import tables
 from experiments.report.published import (
     REPORTED,
@@ -26,9 +26,9 @@ LOWEST = Sweep("s", "eval/a", True, [], {})
 NOTHING = Published()
 
 
-def point(scores: dict[str, Any], out: Path = Path("runs/x"), **settings: Any) -> Point:
+def sweep_run(scores: dict[str, Any], out: Path = Path("runs/x"), **settings: Any) -> SweepRun:
     run = load("vqgan", "micro")
-    return Point(settings, [], "vqgan", "micro", run, out, plan("vqgan", run), scores)
+    return SweepRun(settings, [], "vqgan", "micro", run, out, plan("vqgan", run), scores)
 
 
 def score(value: float, half: float = 1.0) -> dict[str, Any]:
@@ -40,11 +40,11 @@ def test_scans_have_a_table_and_a_chart(tmp_path: Path) -> None:
         values = {"eval/a": x, "eval/a/noise=0.1": 2 * x, "eval/a/noise=0.05": 1.5 * x}
         return {name: score(value) for name, value in values.items()}
 
-    points = [point(scores(1.0), kind="x"), point(scores(3.0), kind="y")]
-    (_, scan), _, _ = tables.summarize(KINDS, points, NOTHING)
+    runs = [sweep_run(scores(1.0), kind="x"), sweep_run(scores(3.0), kind="y")]
+    (_, scan), _, _ = tables.summarize(KINDS, runs, NOTHING)
     assert scan.title == "a against noise" and scan.heads == ["a", "0", "0.05", "0.1"]
     assert scan.rows[1] == ["kind=y", "3.0 (2.0 to 4.0)", "4.5 (3.5 to 5.5)", "6.0 (5.0 to 7.0)"]
-    made = tables.write_sweep(KINDS, points, tmp_path, "command", NOTHING)
+    made = tables.write_sweep(KINDS, runs, tmp_path, "command", NOTHING)
     assert [p.name for p in made] == ["table.csv", "table.html", "picture.png", "a-noise.png"]
     assert sorted(tmp_path.iterdir()) == sorted(made)
     page = (tmp_path / "table.html").read_text()
@@ -60,17 +60,19 @@ def test_published_numbers_stand_beside_measured_ones() -> None:
     )
     published = Published({"t": table}, [Claim("It is so.", sweep="other")]).of_sweep("s")
     scores = [{"eval/a": {"value": v}, "eval/b": {"value": 1}} for v in (1.0, 2.0)]
-    points = [point(s, kind=kind) for s, kind in zip(scores, "xy", strict=True)]
-    (main,), notes, sources = tables.summarize(KINDS, points, published)
-    # fewer points than columns: a column for each point
+    runs = [sweep_run(s, kind=kind) for s, kind in zip(scores, "xy", strict=True)]
+    (main,), notes, sources = tables.summarize(KINDS, runs, published)
+    # fewer runs than columns: a column for each run
     assert main.heads == ["kind", "x", "y"]
     assert main.rows == [
         ["a", "1", "2"],
         ["PSNR, published", "9.5", ""],
         ["gFID, published", "4", ""],
     ]
-    assert "equal in all points: b 1" in notes and len(sources) == 1
-    (main,), _, _ = tables.summarize(KINDS, [point(scores[0], kind=k) for k in "xyzw"], published)
+    assert "equal in all runs: b 1" in notes and len(sources) == 1
+    (main,), _, _ = tables.summarize(
+        KINDS, [sweep_run(scores[0], kind=k) for k in "xyzw"], published
+    )
     assert main.heads == ["kind", "a", "PSNR, published", "gFID, published"]
     assert main.rows[:2] == [["x", "1", "9.5", "4"], ["y", "1", "", ""]]
 
@@ -91,44 +93,44 @@ def test_published_numbers_stand_beside_measured_ones() -> None:
 )
 def test_the_best_point_is_named_and_so_is_a_tie(sweep: Sweep, half: float, said: str) -> None:
     values = {"x": 1.0, "y": 3.0, "z": 4.0}
-    points = [point({"eval/a": score(v, half)}, kind=kind) for kind, v in values.items()]
-    assert tables.best_line(sweep, points) == [said]
-    assert tables.best_line(Sweep("s", "eval/none", True, [], {}), points) == []
+    runs = [sweep_run({"eval/a": score(v, half)}, kind=kind) for kind, v in values.items()]
+    assert tables.best_line(sweep, runs) == [said]
+    assert tables.best_line(Sweep("s", "eval/none", True, [], {}), runs) == []
 
 
 def test_equal_values_without_intervals_are_a_tie() -> None:
-    points = [point({"eval/a": {"value": 1.0}}, kind=kind) for kind in "xy"]
-    assert "a tie" in tables.best_line(KINDS, points)[0]
-    assert tables.best_line(KINDS, points[:1]) == []
+    runs = [sweep_run({"eval/a": {"value": 1.0}}, kind=kind) for kind in "xy"]
+    assert "a tie" in tables.best_line(KINDS, runs)[0]
+    assert tables.best_line(KINDS, runs[:1]) == []
 
 
 def test_points_that_failed_are_told(tmp_path: Path) -> None:
-    points = [point({}, kind="x"), point({"eval/a": score(1.0)}, kind="y")]
-    points[0].error = "no file <none.pth>"
-    (main,), notes, _ = tables.summarize(KINDS, points, NOTHING)
+    runs = [sweep_run({}, kind="x"), sweep_run({"eval/a": score(1.0)}, kind="y")]
+    runs[0].error = "no file <none.pth>"
+    (main,), notes, _ = tables.summarize(KINDS, runs, NOTHING)
     assert main.rows == [["x", "failed"], ["y", "1.0 (0.0 to 2.0)"]]
     assert notes == ["failed: kind=x: no file <none.pth>"]
-    lone = [point({})]
+    lone = [sweep_run({})]
     tables.write_sweep(Sweep("s", None, True, [], {}), lone, tmp_path, "command", NOTHING)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["table.csv", "table.html"]
-    assert "no file &lt;none.pth&gt;" in tables.as_html(KINDS, points, "c", {}, NOTHING)
+    assert "no file &lt;none.pth&gt;" in tables.as_html(KINDS, runs, "c", {}, NOTHING)
 
 
 def test_the_csv_keeps_every_digit() -> None:
-    points = [point({"eval/a": score(1 / 3)}, kind="x"), point({}, kind="y")]
-    rows = list(csv.DictReader(io.StringIO(tables.as_csv(points))))
+    runs = [sweep_run({"eval/a": score(1 / 3)}, kind="x"), sweep_run({}, kind="y")]
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv(runs))))
     assert float(rows[0]["eval/a"]) == 1 / 3 and float(rows[0]["eval/a low"]) == 1 / 3 - 1
     assert (rows[0]["eval/a n"], rows[1]["eval/a"], rows[1]["run"]) == ("5", "", "runs/x")
 
 
 def test_two_settings_are_a_map_and_three_are_lines() -> None:
     def drawn(**more: Any) -> Any:
-        points = [
-            point({"eval/a": score(x * y)}, **more, **{"s.steps": x, "s.weight": y})
+        runs = [
+            sweep_run({"eval/a": score(x * y)}, **more, **{"s.steps": x, "s.weight": y})
             for x in (1, 2)
             for y in (3, 4)
         ]
-        (axes,) = tables.draw(KINDS, points)["picture.png"].axes
+        (axes,) = tables.draw(KINDS, runs)["picture.png"].axes
         return axes
 
     axes = drawn()
