@@ -33,6 +33,8 @@ class Scored:
 class Score(Stage):
     """All scores of a run."""
 
+    VERSION = 2
+
     sets: tuple[Scored, ...]
     resamples: int
     """Bootstrap draws behind the intervals."""
