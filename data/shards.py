@@ -216,7 +216,7 @@ class SkipCounter:
         bad = _bad(self.counts)
         parts = [f"{self._considered(self.counts) - sum(bad.values())} samples"]
         if others := self.counts[OTHER_SPLIT]:
-            parts.append(f"{others} {'validation' if split == 'train' else 'training'}")
+            parts.append(f"{others} {'validation' if split.startswith('train') else 'training'}")
         parts += [
             f"{n} {reason}"
             for reason, n in sorted(self.counts.items())

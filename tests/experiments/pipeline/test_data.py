@@ -76,7 +76,7 @@ def test_every_split_says_what_it_holds(run) -> None:
     assert "a, b/00000.tar: " in train
     assert val.startswith("val: ") and " training, " in val
     (over,) = (line for line in lines if line.startswith("train, over all passes: "))
-    assert " corrupt image" in over  # the tokenizer reads pictures
+    assert " validation, " in over and " corrupt image" in over  # pictures are read
 
     code, lines = run("vqgan")  # scenes
     assert code == 0 and any(line.endswith(" samples, 0 skipped") for line in lines)
