@@ -14,6 +14,7 @@ from typing import Any
 from data.images import decode_image, open_image
 from data.shards import (
     FILTERED,
+    OTHER_SPLIT,
     Sample,
     SampleError,
     SkipCounter,
@@ -29,7 +30,7 @@ AESTHETIC = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")
 def number(meta: dict[str, Any], names: Sequence[str]) -> float:
     """Return the first number that metadata hold under one of several names, else nan."""
     for name in names:
-        with suppress(KeyError, TypeError, ValueError):
+        with suppress(KeyError, TypeError, ValueError, OverflowError):
             return float(meta[name])
     return float("nan")
 
@@ -57,9 +58,11 @@ def check_metadata(sample: Sample, view: View) -> Sample:
 def described(sample: Sample) -> Sample:
     """Return "key" and "caption" of an encoded sample, "label" and "attributes" if given."""
     result = {"key": sample["key"], "caption": sample["caption"]}
-    for name, kind in (("label", int), ("attributes", dict)):
-        if isinstance(sample["meta"].get(name), kind):
-            result[name] = sample["meta"][name]
+    label, attributes = (sample["meta"].get(name) for name in ("label", "attributes"))
+    if type(label) is int and 0 <= label < 2**63:
+        result["label"] = label
+    if isinstance(attributes, dict):
+        result["attributes"] = attributes
     return result
 
 
@@ -96,10 +99,10 @@ def selected(
 
     def choose(raw: Sample) -> Sample:
         if not shards.holds(raw["__key__"]):
-            raise SampleError(f"{FILTERED}other split")
+            raise SampleError(OTHER_SPLIT)
         return raw
 
-    chosen = apply(choose, read_samples(urls, skips), skips)
+    chosen = apply(choose, read_samples(urls, skips, shards.paths), skips)
     parsed = apply(lambda raw: parse(raw, view.seed), chosen, skips)
     for sample in apply(lambda s: check_metadata(s, view), parsed, skips):
         skips.in_a_row = 0
@@ -139,7 +142,7 @@ def captions(
     *,
     first: int = 0,
     limit: int | None = None,
-    max_skipped: float = MAX_SKIPPED,
+    skips: SkipCounter | None = None,
 ) -> Iterator[Sample]:
     """Yield {"key", "caption"}, "label" and "attributes" if given; no pixel is decoded.
 
@@ -148,9 +151,9 @@ def captions(
         view: its metadata filters choose.
         first: position of the first sample.
         limit: at most so many positions.
-        max_skipped: share of bad samples at which a ValueError is raised.
+        skips: counts what is left out.
     """
-    return map(described, encoded(shards, view, SkipCounter(max_skipped), first, limit))
+    return map(described, encoded(shards, view, skips or SkipCounter(), first, limit))
 
 
 def pictures(

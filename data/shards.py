@@ -2,7 +2,8 @@
 
 Writing is deterministic and atomic. Reading is a chain of generators over stages of webdataset:
 shard list -> tar members -> samples -> caption and metadata -> shuffle -> pixels. A bad sample is
-counted by reason and left out; too many bad ones end the run.
+counted by reason and left out; too many bad ones end the run. Of a shard that breaks off it is
+estimated how many samples are lost.
 
 A key is webdataset's: the path in the tar up to the first dot of the file name. Names that begin
 with a dot, such as the ._ files that macOS adds, are no members.
@@ -11,6 +12,7 @@ with a dot, such as the ._ files that macOS adds, are no members.
 import codecs
 import io
 import json
+import math
 import os
 import random
 import tarfile
@@ -18,13 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 from torch.utils.data import get_worker_info
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from data.files import atomic
 from data.view import MAX_SKIPPED
@@ -32,8 +34,11 @@ from data.view import MAX_SKIPPED
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 SEEN = "seen"
 FILTERED = "filtered: "
+OTHER_SPLIT = f"{FILTERED}other split"
+LOST = "in broken shards (estimated)"
 WINDOW = 500
 IN_A_ROW = 20_000
+BLOCK = 512  # what headers and contents of a tar are multiples of
 BOMS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -138,8 +143,9 @@ class ShardStream:
 class SkipCounter:
     """Counts samples by what became of them, and says when too many are bad.
 
-    `counts` holds SEEN, one entry per reason (the text of a SampleError, else the exception's
-    type), and one per metadata filter (prefix FILTERED; what these remove is not called bad).
+    `counts` holds SEEN, one entry per reason (the text of a SampleError, corrupt image, else the
+    exception's type), and one per metadata filter (prefix FILTERED; what these remove is not called
+    bad). What a broken shard loses comes at once: a window spans at least ten such losses.
     """
 
     def __init__(self, max_skipped: float = MAX_SKIPPED, window: int = WINDOW):
@@ -159,19 +165,32 @@ class SkipCounter:
         """
         for counter in (self.counts, self.recent, self.untold):
             counter.update(counts)
+        self.window = max(self.window, 10 * max(_bad(counts).values(), default=0))
         if self._considered(self.recent) >= self.window:
             recent, self.recent = self.recent, Counter()
             self.check(recent)
 
     def skip(self, error: Exception, where: str) -> None:
         """Count a sample that is left out because of an error."""
-        reason = str(error) if isinstance(error, SampleError) else type(error).__name__
+        reason = "corrupt image" if isinstance(error, OSError) else type(error).__name__
+        reason = str(error) if isinstance(error, SampleError) else reason
         if not reason.startswith(FILTERED):
-            self.example = f" (last: {where}: {str(error)[:200]})"
-        self.add({reason: 1})
+            self._note(error, where)
+        images = error.images if isinstance(error, SampleError) else 1
+        self.add({SEEN: images - 1, reason: images})
         self.in_a_row += 1
         if self.in_a_row >= IN_A_ROW:
             raise ValueError(f"none of the last {IN_A_ROW} samples was usable: {dict(self.counts)}")
+
+    def lose(self, error: Exception, url: str, lost: int) -> None:
+        """Count what a broken shard lacks, about `lost` samples."""
+        self._note(error, url)
+        self.add({SEEN: lost, LOST: lost})
+
+    def _note(self, error: Exception, where: str) -> None:
+        why = (str(error).splitlines() or [""])[0]
+        told = " ".join(f"{where}: {why[:200].rstrip(': ')}".split())  # one line
+        self.example = f" (last: {told})"
 
     def take(self) -> dict[str, int]:
         """Return what was counted since the last call, to be added up in another process."""
@@ -184,14 +203,27 @@ class SkipCounter:
         What metadata filters remove is not counted at all: it is neither good nor bad.
         """
         counts = self.counts if counts is None else counts
-        bad = {r: n for r, n in counts.items() if r != SEEN and not r.startswith(FILTERED)}
-        skipped, seen = sum(bad.values()), self._considered(counts)
+        skipped, seen = sum(_bad(counts).values()), self._considered(counts)
         if skipped > self.max_skipped * seen:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items()))
             raise ValueError(
-                f"{skipped} of {seen} samples were skipped: {reasons}{self.example}, more than "
-                f"max_skipped={self.max_skipped} allows; repair the shards or raise max_skipped"
+                f"{skipped} of {seen} samples were skipped: {_listed(_bad(counts))}{self.example}, "
+                f"more than max_skipped={self.max_skipped} allows; repair the shards or raise "
+                "max_skipped"
             )
+
+    def told(self, split: str) -> str:
+        """Return a line that says what became of the samples of a split."""
+        bad = _bad(self.counts)
+        parts = [f"{self._considered(self.counts) - sum(bad.values())} samples"]
+        if others := self.counts[OTHER_SPLIT]:
+            parts.append(f"{others} {'validation' if split.startswith('train') else 'training'}")
+        parts += [
+            f"{n} {reason}"
+            for reason, n in sorted(self.counts.items())
+            if reason.startswith(FILTERED) and reason != OTHER_SPLIT
+        ]
+        reasons = f": {_listed(bad)}{self.example}" if bad else ""
+        return f"{split}: {', '.join(parts)}, {sum(bad.values())} skipped{reasons}"
 
     @staticmethod
     def _considered(counts: Mapping[str, int]) -> int:
@@ -200,8 +232,26 @@ class SkipCounter:
         return max(0, counts.get(SEEN, 0) - filtered)
 
 
+def _bad(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the counts of samples that are left out for a fault."""
+    return {r: n for r, n in counts.items() if r != SEEN and not r.startswith(FILTERED)}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+
+
 class SampleError(Exception):
-    """A sample to leave out; the text is the reason that it is counted under."""
+    """A sample to leave out; the text is the reason that it is counted under.
+
+    Args:
+        reason: the text.
+        images: for how many it counts.
+    """
+
+    def __init__(self, reason: str, images: int = 1):
+        super().__init__(reason)
+        self.images = images
 
 
 def is_member(name: str) -> bool:
@@ -214,7 +264,16 @@ def image_keys(url: str) -> Iterator[str]:
     with suppress(OSError, tarfile.TarError), tarfile.open(url) as tar:
         for member in tar:
             if member.isreg() and is_member(member.name) and _is_image(member.name):
-                yield base_plus_ext(member.name)[0]
+                yield split_name(member.name)[0]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the key of a file in a tar, and its suffix in lower case; "" where it has none."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    key = f"{folder}{slash}{stem}"
+    # a name that is not UTF-8 becomes one: texts and tables hold no other
+    return key.encode(errors="surrogateescape").decode(errors="backslashreplace"), suffix.lower()
 
 
 def _is_image(name: str) -> bool:
@@ -222,39 +281,87 @@ def _is_image(name: str) -> bool:
     return "." in name and name.lower().rpartition(".")[2] in IMAGE_KEYS
 
 
-def read_samples(urls: Iterable[str], skips: SkipCounter) -> Iterator[Sample]:
+def read_samples(
+    urls: Iterable[str], skips: SkipCounter, siblings: Sequence[str] = ()
+) -> Iterator[Sample]:
     """Read the raw samples of shards: suffix -> bytes, with __key__ and __url__.
 
-    What could be read of a broken shard is kept; the break counts as one skipped sample.
+    What could be read of a broken shard is kept. As lost count the samples that it lacks of the
+    largest of its siblings, else by the length of what was not read; at least 1.
 
     Raises:
         ValueError: so many shards in a row held no sample that nothing else can be hoped for.
     """
     barren = 0
     for url in urls:
-        errors: dict[str, Exception] = {}
-
-        def handler(error: Exception, errors: dict[str, Exception] = errors) -> bool:
-            errors.setdefault(type(error).__name__, error)
-            return True  # go on
-
-        before = skips.counts[SEEN]
-        try:
-            with open(url, "rb") as stream:
-                # one shard at a time: the end of a truncated one never joins the next
-                source = [{"url": url, "stream": stream}]
-                members = tar_file_expander(source, handler=handler, select_files=is_member)
-                for sample in group_by_keys(members, handler=handler):
-                    skips.add({SEEN: 1})
-                    yield sample
-        except OSError as error:
-            handler(error)
-        for broken in errors.values():
+        errors: list[Exception] = []
+        count, length = 0, 0
+        for sample in _grouped(_contents(url, errors), url):
+            count += 1
+            length += sum(BLOCK + len(data) + -len(data) % BLOCK for data in _files(sample))
             skips.add({SEEN: 1})
-            skips.skip(broken, url)
-        barren = barren + 1 if skips.counts[SEEN] == before else 0
+            yield sample
+        if errors:
+            whole = os.path.getsize(url) if os.path.exists(url) else 0
+            unread = count * (whole - length) // max(1, length)
+            lacking = _fullest(url, siblings) - count
+            skips.lose(errors[0], url, max(1, lacking if lacking > 0 else unread))
+        barren = 0 if count or errors else barren + 1
         if barren >= 1000:
             raise ValueError(f"the last {barren} shards held no sample at all; the last was {url}")
+
+
+def _contents(url: str, errors: list[Exception]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the files in a tar; an error ends it and is added to `errors`."""
+    try:
+        with tarfile.open(url) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or they are all kept
+                if member.isreg() and is_member(member.name):
+                    yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+            # tarfile takes a header that it cannot read for the end, which is marked by zeros
+            file, ends = tar.fileobj, False
+            assert file is not None
+            file.seek(tar.offset)
+            while (rest := file.read(2**20)) and (ends := not rest.strip(b"\0")):
+                pass
+            if not ends:
+                raise tarfile.ReadError("the tar breaks off: after its last file there is no end")
+    except Exception as error:  # whatever a damaged archive makes of its reader
+        errors.append(error)
+
+
+def _grouped(members: Iterable[tuple[str, bytes]], url: str) -> Iterator[Sample]:
+    """Put files that follow each other and have one key together; a suffix comes once in a sample.
+
+    As webdataset does, but a suffix that repeats begins another sample.
+    """
+    key, files = "", dict[str, bytes]()
+    for name, data in members:
+        its_key, suffix = split_name(name)
+        if files and (its_key != key or suffix in files):
+            yield {**files, "__key__": key, "__url__": url}
+            files = {}
+        if suffix:
+            key = its_key
+            files[suffix] = data
+    if files:
+        yield {**files, "__key__": key, "__url__": url}
+
+
+def _files(sample: Sample) -> Iterator[bytes]:
+    return (data for data in sample.values() if isinstance(data, bytes))
+
+
+def _fullest(broken: str, siblings: Sequence[str]) -> int:
+    """Return how many images the largest other shard holds; 0 without one."""
+    others = [url for url in siblings if url != broken and os.path.exists(url)]
+    return _count_images(max(others, key=os.path.getsize)) if others else 0
+
+
+@lru_cache
+def _count_images(url: str) -> int:
+    return sum(1 for _ in image_keys(url))
 
 
 def apply(
@@ -286,20 +393,27 @@ def parse(raw: Sample, seed: int = 0) -> Sample:
             KEY.json that is no JSON object.
     """
     try:
-        meta = json.loads(raw.get("json") or "{}")
-    except ValueError:
+        meta = json.loads(raw.get("json") or "{}", parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict):
         raise SampleError("bad json")
     data = next((raw[name] for name in IMAGE_KEYS if raw.get(name)), None)
     if data is None:
-        dotted = any(map(_is_image, raw))
-        raise SampleError(f"no image{' (a key ends at the first dot of a name)' if dotted else ''}")
+        dotted = sum(map(_is_image, raw))  # these have a second suffix
+        why = " (a key ends at the first dot of a name)" if dotted else ""
+        raise SampleError(f"no image{why}", max(1, dotted))
     key = raw["__key__"]
     caption = _decoded(raw.get("txt", b"")) or _chosen(meta.get("caption"), f"{seed}/{key}")
     if not caption:
         raise SampleError("no caption")
     return {"key": key, "url": raw["__url__"], "caption": caption, "data": data, "meta": meta}
+
+
+def _finite(text: str) -> float | None:
+    """Return a number of a KEY.json; NaN and infinity are none."""
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def _decoded(text: bytes) -> str:

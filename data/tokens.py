@@ -10,7 +10,6 @@ says what made them and is written last.
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -117,7 +116,9 @@ def encode_shard(
     with atomic(path.with_suffix(".parquet")) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
     # one entry: the order of several in the file is another one in every process
-    told = {"encoded": json.dumps({"stamp": stamp, "skipped": skips.counts})}
+    told = {
+        "encoded": json.dumps({"stamp": stamp, "skipped": skips.counts, "example": skips.example})
+    }
     with atomic(path) as temporary:  # last: it stands for both
         save_file(tensors, temporary, told)
 
@@ -161,7 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Any], set[str], pyarrow.Table]:
 
 
 def finish_cache(
-    folder: Path, count: int, settings: dict[str, Any], max_skipped: float = MAX_SKIPPED
+    folder: Path, count: int, settings: dict[str, Any], skips: SkipCounter | None = None
 ) -> dict[str, Any]:
     """Write cache.json over `count` encoded shards.
 
@@ -170,23 +171,24 @@ def finish_cache(
         count: number of shards.
         settings: plain values that a reader wants to know: "tokenizer" (sha256 of its file) and
             "num_codes" are what `count_tokens` compares.
-        max_skipped: share of bad samples at which a ValueError is raised.
+        skips: counts what was left out of all shards.
 
     Returns:
-        Its content: `settings`, "shards", "count", and "skipped", the counts of a `SkipCounter`.
+        Its content: `settings`, "shards", "count", and "skipped", the counts of `skips`.
 
     Raises:
         ValueError: a file that is missing or damaged, too many bad samples, or no sample at all.
     """
-    rows, skipped = 0, Counter[str]()
+    rows, skips = 0, skips or SkipCounter()
     for path in _files(folder, count):
         told, _, table = _read(path)
         rows += len(table)
-        skipped.update(told["skipped"])
-    SkipCounter(max_skipped).check(skipped)
+        skips.counts.update(told["skipped"])  # not judged by windows: the whole set is known
+        skips.example = told.get("example") or skips.example
+    skips.check()
     if not rows:
         raise ValueError("the training shards hold no sample to encode")
-    summary = {**settings, "shards": count, "count": rows, "skipped": dict(skipped)}
+    summary = {**settings, "shards": count, "count": rows, "skipped": dict(skips.counts)}
     write_json(folder / "cache.json", summary)
     return summary
 

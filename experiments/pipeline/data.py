@@ -99,14 +99,16 @@ class Captions(Stage):
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Read them."""
         from data.select import captions
+        from data.shards import SkipCounter
 
-        found = captions(
-            self.shards.shards(inputs), self.view, first=self.first, limit=self.count,
-            max_skipped=machine.max_skipped,
-        )  # fmt: skip
-        rows = [{"split": self.shards.split, "prompt": row.pop("caption"), **row} for row in found]
+        shards, split = self.shards.shards(inputs), self.shards.split
+        skips = SkipCounter(machine.max_skipped)
+        found = captions(shards, self.view, first=self.first, limit=self.count, skips=skips)
+        rows = [{"split": split, "prompt": row.pop("caption"), **row} for row in found]
         write_json(folder / "captions.json", rows)
-        return {"samples": len(rows)}
+        if not self.first:  # the others are of the same split, and said already
+            log.note(skips.told(split))
+        return {"samples": len(rows), "skipped": dict(skips.counts)}
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what the samples say, in order."""

@@ -65,6 +65,7 @@ class Encode(SplitStage):
 
     def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write cache.json."""
+        from data.shards import SkipCounter
         from data.tokens import finish_cache
         from lightning_modules.registry import load_first_stage
 
@@ -75,7 +76,10 @@ class Encode(SplitStage):
             "num_codes": getattr(load_first_stage(file), "num_codes", None),
         }
         count = len(self.parts(inputs, machine))
-        return finish_cache(folder, count, made_with, machine.max_skipped)
+        skips = SkipCounter(machine.max_skipped)
+        summary = finish_cache(folder, count, made_with, skips)
+        log.note(skips.told(self.shards.split))
+        return summary
 
 
 def _reduced(encode: Callable[[Tensor], Tensor], factor: int) -> Callable:

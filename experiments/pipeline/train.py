@@ -137,7 +137,10 @@ class Train(FileStage):
             )  # fmt: skip
         if is_leader():
             save_weights(folder / recipe.FILE, *recipe.export(module, inputs))
-        skipped = {} if isinstance(self.source, Encode) else {"skipped": data.skipped}
+        skipped = {}
+        if not isinstance(self.source, Encode) and data.skips.counts:
+            log.note(data.skips.told("train, over all passes"))
+            skipped = {"skipped": data.skipped}
         return {"parameters": sum(p.numel() for p in module.parameters()), **skipped}
 
     def _data(self, inputs: Folders, machine: Machine) -> Any:

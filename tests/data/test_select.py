@@ -90,7 +90,7 @@ def test_a_corrupt_picture_leaves_a_gap(made: list[dict], tmp_path: Path) -> Non
     parts = [[s["key"] for s in pictures(shards, View(8), first=n, limit=9)] for n in (0, 9, 18)]
     assert parts == [names[:9], [*names[9:11], *names[12:18]], names[18:27]]
     with pytest.raises(
-        ValueError, match=r"1 of 41 samples were skipped: 1 Unidentified.*broken in"
+        ValueError, match=r"1 of 41 samples were skipped: 1 corrupt image.*broken in"
     ):
         list(pictures(shards, View(8), max_skipped=0.0))
 

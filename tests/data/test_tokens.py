@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d
 import data.select
 from data.images import to_tensor
 from data.select import captions, pictures
-from data.shards import write_shards
+from data.shards import LOST, SkipCounter, write_shards
 from data.sources import find_shards
 from data.tokens import Encoder, TokenData, count_tokens, encode_shard, finish_cache
 from data.view import Order, ShardList, View
@@ -193,9 +193,12 @@ def test_bad_samples_are_counted_over_all_shards(shards: ShardList, tmp_path: Pa
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"no tar")
     both = ShardList((*shards.paths, str(bad)))
-    assert write(both, tmp_path / "a")["skipped"] == {"seen": COUNT + 1, "ReadError": 1}
-    with pytest.raises(ValueError, match=r"1 of 24 samples were skipped: 1 ReadError"):
-        finish_cache(tmp_path / "a", 5, {}, max_skipped=0.01)
+    with pytest.raises(ValueError, match=r"6 of 29 samples were skipped: 6 in broken .*bad\.tar"):
+        write(both, tmp_path / "a")
+    skips = SkipCounter(max_skipped=0.3)
+    summary = finish_cache(tmp_path / "a", 5, {}, skips)
+    assert summary["skipped"] == {"seen": COUNT + 6, LOST: 6}
+    assert skips.told("train").startswith("train: 23 samples, 6 skipped: 6 in broken shards (est")
     none = ShardList(shards.paths[:1], holdout=1.0)  # all keys are validation
     with pytest.raises(ValueError, match="hold no sample to encode"):
         write(none, tmp_path / "b")

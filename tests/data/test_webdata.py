@@ -123,7 +123,7 @@ def test_what_workers_skip_reaches_the_main_process(tmp_path: Path) -> None:
         for batch in data.stream():
             data.on_before_batch_transfer(batch, 0)
             assert "skipped" not in batch
-        assert data.skipped["UnidentifiedImageError"] == 4
+        assert data.skipped["corrupt image"] == 4
         assert data.skipped["seen"] == 84 + 4
     assert sum(map(len, keys(data.val_stream()))) == 20
     with pytest.raises(ValueError, match="1 of 21 samples were skipped"):
