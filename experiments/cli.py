@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -89,15 +90,20 @@ def command(
         interrupted: what is said after Ctrl-C or SIGTERM.
 
     Returns:
-        The exit code: 0, 1 failed, 2 refused, 130 or 143 interrupted.
+        The exit code: 0, 1 failed, 2 refused, 130 or 143 interrupted, 141 nobody reads any more.
     """
     signals = Signals()
     try:
-        return run(argv) or 0
+        code = run(argv) or 0
+        sys.stdout.flush()  # a reader that has left is noticed here at the latest
+        return code
     except ConfigError as error:
         return _end(f"error: {error}", 2)
     except UserError as error:
         return _end(f"error: {error}", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, SystemExit):
         if signals.received is None:
             raise
@@ -116,6 +122,18 @@ def _end(line: str, code: int) -> int:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def blame(file: Path, error: BaseException, what: str = "") -> str:
+    """Say in one line what is wrong with a file, and its name once: "FILE WHAT: REASON"."""
+    known = isinstance(error, OSError) and error.strerror
+    reason = str(known or first_line(error))
+    return reason if str(file) in reason else f"{file} {what}".rstrip() + f": {reason}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Say a number of things: "1 picture", "2 pictures"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def speaker() -> Callable[[str], None]:

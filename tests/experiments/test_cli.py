@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import Parser, columns, command, first_line, speaker
+from experiments.cli import Parser, blame, columns, command, counted, first_line, speaker
 from experiments.settings import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,22 @@ def test_settings_and_options_in_any_order() -> None:
             parser.split(argv)
 
 
+@pytest.mark.parametrize("module", ["run", "sample"])
+def test_a_reader_that_leaves_gets_no_traceback(module: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m experiments.{module} --help | true; echo ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_texts() -> None:
+    assert counted(1, "picture") == "1 picture" and counted(0, "picture") == "0 pictures"
+    lost = FileNotFoundError(2, "No such file or directory", "a.txt")
+    assert blame(Path("a.txt"), lost) == "a.txt: No such file or directory"
+    assert blame(Path("a.pt"), ValueError("x"), "is odd") == "a.pt is odd: x"
+    assert blame(Path("a.pt"), ValueError("a.pt lacks x"), "is odd") == "a.pt lacks x"
     assert columns({"a": "one", "long": "two", "b": ""}) == ["  a     one", "  long  two", "  b"]
     assert first_line(ValueError("first\nsecond")) == "first"
     assert first_line(ValueError()) == "ValueError"
