@@ -8,7 +8,6 @@ A key is webdataset's: the path in the tar up to the first dot of the file name.
 with a dot, such as the ._ files that macOS adds, are no members.
 """
 
-import codecs
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from data.files import atomic
+from data.files import atomic, decode_text
 from data.view import MAX_SKIPPED
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -34,11 +33,6 @@ SEEN = "seen"
 FILTERED = "filtered: "
 WINDOW = 500
 IN_A_ROW = 20_000
-BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 Sample = dict[str, Any]
 
@@ -303,15 +297,10 @@ def parse(raw: Sample, seed: int = 0) -> Sample:
 
 
 def _decoded(text: bytes) -> str:
-    """Decode UTF-8, or what a byte order mark says; a text that holds NUL is none."""
-    encoding = next((name for mark, name in BOMS.items() if text.startswith(mark)), "utf-8")
     try:
-        decoded = text.decode(encoding).strip()
-    except UnicodeDecodeError:
+        return decode_text(text).strip()
+    except ValueError:
         raise SampleError("bad text") from None
-    if "\0" in decoded:
-        raise SampleError("bad text")
-    return decoded
 
 
 def _chosen(found: Any, seed: str) -> str:

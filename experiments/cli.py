@@ -101,9 +101,13 @@ def command(
         return _end(f"error: {error}", 2)
     except UserError as error:
         return _end(f"error: {error}", 1)
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _end(f"error: {error.filename}: {error.strerror}", 1)
     except (KeyboardInterrupt, SystemExit):
         if signals.received is None:
             raise

@@ -39,6 +39,12 @@ def test_codes_of_what_ends_well() -> None:
     assert command(lambda argv: len(argv), ["a", "b", "c"]) == 3
 
 
+def test_a_file_that_cannot_be_written_is_one_line(capsys) -> None:
+    lost = PermissionError(13, "Permission denied", "a/b.png")
+    assert command(raising(lost), []) == 1
+    assert capsys.readouterr() == ("", "error: a/b.png: Permission denied\n")
+
+
 def test_what_nobody_foresaw_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         command(raising(ZeroDivisionError()), [])
@@ -169,6 +175,13 @@ CALLS = [
     ("sample", ["--prompt", "a"], 2),
     ("sample", ["--ckpt", "none", "--prommpt", "a"], 2),
     ("average", ["--help"], 0),
+    ("convert", ["--help"], 0),
+    ("convert", ["--paper", "muze"], 2),
+    ("convert", ["--paper", "muse", "--from", "x", "--out", "y", "model.layerz=3"], 2),
+    ("run", [*MICRO, "seed=18446744073709551617"], 2),
+    ("run", [*MICRO, "eval.seed=18446744073709551617"], 2),
+    ("run", [*MICRO, "data.seed=18446744073709551617"], 2),
+    ("sample", ["--ckpt", "none", "--prompt", "a", "--seed", "18446744073709551617"], 2),
     ("average", ["--out", "x"], 2),
 ]
 
