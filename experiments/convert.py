@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from data.files import file_hash
 from experiments.cli import Parser, blame, command, first_line, speaker
-from experiments.papers.base import GeneratorRun
 from experiments.papers.registry import PAPERS, scale_file
 from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick, resolved
 from lightning_modules.common.interfaces import Geometry
@@ -88,7 +87,7 @@ def run(argv: Sequence[str]) -> None:
             article = "an" if codec[0] in "aeiou" else "a"
             raise ConfigError(f"--{option} goes with {article} {codec}, which {paper} has none of")
     aside = args.stats or args.codes
-    if issubclass(PAPERS[paper], GeneratorRun):
+    if PAPERS[paper].FIRST_STAGE.paper != paper:
         convert_generator(paper, source, args.tokenizer, aside, out, hints)
         return
     if args.tokenizer is not None:

@@ -508,6 +508,7 @@ def test_sample_draws_the_runs_own_pictures(trained: tuple[Path, Path]) -> None:
     asked = json.loads((folder / "prompts.json").read_text())
     theirs = [pixels(str(folder / row["file"])) for row in asked]
     assert [row["seed"] for row in asked] == list(range(16))
+    assert json.loads((out / "checkpoint.json").read_text())["data"] == "scenes"
     Path("prompts.txt").write_text("\n".join(row["prompt"] for row in asked), encoding="utf-8")
     words = ["--prompts", "prompts.txt", "--out"]
     assert sample(out, *words, "whole", "--batch-size", "16") == 0
