@@ -155,9 +155,16 @@ def speaker() -> Callable[[str], None]:
     return say
 
 
+class _Console(Console):
+    """Leaves it to the command what follows when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Make a console that cuts nothing off when its output goes to a file."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def columns(rows: Mapping[str, str]) -> list[str]:

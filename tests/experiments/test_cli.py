@@ -122,9 +122,9 @@ def test_settings_and_options_in_any_order() -> None:
             parser.split(argv)
 
 
-@pytest.mark.parametrize("module", ["run", "sample"])
-def test_a_reader_that_leaves_gets_no_traceback(module: str, tmp_path: Path) -> None:
-    line = f"{sys.executable} -m experiments.{module} --help | true; echo ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("words", ["run --help", "run --paper paella --dry-run", "sample --help"])
+def test_a_reader_that_leaves_gets_no_traceback(words: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m experiments.{words} | true; echo ${{PIPESTATUS[0]}}"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
         ["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True
