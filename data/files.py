@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and what names their content; every room may use it."""
 
+import codecs
 import errno
 import hashlib
 import json
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 FULL = 1_000_000  # bytes below which a disk that failed is called full
+BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @contextmanager
@@ -52,6 +58,19 @@ def write_json(path: Path | str, content: Any) -> None:
         ValueError: a number that is not finite, which JSON does not know.
     """
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def decode_text(content: bytes) -> str:
+    """Decode UTF-8, or what a byte order mark says.
+
+    Raises:
+        ValueError: it is neither, or holds a NUL.
+    """
+    encoding = next((name for mark, name in BOMS.items() if content.startswith(mark)), "utf-8")
+    text = content.decode(encoding)
+    if "\0" in text:
+        raise ValueError("it holds a NUL")
+    return text
 
 
 def file_hash(path: Path | str) -> str:

@@ -9,7 +9,6 @@ A key is webdataset's: the path in the tar up to the first dot of the file name.
 with a dot, such as the ._ files that macOS adds, are no members.
 """
 
-import codecs
 import io
 import json
 import math
@@ -28,7 +27,7 @@ from typing import Any, Literal
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from data.files import atomic
+from data.files import atomic, decode_text
 from data.view import MAX_SKIPPED
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -39,11 +38,6 @@ LOST = "in broken shards (estimated)"
 WINDOW = 500
 IN_A_ROW = 20_000
 BLOCK = 512  # what headers and contents of a tar are multiples of
-BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 Sample = dict[str, Any]
 
@@ -417,15 +411,10 @@ def _finite(text: str) -> float | None:
 
 
 def _decoded(text: bytes) -> str:
-    """Decode UTF-8, or what a byte order mark says; a text that holds NUL is none."""
-    encoding = next((name for mark, name in BOMS.items() if text.startswith(mark)), "utf-8")
     try:
-        decoded = text.decode(encoding).strip()
-    except UnicodeDecodeError:
+        return decode_text(text).strip()
+    except ValueError:
         raise SampleError("bad text") from None
-    if "\0" in decoded:
-        raise SampleError("bad text")
-    return decoded
 
 
 def _chosen(found: Any, seed: str) -> str:

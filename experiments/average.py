@@ -68,7 +68,8 @@ def average(ckpt: Path, files: Sequence[Path], decay: float, out: Path) -> None:
             own, settings = load_weights(path)
             if settings.get("paper") != config.get("paper"):
                 raise ValueError(
-                    f"{path} holds a {settings.get('paper')}, {source} a {config.get('paper')}"
+                    f"{path} holds weights of {settings.get('paper')}, {source} of "
+                    f"{config.get('paper')}"
                 )
             odd = [k for k in own if k not in state or own[k].shape != state[k].shape]
             if odd:

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -105,15 +106,24 @@ def command(
         interrupted: what is said after Ctrl-C or SIGTERM.
 
     Returns:
-        The exit code: 0, 1 failed, 2 refused, 130 or 143 interrupted.
+        The exit code: 0, 1 failed, 2 refused, 130 or 143 interrupted, 141 nobody reads any more.
     """
     signals = Signals()
     try:
-        return run(argv) or 0
+        code = run(argv) or 0
+        sys.stdout.flush()  # a reader that has left is noticed here at the latest
+        return code
     except ConfigError as error:
         return _end(f"error: {error}", 2)
     except UserError as error:
         return _end(f"error: {error}", 1)
+    except BrokenPipeError:  # an OSError, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _end(f"error: {error.filename}: {error.strerror}", 1)
     except (KeyboardInterrupt, SystemExit):
         if signals.received is None:
             raise
@@ -134,6 +144,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def blame(file: Path, error: BaseException, what: str = "") -> str:
+    """Say in one line what is wrong with a file, and its name once: "FILE WHAT: REASON"."""
+    known = isinstance(error, OSError) and error.strerror
+    reason = str(known or first_line(error))
+    return reason if str(file) in reason else f"{file} {what}".rstrip() + f": {reason}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Say a number of things: "1 picture", "2 pictures"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def speaker() -> Callable[[str], None]:
     """Return the function that prints one line of progress; silent on all ranks but 0."""
     if not is_leader():
@@ -149,9 +171,16 @@ def speaker() -> Callable[[str], None]:
     return say
 
 
+class _Console(Console):
+    """Leaves it to the command what follows when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Make a console that cuts nothing off when its output goes to a file."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def columns(rows: Mapping[str, str]) -> list[str]:

@@ -1,25 +1,26 @@
 """Official checkpoints to ours: `python -m experiments.convert --paper NAME --from FILE`."""
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from data.files import file_hash
-from data.tokens import count_tokens
-from experiments.cli import Parser, command, first_line, speaker
+from experiments.cli import Parser, blame, command, first_line, speaker
 from experiments.papers.registry import PAPERS, scale_file
 from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick, resolved
-from lightning_modules.common.checkpoint import load_strict, save_weights
-from lightning_modules.common.foreign import Foreign, State, read_settings
 from lightning_modules.common.interfaces import Geometry
-from lightning_modules.registry import FIRST_STAGES, GENERATORS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_modules.common.foreign import Foreign, State
 
 COMMAND = "python -m experiments.convert"
 ASIDE = {"codes": "tokenizer", "stats": "autoencoder"}  # option -> first stage that it goes with
@@ -86,7 +87,7 @@ def run(argv: Sequence[str]) -> None:
             article = "an" if codec[0] in "aeiou" else "a"
             raise ConfigError(f"--{option} goes with {article} {codec}, which {paper} has none of")
     aside = args.stats or args.codes
-    if paper in GENERATORS:
+    if PAPERS[paper].FIRST_STAGE.paper != paper:
         convert_generator(paper, source, args.tokenizer, aside, out, hints)
         return
     if args.tokenizer is not None:
@@ -99,10 +100,10 @@ def make_parser() -> Parser:
     """Make the parser of all options; its help explains them."""
     indent = " " * 11
     reads = "\n".join(
-        f"  {name:8s} {textwrap.indent(reader.reads, indent).lstrip()}"
+        f"  {name:8s} {textwrap.indent(cls.READS, indent).lstrip()}"
         if len(name) <= 8
-        else f"  {name}\n{textwrap.indent(reader.reads, indent)}"
-        for name, reader in ((name, cls.reader()) for name, cls in PAPERS.items())
+        else f"  {name}\n{textwrap.indent(cls.READS, indent)}"
+        for name, cls in PAPERS.items()
     )
     about = "Turn an official checkpoint into one that experiments.sample takes."
     parser = Parser(COMMAND, about, EPILOG.format(reads=reads))
@@ -139,8 +140,10 @@ def read_first_stage(
     Raises:
         ConfigError: no such file, one of unknown layout, or one that says otherwise than `hints`.
     """
+    from lightning_modules.registry import FIRST_STAGES
+
     more = reading(aside, lambda: counted(aside, source)) if aside and aside.is_dir() else aside
-    state, config = reading(source, lambda: PAPERS[paper].reader().read(source, hints, more))
+    state, config = reading(source, lambda: PAPERS[paper].reader()(source, hints, more))
     for key, value in hints.items():
         found: Any = config
         for name in key.split("."):
@@ -157,6 +160,9 @@ def counted(cache: Path, tokenizer: Path) -> Tensor:
     Raises:
         ValueError: tokens of another tokenizer.
     """
+    from data.tokens import count_tokens
+    from lightning_modules.common.foreign import read_settings
+
     made = read_settings(cache / "cache.json")
     sha256 = file_hash(tokenizer) if tokenizer.is_file() else None
     return count_tokens(cache, made.get("num_codes", 0), sha256)
@@ -199,7 +205,7 @@ def convert_generator(
     text = out.with_name(f"{out.stem}.text.safetensors")
     for file in (out, beside, text):
         free(file)
-    found: Foreign = reading(source, lambda: PAPERS[paper].reader().read(source, hints))
+    found: Foreign = reading(source, lambda: PAPERS[paper].reader()(source, hints))
     tokenizer = tokenizer or found.tokenizer
     if tokenizer is None:
         raise ConfigError("--tokenizer is missing; a generator works with its tokenizer alone")
@@ -238,6 +244,8 @@ def plain_settings(paper: str, config: Any, module: Any, found: Foreign) -> dict
         ConfigError: a resolution that the first stage cannot halve, or of more tokens than the
             generator has positions for.
     """
+    from lightning_modules.registry import GENERATORS
+
     resolution, factor = config.data.resolution, module.factor
     side, rest = divmod(resolution, factor)
     if rest:
@@ -263,6 +271,11 @@ def check(config: Any, plain: dict[str, Any], found: Foreign, source: Path, code
     Raises:
         ConfigError: they do not.
     """
+    import torch
+
+    from lightning_modules.common.checkpoint import load_strict
+    from lightning_modules.registry import GENERATORS
+
     if found.num_codes != plain["num_codes"]:
         raise ConfigError(
             f"{source} was trained on {found.num_codes} codes and the tokenizer has "
@@ -299,10 +312,12 @@ def save(out: Path, state: State, config: dict[str, Any]) -> None:
     Raises:
         ConfigError: its folder or disk takes none.
     """
+    from lightning_modules.common.checkpoint import save_weights
+
     try:
         save_weights(out, state, config)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{out} cannot be written: {first_line(error)}") from error
+        raise ConfigError(blame(out, error, "cannot be written")) from error
 
 
 def reading(source: Path, read: Callable[[], Any]) -> Any:
@@ -318,9 +333,9 @@ def reading(source: Path, read: Callable[[], Any]) -> Any:
     except KeyError as error:
         raise ConfigError(f"{source} lacks {error}, which a file of its kind has") from error
     except ValueError as error:
-        raise ConfigError(f"{source}: {first_line(error)}") from error
+        raise ConfigError(blame(source, error)) from error
     except (SafetensorError, EOFError, OSError, RuntimeError) as error:
-        raise ConfigError(f"{source} is no readable checkpoint: {first_line(error)}") from error
+        raise ConfigError(blame(source, error, "is no readable checkpoint")) from error
 
 
 if __name__ == "__main__":

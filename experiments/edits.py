@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.images import open_image, to_rgb
-from experiments.cli import first_line
+from experiments.cli import blame
 from experiments.report.pictures import to_pixels
 from experiments.settings import ConfigError
 from lightning_modules.common.generator import GeneratorModule
@@ -45,10 +45,10 @@ def read_picture(path: Path) -> Image.Image:
         raise ConfigError(f"there is no picture {path}")
     try:
         return to_rgb(open_image(path.read_bytes()))
+    except UnidentifiedImageError as error:  # its message names a buffer
+        raise ConfigError(f"{path} is no readable JPEG, PNG or WebP") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(
-            f"{path} is no readable JPEG, PNG or WebP: {first_line(error)}"
-        ) from error
+        raise ConfigError(blame(path, error, "is no readable JPEG, PNG or WebP")) from error
 
 
 def trained_size(module: GeneratorModule) -> tuple[int, int]:

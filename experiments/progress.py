@@ -44,9 +44,9 @@ class Counter:
         elif self.style != "none" and (now - self.last >= self.every):
             self.last = now
             rate = (done - self.first) / (now - self.began)
-            left = (self.total - done) / rate if rate else 0
+            left = f", {clock((self.total - done) / rate)} left" if rate else ""
             tail = f", {note}" if note else ""
-            self.log(f"      {self.what} {done}/{self.total}, {clock(left)} left{tail}")
+            self.log(f"      {self.what} {done}/{self.total}{left}{tail}")
 
     def close(self) -> None:
         """Take the bar away."""

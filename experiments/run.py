@@ -78,6 +78,8 @@ def run(argv: Sequence[str]) -> int:
     out = args.out or Path("runs") / f"{args.paper}-{scale}-{planned.score.key[:8]}"
     if args.dry_run:
         show_plan(stages, Store(settings.cache), out, args.json)
+        if settings.note() and not args.json:
+            print(f"note: {settings.note()}")
         return 0
     prepare_torch()
     from experiments.pipeline.publish import Titles

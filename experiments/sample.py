@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from experiments.cli import Parser, command, first_line, prepare_torch, speaker
+from data.files import decode_text, file_hash
+from experiments.cli import (
+    Parser,
+    blame,
+    command,
+    counted,
+    first_line,
+    prepare_torch,
+    speaker,
+)
 from experiments.papers.base import MAX_SEED
 from experiments.papers.registry import PAPERS
 from experiments.progress import Counter
 from experiments.settings import ConfigError, describe, override, resolved
+from experiments.vocabulary import unseen
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +53,12 @@ EPILOG = f"""settings:
   sampling=NAME takes a preset; --ckpt PATH --help lists the settings of that checkpoint.
   text.path=DIR and text.clip_pretrained=FILE say where frozen text encoders lie here.
 
+papers that know an option, where not all do:
+  --edit         muse
+  --interpolate  paella, vq_diffusion, improved_vqd, muse
+  --negative     paella, improved_vqd, muse, ldmae
+  --size         paella, vq_diffusion, improved_vqd, muse; with --image all
+
 examples:
   {COMMAND} --ckpt runs/x --prompt "a small red circle above a large blue square"
   {COMMAND} --ckpt runs/x --prompts prompts.txt --count 4 sampling.steps=8
@@ -52,9 +68,9 @@ examples:
   {COMMAND} --ckpt runs/x --image a.png --strength 0.6                (variations)
   {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
 
-Every picture carries prompt, seed, checkpoint and settings in its PNG text. Picture i of a call
-has seed N + i. The same words give the same bytes again on the same processor; across batch sizes
-and processors pictures agree up to ties of rounding."""
+Picture i of a call is 0000i.png and has seed N + i; its PNG text holds prompt, seed, checkpoint
+(with its sha256) and settings. The same words give the same bytes again on the same processor;
+across batch sizes and processors pictures agree up to ties of rounding."""
 
 
 class Task(NamedTuple):
@@ -84,6 +100,11 @@ def run(argv: Sequence[str]) -> None:
     check(args)
     prompts = read_prompts(args)
     tasks = make_tasks(args, prompts)
+    if tasks[-1].seed > MAX_SEED:
+        raise ConfigError(
+            f"--seed: no picture's seed may exceed {MAX_SEED}, got {args.seed} for the first of "
+            f"{counted(len(tasks), 'picture')}"
+        )
     prepare_torch()
     draw(args, words, prompts, tasks)
 
@@ -104,6 +125,7 @@ def draw(
         parse_expand,
         parse_size,
         read_picture,
+        trained_size,
         vary,
     )
     from experiments.report.pictures import grid, save_png, to_uint8
@@ -128,6 +150,11 @@ def draw(
         raise ConfigError(f"the text encoder: {first_line(error)}") from error
 
     out = out_folder(args, tasks)
+    warn_of_words(args.ckpt, prompts, say)
+    width, height = size or trained_size(module)
+    if edit is not None:
+        height, width = edit.pixels.shape[-2:]
+    say(f"drawing {counted(len(tasks), 'picture')} of {width}x{height} pixels on {device}")
     made: list[Tensor] = []
     counter = Counter("pictures", len(tasks), say)
     shape = 1 if args.interpolate else min(args.batch_size, len(tasks))
@@ -137,8 +164,13 @@ def draw(
             # filled up, so that all batches have one shape, and bits do not hang on their number
             filled = [*part, *part[-1:] * (shape - len(part))]
             request = make_request(module, filled, prompts, args.negative, edit, size, args.edit)
+
+            def on_step(step: int, *_: Tensor, done: int = first) -> None:
+                counter.update(done, f"step {step}")
+
             try:
-                images = to_uint8(module.sample(request, settings).cpu())[: len(part)]
+                images = module.sample(request, settings, on_step).cpu()
+                images = to_uint8(images)[: len(part)]
             except ValueError as error:
                 raise ConfigError(first_line(error)) from error
             if edit is not None and edit.mask is not None and args.keep_known:
@@ -152,7 +184,7 @@ def draw(
     columns = len(tasks) if args.interpolate else min(args.count, 10) if args.count > 1 else 8
     captions = [t.prompt if t.blend is None else f"blend {t.blend:.2f}" for t in tasks[: len(made)]]
     save_png(out / "grid.png", grid(torch.stack(made), columns, captions=captions))
-    say(f"{len(tasks)} pictures in {out}, all together in {out / 'grid.png'}")
+    say(f"{counted(len(tasks), 'picture')} in {out}, all together in {out / 'grid.png'}")
 
 
 def make_parser() -> Parser:
@@ -235,8 +267,6 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if args.seed + args.count * max(1, len(args.prompt)) - 1 > MAX_SEED:
-        raise ConfigError(f"--seed: no picture's seed may exceed {MAX_SEED}, got {args.seed}")
     if args.strength is not None and not 0 <= args.strength <= 1:
         raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
     ways = {"--mask": args.mask, "--expand": args.expand, "--edit": args.edit or None}
@@ -263,10 +293,12 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts is not None:
         try:
-            lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts {args.prompts}: {first_line(error)}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+            lines = decode_text(args.prompts.read_bytes()).splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--prompts {blame(args.prompts, error)}") from error
+        # files that were joined hold byte order marks inside
+        stripped = [line.replace("\ufeff", "").strip() for line in lines]
+        prompts += [line for line in stripped if line]
         if not prompts:
             raise ConfigError(f"--prompts {args.prompts} holds no prompt")
     for prompt in filter(None, [*prompts, args.negative]):
@@ -318,7 +350,7 @@ def load(
     """
     from lightning_modules.registry import load_generator
 
-    file = path / CHECKPOINT if path.is_dir() else path
+    file = checkpoint_file(path)
     if tokenizer is not None and not tokenizer.is_file():
         raise ConfigError(f"there is no tokenizer {tokenizer}")
     try:
@@ -331,7 +363,25 @@ def load(
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(first_line(error)) from error
     except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        raise ConfigError(f"{file} is no readable checkpoint: {first_line(error)}") from error
+        raise ConfigError(blame(file, error, "is no readable checkpoint")) from error
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Return the checkpoint of a run folder, be it a first stage's; a file is one itself."""
+    names = [CHECKPOINT, *(f"{cls.FIRST_STAGE.section}.safetensors" for cls in PAPERS.values())]
+    if not path.is_dir():
+        return path
+    return next((path / name for name in names if (path / name).is_file()), path / CHECKPOINT)
+
+
+def warn_of_words(ckpt: Path, prompts: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say which words a training on embedded data never saw."""
+    beside = checkpoint_file(ckpt).with_suffix(".json")
+    data = str(json.loads(beside.read_text()).get("data")) if beside.is_file() else ""
+    strange = unseen(prompts, data)
+    if strange:
+        some = ", ".join(strange[:8]) + (", ..." if len(strange) > 8 else "")
+        say(f"note: this checkpoint learned from captions of {data}, which never say: {some}")
 
 
 def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
@@ -449,6 +499,7 @@ def png_text(
         "prompt": task.prompt,
         "seed": str(task.seed),
         "checkpoint": str(args.ckpt),
+        "checkpoint_sha256": file_hash(checkpoint_file(args.ckpt)),
         "settings": json.dumps({"sampling": resolved(settings), **used}, default=str),
     }
 

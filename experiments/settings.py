@@ -13,6 +13,7 @@ import math
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import field
 from functools import cache
 from pathlib import Path
@@ -53,13 +54,18 @@ def fill(base: Any, pairs: Sequence[tuple[str, Any]]) -> Any:
         ConfigError: wrong type, range or combination.
     """
     cls = base if isinstance(base, type) else type(base)
-    node = OmegaConf.structured(base)
+    node = deepcopy(_structured(cls)) if base is cls else OmegaConf.structured(base)
     _set(cls, node, pairs)
     try:
         plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).splitlines()[0]) from error
     return _build(cls, plain)
+
+
+@cache
+def _structured(cls: type) -> Any:
+    return OmegaConf.structured(cls)  # slower than a copy of it
 
 
 def override(config: T, words: Sequence[str], section: str = "") -> T:
@@ -126,7 +132,7 @@ def _file_pairs(cls: type, path: Path, mtime_ns: int) -> tuple[tuple[str, Any], 
         raise ConfigError(f"{path}: no readable YAML: {' '.join(str(error).split())}") from error
     try:
         pairs = tuple(_leaves(cls, cls, content or {}, ""))
-        _set(cls, OmegaConf.structured(cls), pairs)
+        _set(cls, deepcopy(_structured(cls)), pairs)
         return pairs
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

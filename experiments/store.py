@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
 
-from experiments.cli import Parser, command, console
+from experiments.cli import Parser, command, console, counted
 from experiments.settings import ConfigError, pick
 
 COMMAND = "python -m experiments.store"
@@ -126,8 +126,8 @@ def show(found: Sequence[Entry]) -> None:
         table.add_row(entry.folder.name, size_text(entry.size), done, ", ".join(entry.runs) or "-")
     console().print(table)
     free = sum(e.size for e in found if not e.runs)
-    total = sum(e.size for e in found)
-    print(f"{len(found)} results, {size_text(total)}; no run needs {size_text(free)} of them")
+    total = size_text(sum(e.size for e in found))
+    print(f"{counted(len(found), 'result')}, {total}; no run needs {size_text(free)} of them")
 
 
 def check_idle(found: Sequence[Entry]) -> None:
@@ -155,7 +155,7 @@ def delete(chosen: Sequence[Entry], sure: bool) -> int:
         used = f", used by {', '.join(entry.runs)}" if entry.runs else ""
         print(f"  {entry.folder}  {size_text(entry.size)}{used}")
     total = size_text(sum(e.size for e in chosen))
-    if not sure and not agreed(f"delete {len(chosen)} results, {total}? [y/N] "):
+    if not sure and not agreed(f"delete {counted(len(chosen), 'result')}, {total}? [y/N] "):
         print("nothing was deleted")
         return 1
     for entry in chosen:

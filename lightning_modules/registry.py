@@ -82,7 +82,9 @@ def load_generator(
     state, config = load_weights(path)
     trained = str(config.get("paper"))
     if trained not in GENERATORS:
-        raise ValueError(f"{path} is a checkpoint of {trained}, not of {', '.join(GENERATORS)}")
+        what = ", a first stage, which draws nothing alone," if trained in FIRST_STAGES else ","
+        papers = ", ".join(GENERATORS)
+        raise ValueError(f"{path} is a checkpoint of {trained}{what} not of {papers}")
     beside, config = read_settings(path.with_suffix(".json")), _text_beside(config, path.parent)
     noted, further = beside.get("sampling", {}), beside.get("further", {})
     cls = GENERATORS.get(paper or trained)

@@ -162,7 +162,10 @@ def test_first_stages_are_known_by_their_content(run: Path, save: Save, tmp_path
 
 def test_files_of_another_kind(run: Path) -> None:
     first, checkpoint = run / "stages/first.safetensors", run / "checkpoint.safetensors"
-    with pytest.raises(ValueError, match="is a checkpoint of vqgan, not of paella"):
+    with pytest.raises(
+        ValueError,
+        match="is a checkpoint of vqgan, a first stage, which draws nothing alone, not of paella",
+    ):
         load_generator(first)
     for paper, wanted in ((None, "a first stage"), ("vqgan", "a tokenizer")):
         with pytest.raises(ValueError, match=f"is a checkpoint of muse, not {wanted}"):

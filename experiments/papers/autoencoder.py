@@ -1,10 +1,10 @@
 """The autoencoder: trained alone, or under LDMAE."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from experiments.papers.base import FirstStageKind, FirstStageSection, Reader, RunSettings
+from experiments.papers.base import FirstStageKind, FirstStageSection, RunSettings
 from lightning_modules.common.checks import multiple
 from lightning_modules.ldmae.config import (
     AUTOENCODER_LOSSES,
@@ -37,15 +37,16 @@ class AutoencoderSection(AutoencoderConfig, FirstStageSection):
 class AutoencoderRun(AutoencoderConfig, RunSettings):
     """An autoencoder with continuous latents: VMAE, or AE, DAE, VAE and SD-VAE beside it."""
 
+    READS: ClassVar[str] = "vmaef8d16.pth (VMAE); latents_stats.pt goes with --stats"
     FIRST_STAGE: ClassVar[FirstStageKind] = AUTOENCODER
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = SECTIONS
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.ldmae import convert
 
-        return Reader(convert.read_autoencoder, convert.READS_AUTOENCODER)
+        return convert.read_autoencoder
 
     @property
     def first_stage(self) -> AutoencoderSection:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -169,15 +169,6 @@ class FirstStageKind:
     """Whether the statistics of its latents are those of a run's own pictures."""
 
 
-class Reader(NamedTuple):
-    """What a paper knows of the files of others."""
-
-    read: Callable[..., Any]
-    """Generators: (source, hints) -> Foreign; first stages: (source, hints, aside) -> export."""
-    reads: str
-    """Lines of help: what can be read."""
-
-
 @dataclass(frozen=True)
 class Materials:
     """What a run builds its stages of."""
@@ -210,6 +201,7 @@ class Drawing:
 class RunSettings:
     """What every paper's run has."""
 
+    READS: ClassVar[str] = "nothing yet"  # lines of help: what files of others can be read
     FIRST_STAGE: ClassVar[FirstStageKind]
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {}  # section -> name -> its dataclass
 
@@ -232,7 +224,9 @@ class RunSettings:
         Raises:
             ValueError: they do not; the message begins with the setting.
         """
-        within(self, 0, 2**32 - 1, "seed")
+        within(self, 0, MAX_SEED, "seed")
+        if self.data.seed > MAX_SEED:
+            raise ValueError(f"data.seed must be at most {MAX_SEED}, got {self.data.seed}")
         if self.data.name != "digits":  # which has the samples that it has
             sizes = [("prompts", "val_size"), ("heldout", "heldout_size"), ("edits", "val_size")]
             for name, size in sizes if self.data.name == "scenes" else sizes[:1]:
@@ -242,14 +236,17 @@ class RunSettings:
                         f"eval.{name} must be at most data.{size} ({there}), got {wanted}"
                     )
 
+    def note(self) -> str:
+        """Say what the user may not expect of these settings, and which would change it."""
+        return ""
+
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files of this paper are read; there are none unless it says so."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files of this paper.
 
-        def refuse(*_: Any) -> Any:
-            raise ValueError("no files of others are known of this paper")
-
-        return Reader(refuse, "nothing yet")
+        Generators: (source, hints) -> Foreign; first stages: (source, hints, aside) -> export.
+        """
+        raise ValueError("no files of others are known of this paper")
 
     @property
     def first_stage(self) -> Any:
@@ -364,6 +361,16 @@ class GeneratorRun(RunSettings):
         if geometry is not None:
             self.check_fit(geometry)
             self.check_sampling(self.sampling, geometry)  # type: ignore[attr-defined]
+
+    def note(self) -> str:
+        """Say that the shipped first stage, which bounds what can be drawn, knows scenes alone."""
+        section = self.FIRST_STAGE.section
+        if self.data.name == "scenes" or self.first_stage.ckpt != "shipped":
+            return ""
+        return (
+            f"the shipped {section} was trained on scenes, not on {self.data.name}, which bounds "
+            f"how good any picture can be; add {section}.ckpt=null to train one on {self.data.name}"
+        )
 
     def check_fit(self, first: Geometry) -> None:
         """Check the paper's sections and the first stage; the module's own settings know how."""

@@ -1,11 +1,11 @@
 """Improved VQ-Diffusion: guidance and purity sampling, beside plain VQ-Diffusion."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from experiments.papers.base import Drawing, Materials, Reader, existing
+from experiments.papers.base import Drawing, Materials, existing
 from experiments.papers.vq_diffusion import VQDiffusionRun
 from experiments.pipeline.data import Captions
 from experiments.pipeline.sample import Sample
@@ -17,6 +17,9 @@ from lightning_modules.improved_vqd.config import PRESETS, ImprovedVQDConfig
 class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
     """Improved VQ-Diffusion: VQ-Diffusion with classifier-free guidance and purity sampling."""
 
+    READS: ClassVar[str] = (
+        "coco_learnable.pth, cc_learnable.pth and the like, and all that vq_diffusion reads"
+    )
     ASIDE: ClassVar[tuple[str, ...]] = ("compare",)
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         **VQDiffusionRun.PRESETS,
@@ -24,11 +27,11 @@ class ImprovedVQDRun(ImprovedVQDConfig, VQDiffusionRun):
     }
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.improved_vqd import convert
 
-        return Reader(convert.read, convert.READS)
+        return convert.read
 
     def check(self) -> None:
         """Check that the sections fit each other."""

@@ -1,11 +1,11 @@
 """LDMAE: latent diffusion on the latents of a masked autoencoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from experiments.papers.autoencoder import AUTOENCODER, SECTIONS, AutoencoderSection
-from experiments.papers.base import FirstStageKind, GeneratorRun, Reader
+from experiments.papers.base import FirstStageKind, GeneratorRun
 from lightning_modules.ldmae.config import DIT_MODELS, DIT_SAMPLING, LDMAEConfig
 
 
@@ -13,6 +13,9 @@ from lightning_modules.ldmae.config import DIT_MODELS, DIT_SAMPLING, LDMAEConfig
 class LDMAERun(LDMAEConfig, GeneratorRun):
     """LDMAE: latent diffusion (flow matching) on the latents of a masked autoencoder."""
 
+    READS: ClassVar[str] = (
+        "0100000.pt and the like, or LightningDiT's, with the autoencoder as --tokenizer"
+    )
     FIRST_STAGE: ClassVar[FirstStageKind] = AUTOENCODER
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         "model": DIT_MODELS,
@@ -24,11 +27,11 @@ class LDMAERun(LDMAEConfig, GeneratorRun):
     """The autoencoder under the generator."""
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.ldmae import convert
 
-        return Reader(convert.read, convert.READS)
+        return convert.read
 
     def reads_text(self) -> bool:
         """Whether captions are what the generator is conditioned on."""

@@ -1,6 +1,6 @@
 """Muse: parallel decoding of masked tokens, and super-resolution on top of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +9,6 @@ from data.files import file_hash
 from experiments.papers.base import (
     Drawing,
     Materials,
-    Reader,
     TrainerConfig,
     existing,
     measures_of_file,
@@ -33,6 +32,10 @@ BASE_TRAINING = ("objective", "optim", "critic")  # sections of the base alone
 class MuseRun(MuseConfig, TokenRun):
     """Muse: text to tokens by parallel decoding of masked tokens, and super-resolution on top."""
 
+    READS: ClassVar[str] = (
+        "folders of aMUSEd's pipeline (amused-256, amused-512; open-muse's too) or its\n"
+        "transformer; their text encoder stays where it is"
+    )
     LATER: ClassVar[tuple[str, ...]] = ("superres", "superres_trainer")
     ASIDE: ClassVar[tuple[str, ...]] = ("edit",)
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
@@ -47,11 +50,11 @@ class MuseRun(MuseConfig, TokenRun):
     """How long the super-resolution stage is trained; the machine's settings are trainer's."""
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.muse import convert
 
-        return Reader(convert.read, convert.READS)
+        return convert.read
 
     @property
     def high_resolution(self) -> int:

@@ -1,10 +1,9 @@
 """Paella: renoising of a whole picture's tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from experiments.papers.base import Reader
 from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
 from lightning_modules.paella.config import MODELS, PRESETS, PaellaConfig
 
@@ -13,6 +12,7 @@ from lightning_modules.paella.config import MODELS, PRESETS, PaellaConfig
 class PaellaRun(PaellaConfig, TokenRun):
     """Paella: text to tokens by denoising and renoising a whole picture in a few steps."""
 
+    READS: ClassVar[str] = "paella_v3.pt with vqgan_f4.pt, bare or under state_dict"
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         "model": {"paper": MODELS["paper"]},
         "v1": {"paper": MODELS["v1"]},
@@ -21,11 +21,11 @@ class PaellaRun(PaellaConfig, TokenRun):
     }
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.paella import convert
 
-        return Reader(convert.read, convert.READS)
+        return convert.read
 
     def check(self) -> None:
         """Check that the sections fit each other."""

@@ -1,10 +1,9 @@
 """VQ-Diffusion: undoing masks and replacements, step by step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from experiments.papers.base import Reader
 from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
 from lightning_modules.vq_diffusion.config import (
     MODELS,
@@ -19,6 +18,10 @@ from lightning_modules.vq_diffusion.config import (
 class VQDiffusionRun(VQDiffusionConfig, TokenRun):
     """VQ-Diffusion: text or class to tokens by undoing masks and replacements, step by step."""
 
+    READS: ClassVar[str] = (
+        "coco_pretrained.pth and the like with tokenizer and text encoder inside (and\n"
+        "--codes taming_vqvae_2887.pt), and the folder of vq-diffusion-ithq"
+    )
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         "model": MODELS,
         "schedule": SCHEDULES,
@@ -28,11 +31,11 @@ class VQDiffusionRun(VQDiffusionConfig, TokenRun):
     }
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.vq_diffusion import convert
 
-        return Reader(convert.read, convert.READS)
+        return convert.read
 
     def check(self) -> None:
         """Check that the sections fit each other."""

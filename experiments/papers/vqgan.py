@@ -1,6 +1,6 @@
 """The tokenizer: trained alone, or under a generator of tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -8,7 +8,6 @@ from experiments.papers.base import (
     FirstStageKind,
     FirstStageSection,
     GeneratorRun,
-    Reader,
     RunSettings,
 )
 from lightning_modules.common.checks import multiple
@@ -52,15 +51,19 @@ TOKENIZER_PRESETS: dict[str, Mapping[str, Any]] = {
 class VQGANRun(VQGANConfig, RunSettings):
     """The tokenizer of Esser et al. (taming transformers) and its relatives, trained and scored."""
 
+    READS: ClassVar[str] = (
+        "vqgan_f4.pt, taming and latent-diffusion files, diffusers folders of VQModel and\n"
+        "PaellaVQModel; new ids of the codes go with --codes"
+    )
     FIRST_STAGE: ClassVar[FirstStageKind] = TOKENIZER
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {**SECTIONS}
 
     @classmethod
-    def reader(cls) -> Reader:
-        """Return how foreign files are read."""
+    def reader(cls) -> Callable[..., Any]:
+        """Return what reads foreign files."""
         from lightning_modules.vqgan import convert
 
-        return Reader(convert.read, convert.READS)
+        return convert.read
 
     @property
     def first_stage(self) -> TokenizerSection:

@@ -77,7 +77,7 @@ def _checkpoint(plan: Plan, run: RunSettings, inputs: Folders, out: Path) -> Pat
     named = [about["first_stage"], *about.get("parts", {}).values()]
     for file in (CHECKPOINT, *(n["file"] for n in [*named, *about.get("further", {}).values()])):
         link(folder / file, out / file)
-    write_json(out / ABOUT, {**about, "sampling": resolved(run)["sampling"]})
+    write_json(out / ABOUT, {**about, "sampling": resolved(run)["sampling"], "data": run.data.name})
     return out / CHECKPOINT
 
 
@@ -119,7 +119,7 @@ def _page(
         machine=_machine(),
         scores=scores,
         metrics=METRICS,
-        notes=notes(plan),
+        notes=notes(plan, run),
         examples=[*_examples(plan, run, inputs), *_edits(plan.edits, run, plan, inputs)],
         traces=_traces(plan, inputs),
         curves=_losses(plan.trainings, inputs),
@@ -132,10 +132,10 @@ def _page(
     )
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(plan: Plan, run: RunSettings) -> list[str]:
     """Return what a reader must know besides the settings."""
-    found = [stage.recipe.note() for stage in plan.stages if isinstance(stage, Train)]
-    return [note for note in found if note]
+    trained = [stage.recipe.note() for stage in plan.stages if isinstance(stage, Train)]
+    return [note for note in (run.note(), *trained) if note]
 
 
 def _losses(trained: list[Train], inputs: Folders) -> dict[str, list[tuple[int, float]]]:

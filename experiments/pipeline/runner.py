@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,6 +74,8 @@ def _execute(
     machine = run.machine()
     if store.leader and not until:
         check_writable(out)
+    if store.leader and run.note():
+        say(f"      note: {run.note()}")
     loggers = {} if until else wandb_loggers(planned, run, titles, out, say)
     machine = replace(machine, loggers=loggers)
     read = stages[-1:] if until else planned.published
@@ -147,6 +150,9 @@ def wandb_loggers(
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    if not os.access(os.environ.get("HOME", ""), os.W_OK):
+        # wandb's service writes its log to the screen where it finds no folder for it
+        os.environ.setdefault("XDG_CACHE_HOME", tempfile.gettempdir())
     mode: Any = wandb_mode(say)
     out.mkdir(parents=True, exist_ok=True)
     first = WandbLogger(

@@ -130,7 +130,8 @@ def render(page: RunPage) -> str:
 
 def _headline(page: RunPage) -> str:
     """The first score, large, with all that is needed to read it."""
-    name = next(iter(scores.main_scores(page.scores)), None)
+    own = filter(scores.is_generated, scores.main_scores(page.scores))
+    name = next(own, None)
     if name is None:
         return ""
     score, metric = page.scores[name], scores.metric_of(name, page.metrics)

@@ -1,12 +1,16 @@
 """Pictures as files and sheets: PNG with text, grids of pictures, the steps of a sampling."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -90,7 +94,7 @@ def grid(
         images: [N, 3, H, W] uint8, N >= 1.
         columns: pictures in a row.
         scale: whole factor of enlargement; default makes the short side at least 128 pixels.
-        captions: one per picture, written below it.
+        captions: one per picture, written below it as `legible` makes them.
 
     Raises:
         ValueError: no pictures, or another number of captions.
@@ -108,7 +112,7 @@ def grid(
     width, height = cells[0].size
     columns, font = min(columns, len(cells)), _font(10)
     texts = [  # a letter is 6 pixels wide on average
-        wrap(caption, max(4, width // 6), max_lines=6, placeholder=" ...")
+        wrap(legible(caption), max(4, width // 6), max_lines=6, placeholder=" ...")
         for caption in captions or [""] * len(cells)
     ]
     rows = [slice(i, i + columns) for i in range(0, len(cells), columns)]
@@ -163,7 +167,35 @@ def strip(
     return sheet
 
 
+def legible(text: str) -> str:
+    """Name in brackets the characters that the font lacks: "[bbal gan] a" for Korean and an a."""
+    parts = []
+    for there, run in groupby(text, lambda c: c.isspace() or ord(c) in _drawable()):
+        characters = "".join(run)
+        named = [word for word in map(_word, characters) if word]
+        parts.append(characters if there else f"[{' '.join(named)}]" if named else "")
+    return "".join(parts)
+
+
+def _word(character: str) -> str:
+    """Return the last word of a letter's Unicode name, the whole name of a sign."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return ""  # it only changes how its neighbours look
+    name = unicodedata.name(character, f"u+{ord(character):04x}").lower()
+    letter = unicodedata.category(character) == "Lo"
+    return name.rpartition(" ")[2].removeprefix("ideograph-") if letter else name
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    return frozenset(FT2Font(_font_file()).get_charmap())
+
+
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # DejaVu Sans, which comes with matplotlib; Pillow's own font stops at ASCII
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size)
+    return ImageFont.truetype(_font_file(), size)
+
+
+def _font_file() -> str:
+    # DejaVu Sans comes with matplotlib, as no font with Asian scripts does; Pillow's own stops at
+    # ASCII
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")

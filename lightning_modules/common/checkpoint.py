@@ -8,7 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -43,8 +43,11 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get("config")
+        try:
+            with safe_open(path, "pt") as f:
+                text = (f.metadata() or {}).get("config")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no readable checkpoint: {error}") from error
         if text is None:
             raise ValueError(
                 f"{path} holds no settings of this suite; make it with experiments.convert"

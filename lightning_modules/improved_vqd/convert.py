@@ -8,8 +8,6 @@ from typing import Any
 from lightning_modules.common.foreign import Foreign, Settings
 from lightning_modules.vq_diffusion.convert import read_parts
 
-READS = "coco_learnable.pth, cc_learnable.pth and the like, and all that vq_diffusion reads"
-
 
 def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
     """Read a checkpoint of either paper; without a learnable null the guidance is zero-shot."""

@@ -204,7 +204,7 @@ class AutoencoderModule(AdversarialModule):
         state, config = load_weights(path)
         if config.get("paper") != "autoencoder" or config["kind"] != self.config.kind:
             what = config.get("kind", config.get("paper"))
-            raise ValueError(f"start: {path} is a {what}, not a {self.config.kind}")
+            raise ValueError(f"start: {path} holds weights of {what}, not of {self.config.kind}")
         taken = resize_tables(_exported(state), self.config.vit)
         # the discriminator is in no file
         rest = {k: v for k, v in self.state_dict().items() if not k.startswith(EXPORTED)}

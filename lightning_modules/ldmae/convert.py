@@ -33,9 +33,6 @@ from lightning_modules.ldmae.config import DiTConfig, ViTConfig
 from lightning_modules.ldmae.network import DiT
 from lightning_modules.ldmae.vmae import VMAE
 
-READS = "0100000.pt and the like, or LightningDiT's, with the autoencoder as --tokenizer"
-READS_AUTOENCODER = "vmaef8d16.pth (VMAE); latents_stats.pt goes with --stats"
-
 RELEASED_HEADS = 12
 
 

@@ -20,9 +20,6 @@ from lightning_modules.common.settings import plain
 from lightning_modules.muse.config import PRESETS, UViTConfig
 from lightning_modules.muse.uvit import UViT
 
-READS = """folders of aMUSEd's pipeline (amused-256, amused-512; open-muse's too) or its
-transformer; their text encoder stays where it is"""
-
 RELEASED_HEAD_WIDTH = 64
 
 # what no shape tells and config.json does; open-muse's file has the same names

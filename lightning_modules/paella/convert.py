@@ -30,8 +30,6 @@ from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
 from lightning_modules.paella.prior import Prior
 
-READS = "paella_v3.pt with vqgan_f4.pt, bare or under state_dict"
-
 Kind = Literal["v3", "v1", "prior"]
 NETWORKS = {
     "v3": (Paella, ModelConfig),

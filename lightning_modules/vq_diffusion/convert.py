@@ -29,9 +29,6 @@ from lightning_modules.vq_diffusion.process import (
     mask_schedule,
 )
 
-READS = """coco_pretrained.pth and the like with tokenizer and text encoder inside (and
---codes taming_vqvae_2887.pt), and the folder of vq-diffusion-ithq"""
-
 CODEC = "content_codec."
 NULL = "empty_text_embed"
 HF_NULL = "learned_classifier_free_sampling_embeddings"

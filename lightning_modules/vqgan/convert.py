@@ -34,9 +34,6 @@ from lightning_modules.vqgan.module import VQGANModule
 from lightning_modules.vqgan.network import NETWORKS
 from lightning_modules.vqgan.quantizer import map_from_counts, used_from_map
 
-READS = """vqgan_f4.pt, taming and latent-diffusion files, diffusers folders of VQModel and
-PaellaVQModel; new ids of the codes go with --codes"""
-
 TAMING_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 PAELLA_PARTS = ("in_block.", "down_blocks.", "up_blocks.", "out_block.", "vquantizer.")
 

@@ -43,7 +43,7 @@ def test_a_run_keeps_a_series_whose_average_samples(
     alien = tmp_path / "alien.safetensors"
     save_weights(alien, states[0], {"paper": "muse"})
     for wrong, said in (
-        ([*words, str(alien)], "holds a muse"),
+        ([*words, str(alien)], "holds weights of muse"),
         (words[:7], "at least two files"),
         ([*words, str(tmp_path / "none.safetensors")], "there is no checkpoint"),
         ([*words, "--decay", "2"], "decay must be"),

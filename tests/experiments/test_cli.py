@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import Parser, columns, command, first_line, speaker
+from experiments.cli import Parser, blame, columns, command, counted, first_line, speaker
 from experiments.settings import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,12 @@ def test_errors_are_one_line_and_a_code(error: Exception, code: int, capsys) -> 
 def test_codes_of_what_ends_well() -> None:
     assert command(lambda argv: None, ["a"]) == 0
     assert command(lambda argv: len(argv), ["a", "b", "c"]) == 3
+
+
+def test_a_file_that_cannot_be_written_is_one_line(capsys) -> None:
+    lost = PermissionError(13, "Permission denied", "a/b.png")
+    assert command(raising(lost), []) == 1
+    assert capsys.readouterr() == ("", "error: a/b.png: Permission denied\n")
 
 
 def test_what_nobody_foresaw_keeps_its_traceback() -> None:
@@ -131,7 +137,22 @@ def test_settings_and_options_in_any_order() -> None:
             parser.split(argv)
 
 
+@pytest.mark.parametrize("words", ["run --help", "run --paper paella --dry-run", "sample --help"])
+def test_a_reader_that_leaves_gets_no_traceback(words: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m experiments.{words} | true; echo ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_texts() -> None:
+    assert counted(1, "picture") == "1 picture" and counted(0, "picture") == "0 pictures"
+    lost = FileNotFoundError(2, "No such file or directory", "a.txt")
+    assert blame(Path("a.txt"), lost) == "a.txt: No such file or directory"
+    assert blame(Path("a.pt"), ValueError("x"), "is odd") == "a.pt is odd: x"
+    assert blame(Path("a.pt"), ValueError("a.pt lacks x"), "is odd") == "a.pt lacks x"
     assert columns({"a": "one", "long": "two", "b": ""}) == ["  a     one", "  long  two", "  b"]
     assert first_line(ValueError("first\nsecond")) == "first"
     assert first_line(ValueError()) == "ValueError"
@@ -169,6 +190,13 @@ CALLS = [
     ("sample", ["--prompt", "a"], 2),
     ("sample", ["--ckpt", "none", "--prommpt", "a"], 2),
     ("average", ["--help"], 0),
+    ("convert", ["--help"], 0),
+    ("convert", ["--paper", "muze"], 2),
+    ("convert", ["--paper", "muse", "--from", "x", "--out", "y", "model.layerz=3"], 2),
+    ("run", [*MICRO, "seed=18446744073709551617"], 2),
+    ("run", [*MICRO, "eval.seed=18446744073709551617"], 2),
+    ("run", [*MICRO, "data.seed=18446744073709551617"], 2),
+    ("sample", ["--ckpt", "none", "--prompt", "a", "--seed", "18446744073709551617"], 2),
     ("average", ["--out", "x"], 2),
 ]
 

@@ -123,6 +123,22 @@ def test_print_config_needs_no_file(paper: str, capsys, tmp_path: Path, monkeypa
     assert main(["--paper", paper, "--scale", "paper", "--help"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("paper", "words", "named"),
+    [
+        ("paella", ["data=digits"], "tokenizer.ckpt=null"),
+        ("ldmae", ["data=digits"], "autoencoder.ckpt=null"),
+        ("paella", ["data=digits", "tokenizer.ckpt=null"], None),
+        ("paella", [], None),
+        ("vqgan", ["data=digits"], None),
+    ],
+)
+def test_a_shipped_first_stage_under_other_pictures(paper, words, named, capsys):
+    assert main(["--paper", paper, *words, "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (named is not None) and (named or "") in "".join(notes)
+
+
 def test_until_does_no_more_and_a_dry_run_tells(capsys, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*MICRO, "cache=results", "logger=csv"]

@@ -1,6 +1,7 @@
 """Pictures from a micro checkpoint: text, edits, files, and every wrong word."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from experiments.sample import run
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.common.request import Request
 from lightning_modules.paella.module import PaellaModule
-from lightning_modules.registry import load_generator
+from lightning_modules.registry import GENERATORS, load_generator
 from lightning_modules.vqgan.module import VQGANModule
 from tests.tiny_generators import MUSE, tiny
 
@@ -91,6 +92,7 @@ def test_pictures_carry_what_made_them(run_folder: Path) -> None:
     assert [t["prompt"] for t in texts] == ["a red circle", "a red circle", "größer", "größer"]
     assert [t["seed"] for t in texts] == ["7", "8", "9", "10"]
     assert texts[0]["checkpoint"] == str(run_folder)
+    assert texts[0]["checkpoint_sha256"] == file_hash(run_folder / "checkpoint.safetensors")
     settings = json.loads(texts[0]["settings"])
     assert settings["sampling"]["steps"] == 2 and settings["sampling"]["guidance_start"] == 3.0
     assert settings["negative"] == "blur" and "keep_known" not in settings
@@ -124,6 +126,80 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(run_folder: Path) -> Non
                   "--batch-size", "2", "--out", "last") == 0  # fmt: skip
     # the last batch of three is "three" twice: what fills it up changes nothing
     assert np.array_equal(pixels("last/00000.png"), pixels("a/00002.png"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(run_folder: Path, encoding: str) -> None:
+    Path("p.txt").write_text("größer\n\ufeffb\r\n", encoding=encoding)
+    assert sample(run_folder, "--prompts", "p.txt", "--out", "a") == 0
+    assert [load_png(f"a/0000{i}.png")[1]["prompt"] for i in range(2)] == ["größer", "b"]
+    assert sample(run_folder, "--prompt", "größer", "--prompt", "b", "--out", "b") == 0
+    assert np.array_equal(pixels("a/00000.png"), pixels("b/00000.png"))
+
+
+def test_a_line_says_what_is_drawn(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(run_folder, "--prompt", "a", "--size", "24x8", "--out", "a") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "drawing 1 picture of 24x8 pixels on cpu",
+        "1 picture in a, all together in a/grid.png",
+    ]
+
+
+def test_words_that_training_never_saw(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a run on embedded data they are named in one line; its own captions pass."""
+    for file in run_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    beside = json.loads((tmp_path / "checkpoint.json").read_text())
+    strange = ["--prompt", "A large red Dog, left of a cat", "--prompt", "a cat"]
+    for data, prompts, named in (
+        ("scenes", strange, "captions of scenes, which never say: dog, cat"),
+        ("digits", strange[2:], "captions of digits, which never say: cat"),
+        ("shards", strange, ""),
+        ("scenes", ["--prompt", "on a grey background, a small cyan circle over a large red square",
+                    "--prompt", "a Blue triangle"], ""),
+        ("digits", ["--prompt", "the digit seven, handwritten"], ""),
+    ):  # fmt: skip
+        write_json(tmp_path / "checkpoint.json", {**beside, "data": data})
+        assert sample(tmp_path, *prompts) == 0
+        notes = [line for line in capsys.readouterr().out.splitlines() if "note" in line]
+        assert len(notes) == bool(named) and named in "".join(notes)
+
+
+def test_help_names_the_papers_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for option, ability in (("edit", "rewrite"), ("interpolate", "blend_with"),
+                            ("negative", "negative"), ("size", "grid")):  # fmt: skip
+        (line,) = re.findall(rf"^  --{option} +([a-z_, ]+)(?:;.*)?$", said, re.MULTILINE)
+        assert line.split(", ") == [n for n, cls in GENERATORS.items() if ability in cls.ABILITIES]
+
+
+@pytest.mark.parametrize("section", ["tokenizer", "autoencoder"])
+def test_the_run_of_a_first_stage_draws_nothing(
+    run_folder: Path, section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("alone").mkdir()
+    content = (run_folder / "tokenizer.safetensors").read_bytes()
+    Path(f"alone/{section}.safetensors").write_bytes(content)
+    assert main(["--ckpt", "alone", "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a first stage, which draws nothing alone" in error
+
+
+def test_names_stand_once_in_an_error(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.png").write_text("no picture")
+    Path("text.safetensors").write_text("no tensors at all")
+    for words, name in (
+        (["--prompts", "none.txt"], "none.txt"),
+        (["--image", "text.png"], "text.png"),
+        (["--prompt", "a", "--ckpt", "text.safetensors"], "text.safetensors"),
+        (["--prompt", "a", "--tokenizer", "text.safetensors"], "text.safetensors"),
+    ):
+        assert sample(run_folder, *words) == 2
+        error = capsys.readouterr().err
+        assert error.count(name) == 1 and "<_io" not in error
 
 
 def test_a_preset_of_sampling(run_folder: Path) -> None:
@@ -244,6 +320,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["--prompt"], "expected one argument"),
     (["--prompt", "a", "--seed", "x"], "--seed"),
     (["--prompt", "a", "--seed", "-1"], "--seed must be at least 0"),
+    (["--prompt", "a", "--seed", str(2**64 + 1)], "for the first of 1 picture"),
+    (["--prompts", "many.txt", "--seed", str(2**32 - 2)], "no picture's seed may exceed"),
+    (["--prompts", "nul.txt"], "nul.txt: it holds a NUL"),
     (["--prompt", "a", "--count", "0"], "--count must be at least 1"),
     (["--prompt", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
     (["--prompt", "a", "--device", "abacus"], "--device abacus"),
@@ -291,6 +370,8 @@ def test_wrong_words_are_one_line(
     Path("cut.png").write_bytes(Path("i.png").read_bytes()[:200])
     Path("text.txt").write_text("no picture")
     Path("empty.txt").write_text("\n \n")
+    Path("many.txt").write_text("a\nb\nc\n")
+    Path("nul.txt").write_text("a\0b\n")
     assert sample(run_folder, *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -309,7 +390,7 @@ def test_wrong_words_are_one_line(
         ("text.pt", "is no checkpoint that can be read safely"),
         ("middle.safetensors", "beside it names its first stage"),
         ("strange.safetensors", "has no setting 'stepz'"),
-        ("broken.safetensors", "broken.json is no JSON"),
+        ("broken.safetensors", "broken.json is no readable JSON"),
         ("alone.safetensors", "name it with --tokenizer"),
         ("odd.safetensors", "is not the first stage that"),
         ("short.safetensors", "does not fit PaellaModule"),
@@ -391,7 +472,8 @@ def test_an_old_run_folder_of_two_joined_stages() -> None:
     base_state = {k: v for k, v in parts.state_dict().items() if k in base_state}
     state, settings = parts.superres.export()
     joined = {**base_state, **{f"superres.{k}": v for k, v in state.items()}}
-    inside = {**config, "tokenizer": own, "sampling": sampling, "superres": superres, "high": high}
+    inside = {**config, "tokenizer": own, "sampling": {**config["sampling"], **sampling},
+              "superres": superres, "high": high}  # fmt: skip
     save_weights("old/checkpoint.safetensors", joined, inside)
 
     save_weights("new/checkpoint.safetensors", base_state, config)
@@ -426,6 +508,7 @@ def test_sample_draws_the_runs_own_pictures(trained: tuple[Path, Path]) -> None:
     asked = json.loads((folder / "prompts.json").read_text())
     theirs = [pixels(str(folder / row["file"])) for row in asked]
     assert [row["seed"] for row in asked] == list(range(16))
+    assert json.loads((out / "checkpoint.json").read_text())["data"] == "scenes"
     Path("prompts.txt").write_text("\n".join(row["prompt"] for row in asked), encoding="utf-8")
     words = ["--prompts", "prompts.txt", "--out"]
     assert sample(out, *words, "whole", "--batch-size", "16") == 0

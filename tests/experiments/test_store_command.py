@@ -135,7 +135,7 @@ def test_asks_before_it_deletes(
     monkeypatch.setattr("builtins.input", reply)
     before = there(cache)
     assert call(cache, "gc") == code
-    assert len(asked) == 1 and asked[0].startswith("delete 1 results, ")
+    assert len(asked) == 1 and asked[0].startswith("delete 1 result, ")
     assert str(cache / FREE.folder) in capsys.readouterr().out
     assert there(cache) == (before if code else before - {FREE.folder})
 

@@ -260,7 +260,7 @@ def test_the_second_stage_starts_from_the_first_at_another_size(tmp_path: Path) 
     torch.testing.assert_close(loss, (made.images - images).square().mean())
     assert float(terms["masked"]) == 0
 
-    with pytest.raises(ValueError, match="is a vmae, not a vae"):
+    with pytest.raises(ValueError, match="holds weights of vmae, not of vae"):
         module("vae", start=start).setup("fit")
     with pytest.raises(ValueError, match="of wrong shape"):
         module(vit={"embed_dim": 16}, start=start).setup("fit")

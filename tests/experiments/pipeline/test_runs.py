@@ -250,11 +250,12 @@ def test_a_run_is_the_same_everywhere_and_with_every_logger(first: Run, tmp_path
 
 
 def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:
-    """No key, no login, no network: the curves of both trainings go into the run folder."""
-    home, cache = tmp_path / "home", tmp_path / "cache"
-    home.mkdir()
-    hidden = {"HOME": str(home), "NETRC": str(home / "none"), "WANDB_DIR": str(tmp_path)}
-    shown = {k: v for k, v in os.environ.items() if k.startswith("WANDB")}
+    """No key, no login, no network, no home: the curves of both trainings go into the run folder.
+
+    Without a home wandb's service logs to the screen where it is given no other folder.
+    """
+    cache, hidden = tmp_path / "cache", {"NETRC": "none", "WANDB_DIR": str(tmp_path)}
+    shown = {k: v for k, v in os.environ.items() if k.startswith("WANDB") or k == "HOME"}
     words = ["eval.edits=0", "eval.heldout=0"]
     for name in shown:
         os.environ.pop(name)
@@ -524,7 +525,11 @@ def test_two_ranks_train_alike_and_end_together(tmp_path: Path) -> None:
 
 
 def test_digits(tmp_path: Path) -> None:
-    run = go("paella", tmp_path / "out", tmp_path / "cache", "data=digits")
+    shipped = ["tokenizer.preset=tiny", "tokenizer.ckpt=shipped", "model.num_labels=512"]
+    run = go("paella", tmp_path / "out", tmp_path / "cache", "data=digits", *shipped)
+    note = "note: the shipped tokenizer was trained on scenes, not on digits"
+    assert sum(note in line for line in run.lines) == 1
+    assert note.capitalize() in (run.out / "report.html").read_text()
     assert run.metrics["eval/digit_accuracy"]["n"] == 16
     assert not any("scene" in name for name in run.metrics)
     assert "sample-heldout" not in run.plan

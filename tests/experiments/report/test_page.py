@@ -109,6 +109,12 @@ def report(tmp_path: Path) -> RunPage:
     )
 
 
+def test_the_first_stages_scores_head_no_page_of_a_generator(report: RunPage) -> None:
+    assert "class=headline" in render(report)
+    report.scores = {k: v for k, v in report.scores.items() if k.startswith("tokenizer/")}
+    assert "class=headline" not in render(report) and "27.1" in render(report)
+
+
 def test_page_is_whole_and_self_contained(report: RunPage, tmp_path: Path) -> None:
     write_page(tmp_path / "deep" / "report.html", report)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["report.html"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.report.pictures import grid, load_png, save_png, strip, to_uint8
+from experiments.report.pictures import grid, legible, load_png, save_png, strip, to_uint8
 
 
 def noise(count: int, side: int = 8, seed: int = 0) -> torch.Tensor:
@@ -50,6 +50,26 @@ def test_grid_enlarges_by_whole_factors_and_makes_room_for_captions() -> None:
         grid(images[:0], 2)
     with pytest.raises(ValueError, match="as many captions"):
         grid(images, 2, captions=["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("größer, красный Ω → ½", "größer, красный Ω → ½"),
+        ("빨간 원 a", "[bbal gan] [weon] a"),
+        ("赤い円", "[8d64 i 5186]"),
+        ("a ❤ and 🦄🏽", "a ❤ and [unicorn face emoji modifier fitzpatrick type-4]"),
+        ("\0\ue000", "[u+0000 u+e000]"),
+        ("a\u200b", "a\u200b"),
+    ],
+)
+def test_captions_name_what_the_font_lacks(text: str, shown: str) -> None:
+    assert legible(text) == shown
+
+
+def test_different_characters_without_a_glyph_look_different() -> None:
+    one, other = (grid(noise(1), 1, 16, [text]) for text in ("빨", "간"))
+    assert one.tobytes() != other.tobytes()
 
 
 def test_strip_shows_pictures_and_changed_tokens() -> None:
