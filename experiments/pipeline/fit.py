@@ -5,6 +5,7 @@ import signal
 import threading
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def whole_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+    except Exception:  # whatever zipfile and its decompressors make of what they find
         return False
 
 
@@ -266,10 +267,11 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """
     values: dict[str, dict[int, float]] = {}
     for path in sorted((folder / "log").glob("*/metrics.csv")):
-        with open(path, newline="") as f:
-            for row in csv.DictReader(f):
-                step = int(row.pop("step"))
-                for name, value in row.items():
-                    if value and name != "epoch":
-                        values.setdefault(name, {})[step] = float(value)
+        with open(path, newline="", errors="replace") as f:
+            for row in csv.DictReader(line.replace("\0", "") for line in f):
+                with suppress(KeyError, TypeError, ValueError):  # a kill left half a line
+                    step = int(row.pop("step"))
+                    for name, value in row.items():
+                        if value and name != "epoch":
+                            values.setdefault(name, {})[step] = float(value)
     return {name: sorted(points.items()) for name, points in values.items()}
