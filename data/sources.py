@@ -1,6 +1,5 @@
 """The samples of one split: scenes and digits are written as shards, those of a user are found."""
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ LISTED = "shards.json"
 def write_embedded(
     folder: Path, name: str, split: str, size: int, seed: int, resolution: int, max_objects: int
 ) -> ShardList:
-    """Write a split of `scenes` or `digits`; one that stands complete in the folder is kept.
+    """Write a split of `scenes` or `digits`.
 
     Args:
         folder: of these settings alone.
@@ -26,11 +25,6 @@ def write_embedded(
         split, size, seed, resolution, max_objects: as `scenes` takes them; of digits at most those
             that there are.
     """
-    listed = folder / LISTED
-    if listed.exists():
-        written = ShardList.load(listed)
-        if all(map(os.path.exists, written.paths)):
-            return written
     samples: Iterator[Sample]
     if name == "digits":
         samples = islice(digits(split, resolution=resolution, seed=seed), size)
@@ -39,7 +33,7 @@ def write_embedded(
     else:
         raise ValueError(f"embedded data are scenes or digits, not {name!r}")
     written = ShardList(tuple(write_shards(samples, folder, PER_SHARD)))
-    written.save(listed)
+    written.save(folder / LISTED)
     return written
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,22 @@ def entries(root: Path) -> list[Entry]:
         raise ConfigError(f"--cache {root}: there is no such folder")
     users: dict[str, list[str]] = {}
     for path in sorted((root / "runs").glob("*.json")):
-        known = json.loads(path.read_text())
-        if Path(known["out"]).is_dir():
-            for folder in known["stages"]:
-                users.setdefault(folder, []).append(known["out"])
+        try:
+            known = json.loads(path.read_text())
+            out, stages = Path(known["out"]), list(map(str, known["stages"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path} is damaged: repeat the runs that used {root}, or delete the file"
+            ) from error
+        for name in stages if out.is_dir() else []:
+            users.setdefault(name, []).append(str(out))
     found = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         marker: dict[str, Any] = {}
         if (folder / "done.json").is_file():
-            marker = json.loads((folder / "done.json").read_text())
+            with suppress(ValueError):  # a damaged one is no result
+                marker = json.loads((folder / "done.json").read_text())
+            marker = marker if isinstance(marker, dict) else {}
         elif not lock_file(folder).exists():
             continue  # no stage: classifiers, or the list of runs
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -39,6 +39,10 @@ class Encode(SplitStage):
         """Name the file of every shard."""
         return [f"{i:05d}.safetensors" for i in range(len(self.shards.shards(inputs).paths))]
 
+    def beside(self, i: int, inputs: Folders, machine: Machine) -> Sequence[str]:
+        """Name the file of the captions."""
+        return [f"{i:05d}.parquet"]
+
     def open(
         self, folder: Path, inputs: Folders, machine: Machine, log: Log
     ) -> Callable[[int], None]:

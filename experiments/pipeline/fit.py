@@ -5,6 +5,7 @@ import signal
 import threading
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiments.progress import Counter
 from lightning_modules.common.checkpoint import save_weights
 
 RESUME = "resume.ckpt"
+EXPLODED = 10.0  # factor by which no loss of a training that learns rises
 
 # DDP doubts the layout of channels-last gradients; it copies them, which is what is meant here
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -42,7 +44,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Divergence(Callback):
-    """Ends a training whose loss or weights are no finite numbers, before they are kept.
+    """Ends a training whose loss explodes or whose weights are no finite numbers.
+
+    Weights are looked at before they are kept, and so is a loss that is still finite: more than
+    EXPLODED times that of the first batch, which a network makes before it has learnt anything.
 
     A step that mixed precision skips for an overflow is none: its loss is finite, and so stay the
     weights.
@@ -50,22 +55,30 @@ class Divergence(Callback):
     Args:
         what: name of the stage.
         every: batches between two looks on a GPU, where looking waits.
+        signed: the loss may have any size, as that of adversaries may.
     """
 
-    def __init__(self, what: str, every: int) -> None:
-        self.what, self.every = what, every
+    def __init__(self, what: str, every: int, signed: bool) -> None:
+        self.what, self.every, self.signed = what, every, signed
+        self.first: torch.Tensor | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the loss."""
         loss = trainer.callback_metrics.get("train/loss")
+        if self.first is None and loss is not None:
+            self.first = loss.detach().clone()
         seldom = pl_module.device.type == "cuda" and (batch_idx + 1) % self.every
         if loss is not None and not seldom and not bool(torch.isfinite(loss)):
             self._stop(trainer, f"the loss is {float(loss)}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at all weights, before the checkpoint of this border is written."""
+        """Look at the loss and all weights, before the checkpoint of this border is written."""
+        if self.first is not None and not self.signed:
+            first, loss = float(self.first), float(trainer.callback_metrics["train/loss"])
+            if loss > EXPLODED * max(abs(first), 1):
+                self._stop(trainer, f"the loss rose from {first:.3g} to {loss:.3g}")
         for name, value in pl_module.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 self._stop(trainer, f"{name} holds numbers that are not finite")
@@ -215,7 +228,7 @@ def fit(
         callbacks=[
             checkpoint,
             TrainingProgress(what, loop.epochs * loop.length, log.say, log.style),
-            Divergence(what, monitor.log_every),
+            Divergence(what, monitor.log_every, adversarial),
             PlainSignals(),
             *kept,
         ],
@@ -240,7 +253,7 @@ def whole_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+    except Exception:  # whatever zipfile and its decompressors make of what they find
         return False
 
 
@@ -254,10 +267,11 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """
     values: dict[str, dict[int, float]] = {}
     for path in sorted((folder / "log").glob("*/metrics.csv")):
-        with open(path, newline="") as f:
-            for row in csv.DictReader(f):
-                step = int(row.pop("step"))
-                for name, value in row.items():
-                    if value and name != "epoch":
-                        values.setdefault(name, {})[step] = float(value)
+        with open(path, newline="", errors="replace") as f:
+            for row in csv.DictReader(line.replace("\0", "") for line in f):
+                with suppress(KeyError, TypeError, ValueError):  # a kill left half a line
+                    step = int(row.pop("step"))
+                    for name, value in row.items():
+                        if value and name != "epoch":
+                            values.setdefault(name, {})[step] = float(value)
     return {name: sorted(points.items()) for name, points in values.items()}

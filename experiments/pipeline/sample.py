@@ -53,6 +53,15 @@ class Sample(SplitStage):
         count, size = _batches(len(self.captions.rows(inputs)), machine)
         return [f"batch-{size}-{i:05d}.safetensors" for i in range(count)]
 
+    def beside(self, i: int, inputs: Folders, machine: Machine) -> Sequence[str]:
+        """Name the pictures of a batch, and what the first one shows step by step."""
+        rows = self.rows(inputs)
+        size = _batches(len(rows), machine)[1]
+        names = [row["file"] for row in rows[i * size : (i + 1) * size]]
+        if i or not self.traces:
+            return names
+        return [*names, *(f"trace-{name}" for name in names[: self.traces]), "traces.json"]
+
     def open(
         self, folder: Path, inputs: Folders, machine: Machine, log: Log
     ) -> Callable[[int], None]:

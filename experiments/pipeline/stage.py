@@ -154,6 +154,10 @@ class SplitStage(Stage):
         """Name the file that stands in the folder once a part is done, for every part."""
         raise NotImplementedError
 
+    def beside(self, i: int, inputs: Folders, machine: Machine) -> Sequence[str]:
+        """Name the files that part i writes besides."""
+        return []
+
     def open(
         self, folder: Path, inputs: Folders, machine: Machine, log: Log
     ) -> Callable[[int], None]:

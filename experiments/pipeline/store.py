@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,8 @@ from filelock import FileLock, Timeout
 
 from data.files import file_hash, write_json
 from experiments.pipeline.ranks import is_leader, launch
-from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage
+from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage, Stage
 
-MARKED = {"name", "key", "seconds", "when", "what", "files"}
 PAUSE = 0.2  # seconds between two looks at what others do
 
 
@@ -43,9 +42,10 @@ class Store:
         """Read the marker of a finished stage; None where the result does not stand."""
         try:
             marker = json.loads((self.folders[stage] / "done.json").read_text())
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
-        return marker if isinstance(marker, dict) and MARKED <= marker.keys() else None
+        whole = isinstance(marker, dict) and marker.pop("sum", None) == _sum(marker)
+        return marker if whole else None
 
     def damaged(self, stage: Stage, marker: dict[str, Any]) -> str | None:
         """Return the first file of a finished stage whose bytes are not those that it wrote."""
@@ -101,18 +101,18 @@ class Store:
     ) -> dict[Stage, tuple[str, dict[str, Any]]]:
         """Find results that will be read and are not what was written: first such file, and marker.
 
-        Looked at are `read` and the inputs of stages that will work: what nobody reads costs
-        nothing.
+        Looked at are `read` and the inputs of stages that will work, with what they lean on: what
+        nobody reads costs nothing.
         """
         found: dict[Stage, tuple[str, dict[str, Any]]] = {}
-        needed = {*(read or stages[-1:])}
+        needed = {*_leaning(read or stages[-1:])}
         for stage in reversed(stages):  # those that need others come after them
             marker = self.done(stage)
             file = self.damaged(stage, marker) if marker and stage in needed else None
             if marker and file:
                 found[stage] = (file, marker)
             if marker is None or file:
-                needed |= {*stage.inputs}
+                needed |= {*_leaning(stage.inputs)}
         return found
 
     def _drop(self, damaged: dict[Stage, tuple[str, dict[str, Any]]], log: Log) -> None:
@@ -137,14 +137,14 @@ class Store:
                 what = self._work(stage, machine, log)
             finally:
                 (folder / "running.json").unlink(missing_ok=True)
-            # nobody writes here any more: locks of parts, and what a kill left half written
-            for left in (*folder.glob(".*.lock"), *folder.glob(".*.tmp")):
+            # nobody writes here any more: locks and sums of parts, what a kill left half written
+            for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:
                 left.unlink(missing_ok=True)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
-            write_json(folder / "done.json", marker)
+            write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
             log.say(f"{head}: done in {duration(seconds)}")
 
     def _work(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
@@ -158,23 +158,29 @@ class Store:
         """Make the parts that nobody else makes; the leader leaves when all are done."""
         folder = self.folders[stage]
         names = stage.parts(self.folders, machine)
-        missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
+        missing = [i for i, name in enumerate(names) if not _whole(folder, name)]
+        for i in missing if self.leader else []:
+            if (folder / names[i]).exists() and (folder / f".{names[i]}.sum").exists():
+                log.note(f"{folder / names[i]} or a file beside it is damaged; it is made again")
         counter = log.counter(stage.name, len(names), len(names) - len(missing))
         make = stage.open(folder, self.folders, machine, log) if missing else None
         try:
             while missing and make is not None:
                 made = 0
                 for i in missing:
-                    if (folder / names[i]).exists():
+                    if _whole(folder, names[i]):
                         continue
                     # the lock belongs to the operating system, so that of a killed process is free
                     lock = FileLock(folder / f".{names[i]}.lock")
                     with suppress(Timeout), lock.acquire(timeout=0):
-                        if not (folder / names[i]).exists():
+                        if not _whole(folder, names[i]):
                             make(i)
+                            files = [*stage.beside(i, self.folders, machine), names[i]]
+                            sums = {name: file_hash(folder / name) for name in files}
+                            write_json(folder / f".{names[i]}.sum", sums)
                             made += 1
                             counter.update(counter.done + 1)
-                missing = [i for i in missing if not (folder / names[i]).exists()]
+                missing = [i for i in missing if not _whole(folder, names[i])]
                 if not self.leader:
                     break
                 if missing and not made:
@@ -224,6 +230,29 @@ class Store:
         # Lightning's own launcher starts the followers as children of the leader, in the middle of
         # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
         return mark["pid"] == os.getppid() or (bool(launch()) and mark["launch"] == launch())
+
+
+def _sum(marker: dict[str, Any]) -> str:
+    """Return the sha256 of a marker's content, so that damage does not pass for a result."""
+    plain = json.loads(json.dumps(marker))  # as it is read again
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _leaning(stages: Iterable[Stage]) -> Iterator[Stage]:
+    """List stages and what is read with them: pictures lean on captions, weights on nothing."""
+    for stage in stages:
+        yield stage
+        if not isinstance(stage, FileStage):
+            yield from _leaning(stage.inputs)
+
+
+def _whole(folder: Path, name: str) -> bool:
+    """Say whether the files of a part, whose last one has this name, are as they were written."""
+    try:
+        sums = json.loads((folder / f".{name}.sum").read_text())
+        return name in sums and all(file_hash(folder / f) == sums[f] for f in sums)
+    except (OSError, ValueError, TypeError):  # not there, no JSON, no mapping
+        return False
 
 
 def written(folder: Path) -> dict[str, tuple[int, str]]:

@@ -20,7 +20,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         temperature: the logits are divided by it, > 0.
 
     Returns:
-        [n] int64 in 0..K-1.
+        [n] int64 in 0..K-1; K for a row without probabilities, as NaN and +inf make it.
     """
     if logits.element_size() < 4:
         logits = logits.float()  # sums over thousands of labels need more than 8 or 11 bits
@@ -29,6 +29,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     cdf = shifted.exp_().cumsum_(dim=1)  # [n, K]
     total = cdf[:, -1:].contiguous()  # [n, 1]
     threshold = uniforms.to(cdf.dtype).unsqueeze(1) * total
+    # NaN is never above the threshold, so that both searches end behind the last label
     tokens = torch.searchsorted(cdf, threshold, right=True)  # [n, 1]
     # u * total may round up to total itself, which lies beyond the last possible label
     return torch.minimum(tokens, torch.searchsorted(cdf, total)).squeeze(1)
@@ -52,14 +53,42 @@ def draw_rows(
         temperature: as of `draw`; ValueError where it is not positive.
         logits_filter: maps logits [m, K] at temperature 1 to logits with excluded labels at -inf.
         chunk: rows that pass the head at once.
+
+    Raises:
+        ValueError: the logits of a row are no numbers.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    tokens = []
+    tokens, labels = [], 0
     for some, chances in zip(rows.split(chunk), uniforms.split(chunk), strict=True):
         logits = head(some)  # [m, K]
         if logits_filter is not None:
             logits = logits_filter(logits)
+        labels = logits.shape[1]
         parts = zip(logits.split(DRAWN_AT_ONCE), chances.split(DRAWN_AT_ONCE), strict=True)
         tokens += [draw(part, u, temperature) for part, u in parts]
-    return torch.cat(tokens) if tokens else uniforms.new_empty(0, dtype=torch.int64)
+    if not tokens:
+        return uniforms.new_empty(0, dtype=torch.int64)
+    drawn = torch.cat(tokens)
+    check_numbers(drawn < labels)
+    return drawn
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Take the likeliest label per row of [n, K] logits; refuses NaN as `draw_rows` does."""
+    tokens = logits.argmax(1)
+    check_numbers(~logits.gather(1, tokens[:, None]).squeeze(1).isnan())
+    return tokens
+
+
+def check_numbers(good: Tensor) -> None:
+    """Refuse rows [n] that are not good.
+
+    A GPU is waited for, once per step; its callers, who put the tokens in their masked places, wait
+    there anyway.
+    """
+    if not bool(good.all()):
+        raise ValueError(
+            f"the logits of {int((~good).sum())} of {len(good)} tokens are not finite numbers: "
+            "the network diverged, or its weights are damaged or overflow in this precision"
+        )

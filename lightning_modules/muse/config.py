@@ -5,6 +5,8 @@ block size) is a setting whose default is ours.
 """
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +21,8 @@ from lightning_modules.common.checks import (
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
 
-Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt", "exp", "log", "arccos"]
+POWERS = {"linear": 1.0, "square": 2.0, "cubic": 3.0, "sqrt": 0.5}
+SCHEDULES = ("cosine", *POWERS, "exp", "log", "arccos")
 Counting = Literal["strict", "maskgit", "halton", "halton_confidence", "lucidrains"]
 Order = Literal["confidence", "random", "halton", "critic"]
 Confidence = Literal["logp", "tempered", "logit"]
@@ -220,8 +223,10 @@ class CriticConfig:
 class ObjectiveConfig:
     """Masking, loss and how often a caption is hidden in training."""
 
-    mask_law: Schedule = "cosine"
-    """Masked share r = schedule(u), u uniform: cosine is the paper's density 2/(pi sqrt(1-r^2))."""
+    mask_law: str = "cosine"
+    """Masked share r = schedule(u), u uniform: cosine is the paper's density 2/(pi sqrt(1-r^2));
+    linear, square, cubic, sqrt, exp, log, arccos, or pow<p> such as pow2.5, 1 - u^p.
+    """
     min_rate: float = 0.0
     """Least masked share (MaskGIT's released settings have 0.5)."""
     rectangle: float = 0.0
@@ -240,6 +245,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         within(self, 0, 1, "min_rate", "rectangle", "visible_weight", "text_drop")
         below_one(self, "label_smoothing")
+        check_schedule("mask_law", self.mask_law)
 
 
 @dataclass
@@ -248,8 +254,8 @@ class DecodeConfig:
 
     steps: int = 12
     """Number of decoding steps."""
-    schedule: Schedule = "cosine"
-    """Share of tokens that is still masked at ratio r of the steps."""
+    schedule: str = "cosine"
+    """Share of tokens that is still masked at ratio r of the steps: any of objective.mask_law."""
     counting: Counting = "strict"
     """strict: every step opens a token, and none is drawn twice; others as their code counts."""
     order: Order = "confidence"
@@ -286,6 +292,7 @@ class DecodeConfig:
     """Skip this many steps: the loop then starts from given tokens, masked as they would be."""
 
     def __post_init__(self) -> None:
+        check_schedule("schedule", self.schedule)
         at_least(self, 1, "steps", "top_k")
         at_least(self, 0, "choice_temperature", "choice_end")
         at_least(self, 0, "temperature_start", "temperature_end")
@@ -417,6 +424,31 @@ class MuseConfig:
             _longest("model.max_side", self.model.max_side, max(first.grid))
         if self.superres.enabled:
             self.superres.check(first, text)
+
+
+def exponent(schedule: str) -> float:
+    """Return p of the schedule 1 - r^p.
+
+    Raises:
+        ValueError: it has none, or one that is not positive and finite.
+    """
+    power = POWERS.get(schedule)
+    if power is None and re.fullmatch(r"pow(\d+\.?\d*|\.\d+)", schedule, re.ASCII):
+        power = float(schedule.removeprefix("pow"))
+    if power is None or not 0 < power < math.inf:
+        raise ValueError(f"{schedule!r} is no pow<p> with a positive number p, as in pow2.5")
+    return power
+
+
+def check_schedule(name: str, schedule: str) -> None:
+    """Refuse a mask schedule that is neither one of SCHEDULES nor pow<p>."""
+    if schedule in SCHEDULES:
+        return
+    try:
+        exponent(schedule)
+    except ValueError as error:
+        names = ", ".join(SCHEDULES)
+        raise ValueError(f"{name} must be one of {names} or pow<p>: {error}") from error
 
 
 def _width(name: str, width: int, text: TextConfig) -> None:

@@ -272,7 +272,8 @@ class MuseModule(MaskedStage):
         if self.critic is not None:
             u = torch.rand(len(logits), generator=generator, device=logits.device)
             filled = tokens.clone()
-            filled[mask] = draw_rows(logits, u, lambda rows: rows)
+            # the loss tells of logits that are no numbers, and the training ends by it
+            filled[mask] = draw_rows(logits.nan_to_num(), u, lambda rows: rows)
             critic = self.critic_of(batch["caption"], drop)
             scores = critic(filled)
             scalars["critic"] = process.critic_loss(scores, filled == tokens)

@@ -15,18 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw_rows
+from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw_rows, likeliest
 from lightning_modules.common.seeding import mix_seed
-from lightning_modules.muse.config import Confidence, Counting, DecodeConfig, Order, Schedule
+from lightning_modules.muse.config import (
+    Confidence,
+    Counting,
+    DecodeConfig,
+    Order,
+    exponent,
+)
 
 Predict = Callable[[Tensor, float, Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]
 
 
-def mask_ratio(schedule: Schedule, r: Tensor, total: Tensor | float = 2.0) -> Tensor:
+def mask_ratio(schedule: str, r: Tensor, total: Tensor | float = 2.0) -> Tensor:
     """Share gamma(r) of tokens that is masked at ratio r (MaskGIT: libml/mask_schedule.py).
 
-    cosine cos(pi r / 2), linear 1 - r, square 1 - r^2, cubic 1 - r^3, sqrt 1 - r^0.5,
+    cosine cos(pi r / 2), pow<p> 1 - r^p (linear, square, cubic, sqrt are pow1, 2, 3, 0.5),
     exp 1 - 2^(-(1 - r) log2 N), log -log2(r) / log2(N), arccos 2 arccos(r) / pi; all are clipped
     to [1e-6, 1]. Computed in float32: floor(N gamma) depends on it, at r = 2/3 for one.
 
@@ -48,14 +54,11 @@ def mask_ratio(schedule: Schedule, r: Tensor, total: Tensor | float = 2.0) -> Te
     elif schedule == "arccos":
         ratio = torch.arccos(r) / (math.pi * 0.5)
     else:
-        power = {"linear": 1.0, "square": 2.0, "cubic": 3.0, "sqrt": 0.5}[schedule]
-        ratio = 1 - r**power
+        ratio = 1 - r ** exponent(schedule)
     return ratio.clamp(1e-6, 1.0)
 
 
-def masked_rate(
-    uniforms: Tensor, law: Schedule, total: float = 2.0, min_rate: float = 0.0
-) -> Tensor:
+def masked_rate(uniforms: Tensor, law: str, total: float = 2.0, min_rate: float = 0.0) -> Tensor:
     """Masked shares of training, r = gamma(u).
 
     cosine gives Muse's r = cos(pi u / 2), density 2/(pi sqrt(1 - r^2)), mean 2/pi; arccos gives the
@@ -180,7 +183,7 @@ def critic_loss(scores: Tensor, real: Tensor) -> Tensor:
 def mask_counts(
     unknown: Tensor,
     steps: int,
-    schedule: Schedule = "cosine",
+    schedule: str = "cosine",
     counting: Counting = "maskgit",
     *,
     first_step: int = 0,
@@ -565,7 +568,7 @@ def draw_tokens(
                 logits_filter=None if top_k is None else narrowed,
             )  # fmt: skip
         else:
-            token = logits.argmax(1)
+            token = likeliest(logits)
         tokens.append(token)
         if confidence is not None:
             sure.append(confidence_of(logits, token, confidence, temperature))

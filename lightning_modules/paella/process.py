@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.categorical import draw_rows, likeliest
 from lightning_modules.paella.config import DrawMode, RenoiseMode, SamplingConfig, TimeLaw
 
 
@@ -292,7 +292,7 @@ def sample(
             rows = predict(x, t, float(weights[i]) if guided else 1.0, keep)  # [n, C]
             heat = float(temperature[i])
             if mode == "argmax":
-                out[keep] = _choose(rows, head, filtered, lambda logits: logits.argmax(1))
+                out[keep] = _choose(rows, head, filtered, likeliest)
             elif mode == "quant" and i >= quant_steps:
                 out[keep] = _choose(rows, head, filtered, _nearest_mean_code(codebook, heat))
             elif draws is None:

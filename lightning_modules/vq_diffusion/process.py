@@ -408,7 +408,8 @@ def time_law(history: Tensor, count: Tensor) -> Tensor:
 
 def draw_times(law: Tensor, uniforms: Tensor) -> Tensor:
     """Draw times [B] int64 of p(t) [T] with uniforms [B]."""
-    return draw_logits(law.log().expand(len(uniforms), -1), uniforms)
+    # a law of NaN gives any time: the loss is NaN, too, and ends the training
+    return draw_logits(law.log().expand(len(uniforms), -1), uniforms).clamp(max=len(law) - 1)
 
 
 def update_history(history: Tensor, count: Tensor, t: Tensor, bounds: Tensor) -> None:

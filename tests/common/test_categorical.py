@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw, draw_rows
+from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw, draw_rows, likeliest
 
 BELOW_ONE = 1 - 2**-24  # the largest uniform that torch.rand gives
 
@@ -133,3 +133,30 @@ def test_the_filter_sees_temperature_one() -> None:
 def test_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be positive"):
         draw_rows(torch.zeros(1, 2), torch.zeros(1), lambda x: x, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 5, 8])
+def test_rows_without_probabilities_are_refused(
+    value: float, column: int, dtype: torch.dtype
+) -> None:
+    logits, uniforms = rows(300, 9)
+    logits = logits.to(dtype)
+    good = draw_rows(logits, uniforms, lambda part: part)
+    logits[7, column] = logits[290, column] = value
+    with pytest.raises(ValueError, match=r"^the logits of 2 of 300 tokens are not finite numbers"):
+        draw_rows(logits, uniforms, lambda part: part)
+    # the plain draw marks them behind all labels, and disturbs no other row
+    tokens, rest = draw(logits, uniforms), uniforms < 2
+    rest[[7, 290]] = False
+    assert torch.equal(tokens[rest], good[rest]) and tokens[[7, 290]].tolist() == [9, 9]
+
+
+def test_the_likeliest_label() -> None:
+    logits = rows(20, 9)[0]
+    logits[3] = torch.tensor([-torch.inf] * 4 + [2.0] + [-torch.inf] * 4)
+    assert torch.equal(likeliest(logits), logits.argmax(1))
+    logits[5, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"^the logits of 1 of 20 tokens"):
+        likeliest(logits)

@@ -77,6 +77,17 @@ def test_ls_says_what_each_result_is_for(cache: Path, capsys) -> None:
     assert users == {SHARED.folder: {a, b}, OWN.folder: {a}, FREE.folder: set()}
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"out": 3}'])
+def test_damage_is_no_traceback(content: bytes, cache: Path, capsys) -> None:
+    (cache / FREE.folder / "done.json").write_bytes(content)
+    assert call(cache, "ls") == 0
+    next((cache / "runs").iterdir()).write_bytes(content)
+    assert call(cache, "gc", "--yes") == 2  # what nobody is known to need might be needed
+    assert "is damaged" in capsys.readouterr().err and FREE.folder in {
+        p.name for p in cache.iterdir()
+    }
+
+
 def test_interrupted_work_is_listed_and_collected(cache: Path, capsys) -> None:
     with pytest.raises(ValueError, match="bad luck"):
         Store(cache, leader=True).run([Numbers(13)], Machine(), Log(lambda line: None))

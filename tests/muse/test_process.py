@@ -13,7 +13,13 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from lightning_modules.muse import process
-from lightning_modules.muse.config import PRESETS, Counting, DecodeConfig, Schedule
+from lightning_modules.muse.config import (
+    PRESETS,
+    SCHEDULES,
+    Counting,
+    DecodeConfig,
+    ObjectiveConfig,
+)
 
 K, MASK = 6, 6
 GRID = (3, 4)
@@ -70,7 +76,7 @@ def masks(n: int = 3) -> Tensor:
 @given(
     unknown=st.lists(st.integers(0, 300), min_size=1, max_size=4),
     steps=st.integers(1, 40),
-    schedule=st.sampled_from(get_args(Schedule)),
+    schedule=st.sampled_from([*SCHEDULES, "pow2.5", "pow0.01", "pow300"]),
     counting=st.sampled_from(get_args(Counting)),
     first=st.integers(0, 39),
 )
@@ -108,13 +114,57 @@ def test_float32_decides_at_two_thirds():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "pow2.5"])
 def test_schedules_fall_from_all_to_none(schedule):
     ratio = process.mask_ratio(schedule, torch.linspace(0, 1, 50), 256)
     assert bool((ratio.diff() <= 0).all())
     assert ratio[0] > 0.99 and 0 < ratio[-1] <= 1e-5
-    concave = {"cosine", "square", "cubic", "linear", "exp", "arccos"}
+    concave = {"cosine", "square", "cubic", "linear", "exp", "arccos", "pow2.5"}
     assert (ratio[25] >= 0.47) == (schedule in concave)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("linear", "pow1"), ("square", "pow2.0"), ("cubic", "pow3"), ("sqrt", "pow.5")],
+)
+def test_named_powers(name: str, other: str) -> None:
+    r = torch.linspace(0, 1, 50)
+    assert torch.equal(process.mask_ratio(name, r), process.mask_ratio(other, r))
+
+
+def test_any_power_in_decoding_and_training() -> None:
+    r = torch.linspace(0, 0.99, 50)
+    expected = 1 - r.double() ** 2.5
+    torch.testing.assert_close(
+        process.mask_ratio("pow2.5", r).double(), expected, atol=1e-6, rtol=0
+    )
+    # floor(256 (1 - (s / 8)^2.5)), the float32 of MaskGIT's mask_schedule.py
+    assert process.mask_counts(torch.tensor([256]), 8, "pow2.5", "maskgit")[:, 0].tolist() == [
+        254, 248, 233, 210, 176, 131, 72, 0
+    ]  # fmt: skip
+    assert torch.equal(process.masked_rate(r, "pow2.5"), process.mask_ratio("pow2.5", r))
+    assert ObjectiveConfig(mask_law="pow2.5").mask_law == "pow2.5"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pow",
+        "pow0",
+        "pow-1",
+        "pow1e3",
+        "pownan",
+        "pow" + "9" * 400,
+        "pow2.5x",
+        "powder",
+        "Cosine",
+        "",
+    ],
+)
+def test_other_schedules_are_refused(name: str) -> None:
+    for setting, make in (("schedule", DecodeConfig), ("mask_law", ObjectiveConfig)):
+        with pytest.raises(ValueError, match=rf"^{setting} must be one of cosine, .* or pow<p>: "):
+            make(**{setting: name})
 
 
 def test_law_of_the_masked_share():

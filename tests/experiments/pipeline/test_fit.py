@@ -163,7 +163,9 @@ class Diverging(Line):
             self.register_buffer("scale", torch.tensor(float("inf")))
         if len(self.seen) == 6 and self.what == "loss":
             loss = loss * float("nan")
-            self.log("train/loss", loss)
+        if len(self.seen) > 6 and self.what == "size":
+            loss = loss * 0 + 300.0
+        self.log("train/loss", loss)
         return loss
 
 
@@ -171,6 +173,7 @@ class Diverging(Line):
     ("what", "found"),
     [
         ("loss", "batch 6 with learning rate 0.1: the loss is nan; try a lower optim.lr"),
+        ("size", "batch 8 with learning rate 0.1: the loss rose from "),
         ("weight", "batch 8 with learning rate 0.1: scale holds numbers that are not finite"),
     ],
 )

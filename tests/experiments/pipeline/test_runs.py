@@ -22,7 +22,7 @@ import torch
 import wandb
 from torch import Tensor
 
-from data.files import file_hash
+from data.files import file_hash, write_json
 from data.photos import photos
 from data.shards import write_shards
 from data.sources import holdout_share
@@ -391,6 +391,10 @@ def test_sampling_goes_on_where_it_was_interrupted(
         (folder / f"batch-4-{number:05d}.safetensors").unlink()
     for number in (1, 2, 3, 9):
         (folder / f"{number:05d}.png").unlink()
+    for number in (1, 3):  # what stands beside the parts until all are done
+        part = f"batch-4-{number:05d}.safetensors"
+        names = [f"{4 * number + k:05d}.png" for k in range(4)] + [part]
+        write_json(folder / f".{part}.sum", {name: file_hash(folder / name) for name in names})
     kept = {n: (folder / f"{n:05d}.png").stat().st_mtime_ns for n in (4, 7, 12, 15)}
     again = go("paella", tmp_path / "out", copied, "eval.batch_size=4")
     assert again.fate()["sample-val"] == "continues"

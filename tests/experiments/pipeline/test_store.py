@@ -15,7 +15,15 @@ import pytest
 
 from experiments.pipeline import store as stores
 from experiments.pipeline.ranks import is_leader, launch
-from experiments.pipeline.stage import Folders, Log, Machine, SplitStage, Stage, order
+from experiments.pipeline.stage import (
+    FileStage,
+    Folders,
+    Log,
+    Machine,
+    SplitStage,
+    Stage,
+    order,
+)
 from experiments.pipeline.store import Store, duration
 
 ROOT = Path(__file__).parents[3]
@@ -112,7 +120,12 @@ def test_a_broken_marker_is_no_result(content: bytes, tmp_path: Path) -> None:
     assert said[0] == f"[1/1] step: continues in {folder}" and store.done(step()) is not None
 
 
-def chain(calls: list[int]) -> list[Stage]:
+@dataclass(frozen=True, eq=False)
+class Weights(Step, FileStage):
+    """A step whose result stands alone."""
+
+
+def chain(calls: list[int], base: type[Step] = Weights) -> list[Stage]:
     """Three stages, each of which builds on the one before and writes its number."""
 
     def work(number: int) -> Work:
@@ -126,7 +139,7 @@ def chain(calls: list[int]) -> list[Stage]:
 
     made: list[Stage] = []
     for number in range(3):
-        kind = type("Step", (Step,), {"work": staticmethod(work(number))})
+        kind = type("Step", (base,), {"work": staticmethod(work(number))})
         made.append(kind(number, tuple(made[-1:])))
     return made
 
@@ -390,12 +403,51 @@ def test_only_missing_parts_are_made(letters: Letters, tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {*names, "done.json"}  # no lock is left
 
 
+@pytest.mark.parametrize("damaged", ["b.txt", ".b.txt.sum"])
+def test_a_damaged_part_of_unfinished_work_is_made_again(
+    damaged: str, letters: Letters, tmp_path: Path
+) -> None:
+    store, said = Store(tmp_path), list[str]()
+    type(letters).fails_at = 3
+    with pytest.raises(OSError, match="disk is full"):
+        run(store, letters)
+    folder = store.folders[letters]
+    (folder / damaged).write_text("7")
+    type(letters).fails_at = None
+    run(store, letters, said)
+    assert [i for _, i in letters.made] == [0, 1, 2, 1, 3, 4, 5]
+    assert said[1].strip() == f"{folder / 'b.txt'} or a file beside it is damaged; it is made again"
+    marker = store.done(letters)
+    assert marker is not None and marker["what"] == {"text": "012345"}
+
+
+def test_a_marker_that_was_changed_is_no_result(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = run(store, step(lambda folder: {"skipped": {10: 1, 9: 2}}))
+    marker = (folder / "done.json").read_text()
+    assert store.done(step()) is not None
+    (folder / "done.json").write_text(marker.replace('"10": 1', '"10": 7'))
+    assert store.done(step()) is None
+
+
+def test_what_a_result_leans_on_is_looked_at_with_it(tmp_path: Path) -> None:
+    calls: list[int] = []
+    said: list[str] = []
+    store, stages, log = Store(tmp_path), chain(calls, Step), Log(said.append, "none")
+    store.run(stages, Machine(), log)
+    (store.folders[stages[0]] / "sub" / "file").write_text("x")
+    assert store.run(stages, Machine(), log) == {*stages[1:]} and calls == [0, 1, 2, 0]
+
+
 def test_nothing_is_loaded_where_all_parts_are_there(
     letters: Letters, tmp_path: Path, monkeypatch
 ) -> None:
     store = Store(tmp_path)
-    folder = run(store, letters)
-    (folder / "done.json").unlink()
+    finish = type(letters).finish
+    monkeypatch.setattr(type(letters), "finish", None)
+    with pytest.raises(TypeError):
+        run(store, letters)
+    monkeypatch.setattr(type(letters), "finish", finish)
     monkeypatch.setattr(type(letters), "open", None)
     run(store, letters)
     assert store.done(letters) is not None
