@@ -144,8 +144,8 @@ class SuperResRecipe(Recipe):
             "predicted by the base"
         )
 
-    def build(self, inputs: Folders, seed: int) -> Any:
-        """Make the module."""
+    def maker(self, inputs: Folders, seed: int) -> Callable[[], Any]:
+        """Load both tokenizers and the base, and return what makes the module."""
         from lightning_modules.muse.module import SuperResModule
         from lightning_modules.registry import load_generator
 
@@ -156,7 +156,7 @@ class SuperResRecipe(Recipe):
         base = None
         if self.base is not None:
             base = load_generator(self.base.file(inputs), first_stage=self.low.file(inputs))
-        return SuperResModule(config).attach(high, low=low, base=base)
+        return lambda: SuperResModule(config).attach(high, low=low, base=base)
 
     def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the weights to sample with, and the settings with the tokenizer's hash."""

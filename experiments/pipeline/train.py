@@ -1,6 +1,6 @@
 """One training: a recipe that builds a module, what it learns from, and how long."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,8 +31,11 @@ class Recipe:
         """Say what a reader must know besides the settings, where there is anything."""
         return ""
 
-    def build(self, inputs: Folders, seed: int) -> Any:
-        """Make the module, all noise of which comes from torch's seeded generator."""
+    def maker(self, inputs: Folders, seed: int) -> Callable[[], Any]:
+        """Load what the module needs, and return what makes it: first weights are all that draws.
+
+        What is loaded draws too, by the making of its own networks, which are filled afterwards.
+        """
         raise NotImplementedError
 
     def begin(self, module: Any, inputs: Folders) -> bool:
@@ -61,11 +64,12 @@ class FirstStageRecipe(Recipe):
         off = objective["perceptual_weight"] and objective["lpips_path"] is None
         return "perceptual term off: objective.lpips_path names no LPIPS weights" if off else ""
 
-    def build(self, inputs: Folders, seed: int) -> Any:
-        """Make the module."""
+    def maker(self, inputs: Folders, seed: int) -> Callable[[], Any]:
+        """Return what makes the module."""
         from lightning_modules.registry import FIRST_STAGES
 
-        return FIRST_STAGES[self.paper]({"seed": seed, **plain_paths(self.settings)})
+        config = {"seed": seed, **plain_paths(self.settings)}
+        return lambda: FIRST_STAGES[self.paper](config)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,13 @@ class GeneratorRecipe(Recipe):
     resolution: int
     """Width and height of the pictures."""
 
-    def build(self, inputs: Folders, seed: int) -> Any:
-        """Make the module."""
+    def maker(self, inputs: Folders, seed: int) -> Callable[[], Any]:
+        """Load the first stage, and return what makes the module."""
         from lightning_modules.registry import GENERATORS
 
         first, geometry = attachable(self.first_stage, self.resolution, inputs)
         config = {"paper": self.paper, "seed": seed, **geometry, **plain_paths(self.settings)}
-        return GENERATORS[self.paper](config).attach(first)
+        return lambda: GENERATORS[self.paper](config).attach(first)
 
     def begin(self, module: Any, inputs: Folders) -> bool:
         """Start from another checkpoint, where one is named."""
@@ -124,11 +128,12 @@ class Train(FileStage):
         from experiments.pipeline.ranks import is_leader
         from lightning_modules.common.checkpoint import save_weights
 
-        seed_everything(self.seed % 2**32, verbose=False)
         recipe = self.recipe
         if recipe.note():
             log.note(recipe.note())
-        module = recipe.build(inputs, self.seed)
+        make = recipe.maker(inputs, self.seed)
+        seed_everything(self.seed, verbose=False)
+        module = make()
         data = self._data(inputs, machine)
         if recipe.begin(module, inputs):
             fit(

@@ -116,6 +116,8 @@ def idle(paper: str) -> set[str]:
         return found | WITHOUT_PICTURES
     read = ("name", "width", "layers", "buckets", "max_length")  # by the encoder `bytes`
     text = [s.key for s in describe(micro(paper)) if s.key.startswith("text.")]
+    aside = tuple(f"sampling.{name}." for name in PAPERS[paper].ASIDE)  # of commands of their own
+    found |= {s.key for s in describe(micro(paper)) if aside and s.key.startswith(aside)}
     # the settings that the preset gave count, not its name
     section = PAPERS[paper].FIRST_STAGE.section
     return found | {f"{section}.preset"} | {k for k in text if k.partition(".")[2] not in read}
