@@ -113,24 +113,25 @@ def command(
         code = run(argv) or 0
         sys.stdout.flush()  # a reader that has left is noticed here at the latest
         return code
-    except ConfigError as error:
-        return _end(f"error: {error}", 2)
-    except UserError as error:
-        return _end(f"error: {error}", 1)
-    except BrokenPipeError:  # an OSError, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        return _end(f"error: {error.filename}: {error.strerror}", 1)
-    except (KeyboardInterrupt, SystemExit):
-        if signals.received is None:
-            raise
-        # Lightning turns a KeyboardInterrupt in its loops into exit code 1
-        return _end(interrupted, 128 + signals.received)
+    except BaseException as error:
+        if signals.received is not None:
+            # whatever it became on its way: Lightning makes an exit of it, a writer its own error
+            return _end(interrupted, 128 + signals.received)
+        return _told(error)
     finally:
         signals.restore()
+
+
+def _told(error: BaseException) -> int:
+    """Say an error that a person can put right; raise any other again."""
+    if isinstance(error, BrokenPipeError):  # an OSError, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 128 + signal.SIGPIPE
+    if isinstance(error, UserError):
+        return _end(f"error: {error}", 2 if isinstance(error, ConfigError) else 1)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return _end(f"error: {error.filename}: {error.strerror}", 1)
+    raise error
 
 
 def _end(line: str, code: int) -> int:

@@ -1,6 +1,7 @@
 """What every command shares: one line for errors, exit codes, signals, quiet ranks."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +207,16 @@ def test_help_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
     done = python("-c", LIGHT.format(names=names, calls=CALLS), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_that_became_another_error_is_one_all_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(argv: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:  # as a writer of zip files does, which ends in the middle of an entry
+            raise RuntimeError("unexpected position")
+
+    assert command(run, []) == 130
+    assert capsys.readouterr().err == "interrupted; the same command resumes\n"

@@ -29,6 +29,7 @@ from data.sources import holdout_share
 from experiments import run as run_command
 from experiments.cli import command
 from experiments.papers.registry import load
+from experiments.pipeline import train
 from experiments.pipeline.fit import RESUME, curves
 from experiments.pipeline.plan import plan
 from experiments.pipeline.publish import Titles
@@ -622,6 +623,21 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--out {out} cannot be written: Not a directory"):
         go("paella", out, tmp_path / "cache")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]  # no work was done for it
+
+
+def test_first_weights_follow_from_the_seed_alone(
+    first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is loaded before draws numbers, too; it used to decide the first weights."""
+    load = train.attachable
+
+    def draws(*arguments: Any) -> Any:
+        torch.rand(7)
+        return load(*arguments)
+
+    monkeypatch.setattr(train, "attachable", draws)
+    other = go("paella", tmp_path / "out", tmp_path / "cache", "eval.heldout=0", "eval.prompts=4")
+    assert same(weights(other), weights(first))
 
 
 def test_pictures_encoded_in_every_step(first: Run, tmp_path: Path) -> None:
