@@ -1,1 +1,1 @@
-"""The doors: commands that a person types, and the configs these read."""
+"""The commands: commands that a person types, and the configs these read."""

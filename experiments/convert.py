@@ -82,10 +82,12 @@ def run(argv: Sequence[str]) -> None:
     source, out = Path(getattr(args, "from")), args.out
     if out.suffix != ".safetensors":
         out = out.with_name(f"{out.name}.safetensors")
-    for option, codec in ASIDE.items():
-        if getattr(args, option) is not None and PAPERS[paper].FIRST_STAGE.section != codec:
-            article = "an" if codec[0] in "aeiou" else "a"
-            raise ConfigError(f"--{option} goes with {article} {codec}, which {paper} has none of")
+    for option, section in ASIDE.items():
+        if getattr(args, option) is not None and PAPERS[paper].FIRST_STAGE.section != section:
+            article = "an" if section[0] in "aeiou" else "a"
+            raise ConfigError(
+                f"--{option} goes with {article} {section}, which {paper} has none of"
+            )
     aside = args.stats or args.codes
     if PAPERS[paper].FIRST_STAGE.paper != paper:
         convert_generator(paper, source, args.tokenizer, aside, out, hints)
@@ -213,10 +215,12 @@ def convert_generator(
         if key in hints and hints[key] != value:
             raise ConfigError(f"{key} is {value} in {source}, not {hints[key]}")
     kind = PAPERS[paper].FIRST_STAGE
-    codec = kind.section
-    own = {k.removeprefix(f"{codec}."): v for k, v in hints.items() if k.startswith(f"{codec}.")}
+    section = kind.section
+    own = {
+        k.removeprefix(f"{section}."): v for k, v in hints.items() if k.startswith(f"{section}.")
+    }
     stage = read_first_stage(kind.paper, tokenizer, own, aside)
-    pairs = [(f"{codec}.ckpt", str(tokenizer)), *found.settings, *found.defaults]
+    pairs = [(f"{section}.ckpt", str(tokenizer)), *found.settings, *found.defaults]
     if found.text:
         pairs.append(("text.path", text.name))
     if found.side is not None:
@@ -265,7 +269,9 @@ def plain_settings(paper: str, config: Any, module: Any, found: Foreign) -> dict
     }
 
 
-def check(config: Any, plain: dict[str, Any], found: Foreign, source: Path, codec: Any) -> None:
+def check(
+    config: Any, plain: dict[str, Any], found: Foreign, source: Path, first_stage: Any
+) -> None:
     """Check that the tensors fit the module and the first stage, without memory for a second copy.
 
     Raises:
@@ -283,15 +289,15 @@ def check(config: Any, plain: dict[str, Any], found: Foreign, source: Path, code
             "codes it was trained on"
         )
     height, width = plain["grid"]
-    channels = getattr(codec, "channels", None)
-    geometry = Geometry((height, width), plain["num_codes"], channels, codec.factor)
+    channels = getattr(first_stage, "channels", None)
+    geometry = Geometry((height, width), plain["num_codes"], channels, first_stage.factor)
     try:
         config.check_fit(geometry)
         config.check_sampling(config.sampling, geometry)
         with torch.device("meta"):
             module = GENERATORS[plain["paper"]](plain)
         load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
-        module.attach(codec)
+        module.attach(first_stage)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
 
