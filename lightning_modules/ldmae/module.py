@@ -102,11 +102,16 @@ class LDMAEModule(GeneratorModule):
         direction = process.direction_error(predicted, target).mean()
         return error + direction, {"squared": error, "direction": direction}
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Any:
-        """Check labels while they are on the CPU, where looking at them waits for nothing."""
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Check labels while they are on the CPU, where looking at them waits for nothing.
+
+        Not in `on_before_batch_transfer`: of that hook Lightning calls the data's own alone.
+        """
         if self.config.condition == "label" and "label" in batch:
             self._check_labels(torch.as_tensor(batch["label"]), "the data have")
-        return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _check_labels(self, labels: Tensor, who: str) -> None:
         count = self.network.config.num_classes

@@ -158,7 +158,8 @@ def test_half_precision_learns_the_same(condition: str, make: Make) -> None:
 def test_labels_that_cannot_be(make: Make) -> None:
     module, given = make("label"), batch()
     with pytest.raises(ValueError, match="num_classes is 4, but the data have the label 7"):
-        module.on_before_batch_transfer({**given, "label": torch.tensor([0, 7, 1, 1])}, 0)
+        labels = torch.tensor([0, 7, 1, 1])
+        module.transfer_batch_to_device({**given, "label": labels}, torch.device("cpu"), 0)
     with pytest.raises(ValueError, match="num_classes is 4, but there is asked for the label -1"):
         draw(module, ["", ""], labels=[3, -1])
     with pytest.raises(ValueError, match="labels needs condition=label, not text"):

@@ -12,6 +12,8 @@ from PIL import Image
 
 from experiments import run as run_command
 from experiments.cli import command
+from experiments.settings import UserError
+from tests.micro_runs import go
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:The dirpath has changed", "ignore:Your `IterableDataset`"
@@ -109,3 +111,11 @@ def test_data_of_which_nothing_is_left_say_why(run, files: dict, says: str) -> N
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1
     assert re.search(says, errors[0]), errors[0]
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_a_label_that_the_model_has_no_class_for_is_named(cache: str, tmp_path: Path) -> None:
+    """With pictures too, whose data has a hook of its own in the place of the module's."""
+    words = ["data=digits", "condition=label", "model.num_classes=5", "classes=[]"]
+    with pytest.raises(UserError, match=r"model\.num_classes is 5, but the data have"):
+        go("ldmae", tmp_path / "out", tmp_path / "c", "logger=csv", f"data.cache={cache}", *words)
