@@ -153,6 +153,12 @@ class ReconstructionRows:
         lpips = None if self.lpips is None else load_lpips(self.lpips).to(device)
         classifier = None if self.scenes is None else self.scenes.load_classifier(device, folder)
         return reconstruction_measure(
-            first_stage, lpips, classifier, show=self.show, levels=self.levels,
-            compress=self.compress, seed=self.seed, device=device,
-        )  # fmt: skip
+            first_stage,
+            lpips,
+            classifier,
+            show=self.show,
+            levels=self.levels,
+            compress=self.compress,
+            seed=self.seed,
+            device=device,
+        )

@@ -48,11 +48,14 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         takes = {o for a in self._actions if a.nargs != 0 for o in a.option_strings}
         dashed = [
-            f"--{word}" if f"--{word.partition('=')[0]}" in takes and "=" in word
+            f"--{word}"
+            if f"--{word.partition('=')[0]}" in takes
+            and "=" in word
             # a word behind an option is its value, whatever it looks like
-            and before not in takes else word
+            and before not in takes
+            else word
             for before, word in zip(["", *words], words, strict=False)
-        ]  # fmt: skip
+        ]
         return super().parse_known_args(dashed, namespace)
 
     def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

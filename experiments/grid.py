@@ -23,9 +23,16 @@ from experiments.settings import ConfigError, UserError, to_yaml
 
 PROGRAM = "experiments.run"
 KNOWN = {
-    "program", "command", "method", "metric", "parameters", "name", "description", "project",
+    "program",
+    "command",
+    "method",
+    "metric",
+    "parameters",
+    "name",
+    "description",
+    "project",
     "entity",
-}  # fmt: skip
+}
 MACRO = re.compile(r"\$\{(.*)\}")
 VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 GOALS = ("minimize", "maximize")
@@ -88,8 +95,10 @@ def read_sweep(path: Path) -> Sweep:
     if strange:
         raise ConfigError(f"{path}: {strange[0]} is for a W&B server; here goes a plain grid")
     if content.get("method") != "grid":
-        raise ConfigError(f"{path}: method must be grid, got {content.get('method')}; "
-                          "an agent of W&B runs the others")  # fmt: skip
+        raise ConfigError(
+            f"{path}: method must be grid, got {content.get('method')}; "
+            "an agent of W&B runs the others"
+        )
     values: dict[str, list[Any]] = {}
     for name, given in _parameters(path, content["parameters"]):
         if name in values:

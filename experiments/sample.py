@@ -42,9 +42,13 @@ COMMAND = "python -m experiments.sample"
 CHECKPOINT = "checkpoint.safetensors"
 MAX_IN_GRID = 100
 OPTIONS = {
-    "negative": "--negative", "start": "--image", "mask": "--mask", "grid": "--size",
-    "rewrite": "--edit", "blend_with": "--interpolate",
-}  # fmt: skip
+    "negative": "--negative",
+    "start": "--image",
+    "mask": "--mask",
+    "grid": "--size",
+    "rewrite": "--edit",
+    "blend_with": "--interpolate",
+}
 # what may differ from the training because it says where files lie on this machine
 PLACES = ("text.path", "text.clip_pretrained")
 
@@ -210,28 +214,36 @@ def make_parser() -> Parser:
     add("--size", metavar="WxH", help="pixels (default: as trained; with --mask: as the image)")
     add("--image", type=Path, metavar="FILE", help="a picture to edit (JPEG, PNG or WebP)")
     add(
-        "--mask", type=Path, metavar="FILE",
+        "--mask",
+        type=Path,
+        metavar="FILE",
         help="white = generate, black = keep; as large as the image. A token that white touches "
         "is generated whole. --image alone gives variations",
-    )  # fmt: skip
+    )
     add(
-        "--expand", metavar="L,T,R,B",
+        "--expand",
+        metavar="L,T,R,B",
         help="outpainting: pixels to add on the left, at the top, on the right, at the bottom",
-    )  # fmt: skip
+    )
     add(
-        "--edit", action="store_true",
+        "--edit",
+        action="store_true",
         help="edit --image without a mask: its tokens are drawn again bit by bit under the prompt "
         "(sampling.edit.*)",
-    )  # fmt: skip
+    )
     add(
-        "--keep-known", action=argparse.BooleanOptionalAction, default=True,
+        "--keep-known",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="what is not generated comes from the image itself (default); "
         "--no-keep-known shows them as the tokenizer decodes them, without seams",
-    )  # fmt: skip
+    )
     add(
-        "--strength", type=float, metavar="S",
+        "--strength",
+        type=float,
+        metavar="S",
         help="variations: 0 = hardly any change, 1 = the most (default: 0.7)",
-    )  # fmt: skip
+    )
     add(
         "--interpolate",
         type=int,
@@ -406,8 +418,10 @@ def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
         if value == getattr(text, name):
             continue
         if f"text.{name}" not in PLACES:
-            raise ConfigError(f"text.{name} is part of the checkpoint; of text only "
-                              f"{' and '.join(PLACES)} can be changed")  # fmt: skip
+            raise ConfigError(
+                f"text.{name} is part of the checkpoint; of text only "
+                f"{' and '.join(PLACES)} can be changed"
+            )
         setattr(text, name, value)  # the encoder reads it when it is first used
     return changed.sampling
 
@@ -461,8 +475,11 @@ def out_folder(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
         names = [*(file_name(i) for i in range(len(tasks))), "grid.png"]
         taken = next((n for n in names if (args.out / n).exists()), None)
         if taken is not None or (args.out.exists() and not args.out.is_dir()):
-            raise ConfigError(f"--out {args.out} already holds {taken}; choose another folder"
-                              if taken else f"--out {args.out} is a file")  # fmt: skip
+            raise ConfigError(
+                f"--out {args.out} already holds {taken}; choose another folder"
+                if taken
+                else f"--out {args.out} is a file"
+            )
         return args.out
     stem = args.ckpt.resolve().name if args.ckpt.is_dir() else args.ckpt.stem
     if stem == Path(CHECKPOINT).stem:

@@ -106,10 +106,12 @@ def make_parser() -> Parser:
     parser.add_argument("--scale", metavar="NAME", help="in place of the file's scale, e.g. micro")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument(
-        "--index", type=int, metavar="N",
+        "--index",
+        type=int,
+        metavar="N",
         help="do run N alone, counted from 0 (a Slurm array: --index $SLURM_ARRAY_TASK_ID); the "
         "table shows all that are finished",
-    )  # fmt: skip
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the runs and their state")
     return parser
 
@@ -145,9 +147,11 @@ def do_runs(
             try:
                 words = shlex.join([*run_command.COMMAND.split(), *run.argv])
                 execute(
-                    Titles(run.paper, run.scale, words), run.config, run.out,
+                    Titles(run.paper, run.scale, words),
+                    run.config,
+                    run.out,
                     lambda line: None if " reused from " in line else say(f"    {line}"),
-                )  # fmt: skip
+                )
             except Exception as error:  # whatever it is, the other runs are not to blame
                 known = isinstance(error, UserError)
                 run.error = str(error) if known else f"{type(error).__name__}: {first_line(error)}"

@@ -327,9 +327,14 @@ class RunSettings:
                 own[name] = existing(name, own[name])
             recipe = FirstStageRecipe(kind.paper, own)
             stage = Train(
-                kind.section, recipe, self.source(data), section.trainer.loop(self.world),
-                self.seed, data.shards("val"), section.trainer.monitor(),
-            )  # fmt: skip
+                kind.section,
+                recipe,
+                self.source(data),
+                section.trainer.loop(self.world),
+                self.seed,
+                data.shards("val"),
+                section.trainer.monitor(),
+            )
         if not kind.statistics:
             return stage
         shards, view = data.shards("train"), dataclasses.replace(data.view(), flip=False)

@@ -89,19 +89,31 @@ class MuseRun(MuseConfig, TokenRun):
         # of the base only what must fit; how it was trained counts where it predicts
         shared = {k: v for k, v in self.trained_settings().items() if k not in BASE_TRAINING}
         recipe = SuperResRecipe(
-            m.paper, {**shared, "superres": {**resolved(stage), "tokenizer": None}}, m.first_stage,
-            own, base if stage.low == "predicted" else None, self.data.resolution, stage.factor,
-        )  # fmt: skip
+            m.paper,
+            {**shared, "superres": {**resolved(stage), "tokenizer": None}},
+            m.first_stage,
+            own,
+            base if stage.low == "predicted" else None,
+            self.data.resolution,
+            stage.factor,
+        )
         trainer = self.superres_trainer
         superres = Train(
-            "superres", recipe, pairs, trainer.loop(self.world), self.seed,
-            m.data.shards("val", size), trainer.monitor(),
-        )  # fmt: skip
+            "superres",
+            recipe,
+            pairs,
+            trainer.loop(self.world),
+            self.seed,
+            m.data.shards("val", size),
+            trainer.monitor(),
+        )
         low = Generator(base, m.first_stage)
         whole = Generator(
-            base, m.first_stage, parts={"superres": superres},
+            base,
+            m.first_stage,
+            parts={"superres": superres},
             further={} if path is None else {"high": own},
-        )  # fmt: skip
+        )
         sampling = self.sampling_settings()
         enlarging = {"superres": sampling["superres"]}
         lower = {k: v for k, v in sampling.items() if k not in enlarging}

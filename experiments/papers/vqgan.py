@@ -69,9 +69,13 @@ class VQGANRun(VQGANConfig, RunSettings):
     def first_stage(self) -> TokenizerSection:
         """This run's own settings."""
         return TokenizerSection(
-            ckpt=None, trainer=self.trainer, model=self.model, objective=self.objective,
-            optim=self.optim, finetune=self.finetune,
-        )  # fmt: skip
+            ckpt=None,
+            trainer=self.trainer,
+            model=self.model,
+            objective=self.objective,
+            optim=self.optim,
+            finetune=self.finetune,
+        )
 
     def check(self) -> None:
         """Check that the sections fit each other."""

@@ -68,9 +68,14 @@ class Shards(Stage):
         if isinstance(source, Embedded):
             assert self.size is not None
             shards = write_embedded(
-                folder, source.name, self.split, self.size, source.seed, source.resolution,
+                folder,
+                source.name,
+                self.split,
+                self.size,
+                source.seed,
+                source.resolution,
                 source.max_objects,
-            )  # fmt: skip
+            )
         else:
             val = None if source.val is None else [stamp.path for stamp in source.val]
             train = [stamp.path for stamp in source.train]
@@ -188,9 +193,12 @@ class Data:
         """Return the shards of train, val, heldout, or of the references of the last two."""
         c = self.config
         sizes = {
-            "train": c.train_size, "val": c.val_size, "heldout": c.heldout_size,
-            "reference": 2 * self.prompts, "heldout_reference": 2 * self.heldout,
-        }  # fmt: skip
+            "train": c.train_size,
+            "val": c.val_size,
+            "heldout": c.heldout_size,
+            "reference": 2 * self.prompts,
+            "heldout_reference": 2 * self.heldout,
+        }
         if c.name != "shards":
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
             return Shards(source, split, sizes[split])

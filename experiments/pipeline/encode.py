@@ -60,10 +60,16 @@ class Encode(SplitStage):
 
         def make(i: int) -> None:
             encode_shard(
-                folder / f"{i:05d}.safetensors", shards.paths[i], shards, self.view, encoders,
-                batch_size=machine.batch_size, device=machine.device,
-                max_skipped=machine.max_skipped, stamp=self.key,
-            )  # fmt: skip
+                folder / f"{i:05d}.safetensors",
+                shards.paths[i],
+                shards,
+                self.view,
+                encoders,
+                batch_size=machine.batch_size,
+                device=machine.device,
+                max_skipped=machine.max_skipped,
+                stamp=self.key,
+            )
 
         return make
 

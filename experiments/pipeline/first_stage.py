@@ -59,10 +59,15 @@ class Statistics(FileStage):
         log.note(f"statistics of the latents of {self.count} training pictures")
         # in one process and order, whatever the machine
         web = WebData(
-            self.shards.shards(inputs), None, self.view, Order(workers=0, shuffle_buffer=1000),
-            batch_size=size, seed=self.seed, epoch_batches=-(-self.count // size),
+            self.shards.shards(inputs),
+            None,
+            self.view,
+            Order(workers=0, shuffle_buffer=1000),
+            batch_size=size,
+            seed=self.seed,
+            epoch_batches=-(-self.count // size),
             max_skipped=machine.max_skipped,
-        )  # fmt: skip
+        )
         generator = torch.Generator().manual_seed(mix_seed(self.seed, 0))
         images = (batch["image"] for batch in web.stream())
         module.measure(images, self.count, generator)

@@ -94,10 +94,13 @@ def plan(paper: str, run: RunSettings) -> Plan:
     alone = drawing is None
     continuous = run.FIRST_STAGE.statistics
     rows = ReconstructionRows(
-        lpips=run.lpips(), scenes=scenes, show=max(1, e.grid // 2), seed=e.seed,
+        lpips=run.lpips(),
+        scenes=scenes,
+        show=max(1, e.grid // 2),
+        seed=e.seed,
         levels=LEVELS if alone and continuous else (),
         compress=alone and continuous and scenes is not None,
-    )  # fmt: skip
+    )
     real = Features(Pictures(data.captions("val", e.prompts)), rows, first)
     own = Scored("reconstruction", "eval" if alone else run.FIRST_STAGE.section, real)
     if drawing is None:

@@ -160,9 +160,15 @@ def _examples(plan: Plan, run: RunSettings, inputs: Folders) -> list[Example]:
             wrong = read.get("wrong")
             detail = f"wrong: {', '.join(wrong)}; read: {read['text']}" if wrong else ""
             examples.append(
-                Example(inputs[sample] / row["file"], row["prompt"], row["split"], row["seed"],
-                        read.get("right"), detail)
-            )  # fmt: skip
+                Example(
+                    inputs[sample] / row["file"],
+                    row["prompt"],
+                    row["split"],
+                    row["seed"],
+                    read.get("right"),
+                    detail,
+                )
+            )
     return examples
 
 
@@ -173,10 +179,16 @@ def _edits(edits: Edits | None, run: RunSettings, plan: Plan, inputs: Folders) -
     verdicts = plan.score.verdicts(inputs, "edit")
     tasks = edits.rows(inputs)[: run.eval.grid // 2]
     return [
-        Example(inputs[edits] / f"triple-{i:05d}.png", task["prompt"], "edit", None,
-                verdicts[i]["right"], f"wrong: {', '.join(verdicts[i]['wrong'])}")
+        Example(
+            inputs[edits] / f"triple-{i:05d}.png",
+            task["prompt"],
+            "edit",
+            None,
+            verdicts[i]["right"],
+            f"wrong: {', '.join(verdicts[i]['wrong'])}",
+        )
         for i, task in enumerate(tasks)
-    ]  # fmt: skip
+    ]
 
 
 def _traces(plan: Plan, inputs: Folders) -> list[Trace]:

@@ -174,11 +174,15 @@ class Trace:
             row = asked[number]
             name = f"trace-{row['file']}"
             save_png(folder / name, strip(pictures, masks, numbers=shown.tolist()))
-            told.append({
-                "prompt": row["prompt"], "file": name, "steps": steps,
-                "changed": [] if changed is None else changed.flatten(1).sum(1).tolist(),
-                "tokens": 0 if changed is None else states[0].numel(),
-            })  # fmt: skip
+            told.append(
+                {
+                    "prompt": row["prompt"],
+                    "file": name,
+                    "steps": steps,
+                    "changed": [] if changed is None else changed.flatten(1).sum(1).tolist(),
+                    "tokens": 0 if changed is None else states[0].numel(),
+                }
+            )
         write_json(folder / "traces.json", told)
 
 

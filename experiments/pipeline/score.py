@@ -54,13 +54,20 @@ class Score(Stage):
             elif one.reference is not None:
                 log.note(f"{one.prefix}: too few real pictures of other captions for a distance")
             found, read = SCORERS[one.scorer](
-                made, asked, reference, prefix=one.prefix, resamples=self.resamples,
-                seed=self.seed, **one.about,
-            )  # fmt: skip
+                made,
+                asked,
+                reference,
+                prefix=one.prefix,
+                resamples=self.resamples,
+                seed=self.seed,
+                **one.about,
+            )
             scores |= found
-            verdicts[one.prefix] = dict(
-                zip((str(i) for i in made.rows["index"].tolist()), read, strict=True)
-            ) if read else {}  # fmt: skip
+            verdicts[one.prefix] = (
+                dict(zip((str(i) for i in made.rows["index"].tolist()), read, strict=True))
+                if read
+                else {}
+            )
         for name, score in scores.items():
             if not math.isfinite(score["value"]):
                 raise ValueError(

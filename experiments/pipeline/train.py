@@ -137,9 +137,16 @@ class Train(FileStage):
         data = self._data(inputs, machine)
         if recipe.begin(module, inputs):
             fit(
-                module, data, self.loop, folder, what=self.what, machine=machine, log=log,
-                monitor=self.monitor, adversarial=recipe.ADVERSARIAL,
-            )  # fmt: skip
+                module,
+                data,
+                self.loop,
+                folder,
+                what=self.what,
+                machine=machine,
+                log=log,
+                monitor=self.monitor,
+                adversarial=recipe.ADVERSARIAL,
+            )
         if is_leader():
             save_weights(folder / recipe.FILE, *recipe.export(module, inputs))
         skipped = {}
@@ -155,14 +162,21 @@ class Train(FileStage):
 
         source, loop = self.source, self.loop
         shared = {
-            "batch_size": loop.batch_size, "seed": self.seed, "epoch_batches": loop.length,
-        }  # fmt: skip
+            "batch_size": loop.batch_size,
+            "seed": self.seed,
+            "epoch_batches": loop.length,
+        }
         val = None if self.val is None else self.val.shards(inputs)
         order = Order(workers=0, shuffle_buffer=0) if isinstance(source, Encode) else source.order
         web = WebData(
-            source.shards.shards(inputs), val, source.view, order, **shared,
-            val_batches=self.monitor.val_batches, max_skipped=machine.max_skipped,
-        )  # fmt: skip
+            source.shards.shards(inputs),
+            val,
+            source.view,
+            order,
+            **shared,
+            val_batches=self.monitor.val_batches,
+            max_skipped=machine.max_skipped,
+        )
         return TokenData(inputs[source], **shared, val=web) if isinstance(source, Encode) else web
 
     def file(self, inputs: Folders) -> Path:
@@ -179,6 +193,8 @@ def attachable(stage: FileStage, resolution: int, inputs: Folders) -> tuple[Any,
     codes, channels = getattr(first, "num_codes", None), getattr(first, "channels", None)
     geometry = Geometry.of(resolution, first.factor, codes, None if codes else channels)
     settings = {
-        "grid": list(geometry.grid), "num_codes": codes, "channels": geometry.channels,
-    }  # fmt: skip
+        "grid": list(geometry.grid),
+        "num_codes": codes,
+        "channels": geometry.channels,
+    }
     return first, settings
