@@ -137,14 +137,15 @@ class Store:
                 what = self._work(stage, machine, log)
             finally:
                 (folder / "running.json").unlink(missing_ok=True)
-            # nobody writes here any more: locks and sums of parts, what a kill left half written
-            for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:
-                left.unlink(missing_ok=True)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
             write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
+            # after the mark, by which a rank that is late knows that no part is missing: locks and
+            # sums of parts, and what a kill left half written
+            for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:
+                left.unlink(missing_ok=True)
             log.say(f"{head}: done in {duration(seconds)}")
 
     def _work(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
@@ -173,16 +174,16 @@ class Store:
                     # the lock belongs to the operating system, so that of a killed process is free
                     lock = FileLock(folder / f".{names[i]}.lock")
                     with suppress(Timeout), lock.acquire(timeout=0):
-                        if not _whole(folder, names[i]):
+                        if not _whole(folder, names[i]) and self.done(stage) is None:
                             make(i)
                             files = [*stage.beside(i, self.folders, machine), names[i]]
                             sums = {name: file_hash(folder / name) for name in files}
                             write_json(folder / f".{names[i]}.sum", sums)
                             made += 1
                             counter.update(counter.done + 1)
-                missing = [i for i in missing if not _whole(folder, names[i])]
                 if not self.leader:
                     break
+                missing = [i for i in missing if not _whole(folder, names[i])]
                 if missing and not made:
                     time.sleep(PAUSE)
         finally:
