@@ -134,7 +134,9 @@ def _find(
 
 def _text_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Find a text encoder's file that lies beside the checkpoint and is named without a folder."""
-    text = config.get("text")
-    if not text or "path" not in text or not (folder / text["path"]).is_file():
+    given = config.get("text")
+    text: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    path = text.get("path")
+    if not isinstance(path, str) or not (folder / path).is_file():
         return config
-    return {**config, "text": {**text, "path": str(folder / text["path"])}}
+    return {**config, "text": {**text, "path": str(folder / path)}}
