@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,7 +118,13 @@ class Captions(Stage):
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what the samples say, in order."""
-        return json.loads((inputs[self] / "captions.json").read_text())
+        path = inputs[self] / "captions.json"
+        return _read_rows(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)  # every batch of a sampling asks for them
+def _read_rows(path: Path, mtime_ns: int) -> list[Asked]:
+    return json.loads(path.read_text())
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Plan:
     """Of the first stage, with the pairs that the page shows."""
     drawing: Drawing | None = None
     samples: dict[str, Sample] = field(default_factory=dict)
-    """Prefix of scores -> pictures; the last of each split are the final ones."""
+    """Prefix of scores -> pictures."""
     edits: Edits | None = None
 
     @cached_property
