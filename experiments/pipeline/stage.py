@@ -64,13 +64,13 @@ class Log:
 
 
 class Folders:
-    """The folders of the stages that a stage builds on."""
+    """The folders of the stages that a stage builds on: all in `root` but those with a place."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, places: Mapping["Stage", Path] | None = None) -> None:
+        self.root, self.places = root, places or {}
 
     def __getitem__(self, stage: "Stage") -> Path:
-        return self.root / stage.folder
+        return self.places.get(stage, self.root / stage.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +149,8 @@ class SplitStage(Stage):
     """
 
     RANKS = "split"
+    APART: ClassVar[bool] = False
+    """Whether a part that fails says nothing of the others, which are made all the same."""
 
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file that stands in the folder once a part is done, for every part."""

@@ -2,15 +2,18 @@
 
 Who works. The leader (rank 0) does the stages of RANKS `leader` and marks all; the other ranks
 wait for the marker, or take part as soon as their leader has begun: of `all` in one training,
-of `split` by claiming parts that nobody has claimed.
+of `split` by claiming parts that nobody has claimed. Leaders of several runs, such as the tasks of
+an array of Slurm, share the parts of a `split` stage as well; the first that finds all done
+finishes it.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +26,7 @@ from experiments.pipeline.ranks import is_leader, launch
 from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage, Stage
 
 PAUSE = 0.2  # seconds between two looks at what others do
+RUNNING = "running"  # begins the name of a leader's mark
 
 
 class Store:
@@ -31,11 +35,17 @@ class Store:
     Args:
         root: the folder of all stage folders; nothing is written before the first stage runs.
         leader: whether this process decides; default: rank 0 does.
+        places: stages whose folder is another one, which may hold what other settings left there.
     """
 
-    def __init__(self, root: Path | str, leader: bool | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        leader: bool | None = None,
+        places: Mapping[Stage, Path] | None = None,
+    ) -> None:
         self.root = Path(root)
-        self.folders = Folders(self.root)
+        self.folders = Folders(self.root, places)
         self.leader = is_leader() if leader is None else leader
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
@@ -45,13 +55,13 @@ class Store:
         except (FileNotFoundError, ValueError):
             return None
         whole = isinstance(marker, dict) and marker.pop("sum", None) == _sum(marker)
-        return marker if whole else None
+        return marker if whole and marker["key"] == stage.key else None
 
     def damaged(self, stage: Stage, marker: dict[str, Any]) -> str | None:
         """Return the first file of a finished stage whose bytes are not those that it wrote."""
-        for name, (size, sha256) in marker["files"].items():
+        for name, told in marker["files"].items():
             path = self.folders[stage] / name
-            if not path.is_file() or path.stat().st_size != size or file_hash(path) != sha256:
+            if not _as_written(path, *told):
                 return str(path)
         return None
 
@@ -126,17 +136,19 @@ class Store:
 
     def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
         folder = self.folders[stage]
+        begun = time.monotonic()
+        split = isinstance(stage, SplitStage)
+        if split:  # before the lock: whoever else leads such a run takes part
+            self._begin(stage, head, log)
+            with self._running(folder):
+                self._share(stage, machine, log)
         with self.locked(stage, head, log):
             if self._reuse(stage, head, log):  # another run finished it while this one waited
                 return
-            log.say(f"{head}: {'continues' if folder.exists() else 'runs'} in {folder}")
-            folder.mkdir(parents=True, exist_ok=True)
-            begun = time.monotonic()
-            write_json(folder / "running.json", {"pid": os.getpid(), "launch": launch()})
-            try:
-                what = self._work(stage, machine, log)
-            finally:
-                (folder / "running.json").unlink(missing_ok=True)
+            if not split:
+                self._begin(stage, head, log)
+            with self._running(folder):
+                what = self._result(stage, machine, log)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
@@ -144,30 +156,68 @@ class Store:
             write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
             # sums of parts, and what a kill left half written
-            for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:
-                left.unlink(missing_ok=True)
+            kinds = (".*.lock", ".*.sum", ".*.tmp", f"{RUNNING}-*.json")
+            for left in [path for kind in kinds for path in folder.glob(kind)]:
+                if not left.name.startswith(f".{RUNNING}-"):  # one that a leader writes just now
+                    left.unlink(missing_ok=True)
             log.say(f"{head}: done in {duration(seconds)}")
 
-    def _work(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
+    def _begin(self, stage: Stage, head: str, log: Log) -> None:
         folder = self.folders[stage]
-        if not isinstance(stage, SplitStage):
-            return stage.run(folder, self.folders, machine, log)
-        self._share(stage, machine, log)
-        return stage.finish(folder, self.folders, machine, log) if self.leader else {}
+        log.say(f"{head}: {'continues' if folder.exists() else 'runs'} in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _running(self, folder: Path) -> Iterator[None]:
+        """Mark that this leader is at work, for the other ranks of its launch."""
+        mark = folder / f"{RUNNING}-{socket.gethostname()}-{os.getpid()}.json"
+        write_json(mark, {"pid": os.getpid(), "launch": launch()})
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+
+    def _result(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
+        if isinstance(stage, SplitStage):
+            return self._finish(stage, machine, log)
+        return stage.run(self.folders[stage], self.folders, machine, log)
+
+    def _work(self, stage: Stage, machine: Machine, log: Log) -> None:
+        """Take part as a follower."""
+        if isinstance(stage, SplitStage):
+            self._share(stage, machine, log)
+        else:
+            stage.run(self.folders[stage], self.folders, machine, log)
+
+    def _finish(self, stage: SplitStage, machine: Machine, log: Log) -> dict[str, Any]:
+        """Close a stage whose parts are all made; one that was damaged since is made again."""
+        folder = self.folders[stage]
+        while damaged := [
+            name
+            for name in stage.parts(self.folders, machine)
+            if not _whole(folder, name, read=True)
+        ]:
+            for name in damaged:
+                log.note(f"{folder / name} or a file beside it is damaged; it is made again")
+                (folder / f".{name}.sum").unlink(missing_ok=True)
+            self._share(stage, machine, log)
+        return stage.finish(folder, self.folders, machine, log)
 
     def _share(self, stage: SplitStage, machine: Machine, log: Log) -> None:
-        """Make the parts that nobody else makes; the leader leaves when all are done."""
+        """Make the parts that nobody else makes; a leader leaves when all are done.
+
+        Raises:
+            ValueError: parts that failed, where the others do not depend on them.
+        """
         folder = self.folders[stage]
         names = stage.parts(self.folders, machine)
         missing = [i for i, name in enumerate(names) if not _whole(folder, name)]
-        for i in missing if self.leader else []:
-            if (folder / names[i]).exists() and (folder / f".{names[i]}.sum").exists():
-                log.note(f"{folder / names[i]} or a file beside it is damaged; it is made again")
         counter = log.counter(stage.name, len(names), len(names) - len(missing))
         make = stage.open(folder, self.folders, machine, log) if missing else None
+        failed: dict[int, ValueError] = {}
         try:
-            while missing and make is not None:
-                made = 0
+            while missing and make is not None and self.done(stage) is None:
+                tried = 0
                 for i in missing:
                     if _whole(folder, names[i]):
                         continue
@@ -175,19 +225,33 @@ class Store:
                     lock = FileLock(folder / f".{names[i]}.lock")
                     with suppress(Timeout), lock.acquire(timeout=0):
                         if not _whole(folder, names[i]) and self.done(stage) is None:
-                            make(i)
+                            tried += 1
+                            try:
+                                make(i)
+                            except ValueError as error:
+                                if not stage.APART:
+                                    raise
+                                failed[i] = error
+                                log.note(f"{names[i]} failed: {error}")
+                                continue
                             files = [*stage.beside(i, self.folders, machine), names[i]]
-                            sums = {name: file_hash(folder / name) for name in files}
-                            write_json(folder / f".{names[i]}.sum", sums)
-                            made += 1
+                            write_json(folder / f".{names[i]}.sum", _sums(folder, files))
                             counter.update(counter.done + 1)
                 if not self.leader:
                     break
-                missing = [i for i in missing if not _whole(folder, names[i])]
-                if missing and not made:
+                left = (i for i in missing if i not in failed)
+                missing = [i for i in left if not _whole(folder, names[i])]
+                if missing and not tried:
                     time.sleep(PAUSE)
         finally:
             counter.close()
+        if failed:
+            told = ", ".join(names[i] for i in failed)
+            raise ValueError(
+                f"{len(failed)} of {len(names)} parts of {stage.name} failed: {told} (first: "
+                f"{next(iter(failed.values()))}); the others are kept, and once this is put right "
+                "the same command makes what is missing"
+            )
 
     @contextmanager
     def locked(self, stage: Stage, head: str, log: Log) -> Iterator[None]:
@@ -224,13 +288,14 @@ class Store:
 
     def _begun_by_my_leader(self, stage: Stage) -> bool:
         """Tell the leader's mark from one that a killed launch left behind."""
-        try:
-            mark = json.loads((self.folders[stage] / "running.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
         # Lightning's own launcher starts the followers as children of the leader, in the middle of
         # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
-        return mark["pid"] == os.getppid() or (bool(launch()) and mark["launch"] == launch())
+        for path in self.folders[stage].glob(f"{RUNNING}-*.json"):
+            with suppress(FileNotFoundError, json.JSONDecodeError):
+                mark = json.loads(path.read_text())
+                if mark["pid"] == os.getppid() or (launch() and mark["launch"] == launch()):
+                    return True
+        return False
 
 
 def _sum(marker: dict[str, Any]) -> str:
@@ -247,20 +312,39 @@ def _leaning(stages: Iterable[Stage]) -> Iterator[Stage]:
             yield from _leaning(stage.inputs)
 
 
-def _whole(folder: Path, name: str) -> bool:
-    """Say whether the files of a part, whose last one has this name, are as they were written."""
+def _whole(folder: Path, name: str, read: bool = False) -> bool:
+    """Say whether the files of a part, whose last one has this name, are as they were written.
+
+    By their sizes, and with `read` by every byte.
+    """
     try:
         sums = json.loads((folder / f".{name}.sum").read_text())
-        return name in sums and all(file_hash(folder / f) == sums[f] for f in sums)
-    except (OSError, ValueError, TypeError):  # not there, no JSON, no mapping
+        return name in sums and all(
+            _as_written(folder / f, size, sha256 if read else None)
+            for f, (size, sha256) in sums.items()
+        )
+    except (OSError, ValueError, TypeError, AttributeError):  # not there, no JSON, no mapping
         return False
+
+
+def _as_written(path: Path, size: int, sha256: str | None) -> bool:
+    """Say whether a file has this size, and this hash where one is given."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    return sha256 is None or file_hash(path) == sha256
+
+
+def _sums(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return size and sha256 of files of a folder."""
+    return {n: ((folder / n).stat().st_size, file_hash(folder / n)) for n in names}
 
 
 def written(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and sha256 of the files that a stage left, by their names in its folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    kept = [p for p in files if p.name not in ("running.json", "done.json", "resume.ckpt")]
-    return {str(p.relative_to(folder)): (p.stat().st_size, file_hash(p)) for p in kept}
+    unkept = ("done.json", "resume.ckpt")
+    kept = [p for p in files if p.name not in unkept and not p.name.startswith(f"{RUNNING}-")]
+    return _sums(folder, [str(p.relative_to(folder)) for p in kept])
 
 
 def duration(seconds: float) -> str:
