@@ -10,7 +10,6 @@ finishes it.
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,17 +34,17 @@ class Store:
     Args:
         root: the folder of all stage folders; nothing is written before the first stage runs.
         leader: whether this process decides; default: rank 0 does.
-        places: stages whose folder is another one, which may hold what other settings left there.
+        homes: stages whose folder is another one, which may hold what other settings left there.
     """
 
     def __init__(
         self,
         root: Path | str,
         leader: bool | None = None,
-        places: Mapping[Stage, Path] | None = None,
+        homes: Mapping[Stage, Path] | None = None,
     ) -> None:
         self.root = Path(root)
-        self.folders = Folders(self.root, places)
+        self.folders = Folders(self.root, homes)
         self.leader = is_leader() if leader is None else leader
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
@@ -131,21 +130,20 @@ class Store:
             log.note(f"{file} is damaged; {stage.name} is done again")
             (self.folders[stage] / "done.json").unlink(missing_ok=True)
             Path(file).unlink(missing_ok=True)
-            if isinstance(stage, SplitStage):  # whichever part the file was of
-                shutil.rmtree(self.folders[stage])
 
     def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
         folder = self.folders[stage]
         begun = time.monotonic()
-        split = isinstance(stage, SplitStage)
-        if split:  # before the lock: whoever else leads such a run takes part
+        if isinstance(
+            stage, SplitStage
+        ):  # before the lock: whoever else leads such a run takes part
             self._begin(stage, head, log)
             with self._running(folder):
                 self._share(stage, machine, log)
         with self.locked(stage, head, log):
             if self._reuse(stage, head, log):  # another run finished it while this one waited
                 return
-            if not split:
+            if not isinstance(stage, SplitStage):
                 self._begin(stage, head, log)
             with self._running(folder):
                 what = self._result(stage, machine, log)

@@ -313,7 +313,9 @@ def test_a_mark_of_a_dead_launch_begins_nothing(tmp_path: Path, monkeypatch) -> 
     store = Store(tmp_path, leader=False)
     folder = store.folders[stage]
     folder.mkdir()
-    (folder / "running-host-7.json").write_text(json.dumps({"pid": 1_000_000, "launch": "launch-7"}))
+    (folder / "running-host-7.json").write_text(
+        json.dumps({"pid": 1_000_000, "launch": "launch-7"})
+    )
     thread = threading.Thread(target=run, args=(store, stage))
     thread.start()
     assert not worked.wait(0.3) and thread.is_alive()
@@ -450,7 +452,7 @@ def test_a_place_may_hold_what_another_stage_left(tmp_path: Path) -> None:
 
     for number in (1, 1, 2, 2, 1):
         stage = made(number)
-        store = Store(tmp_path / "cache", places={stage: place})
+        store = Store(tmp_path / "cache", homes={stage: place})
         assert run(store, stage) == place and store.done(stage) is not None
     assert calls == [1, 2, 1]
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
