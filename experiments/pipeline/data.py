@@ -250,8 +250,8 @@ class Data:
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.root: {error}") from error
             val = val or official
-        shards = _stamps("data.shards", train)
-        return OwnShards(shards, None if val is None else _stamps("data.val_shards", val))
+        shards = stamps("data.shards", train)
+        return OwnShards(shards, None if val is None else stamps("data.val_shards", val))
 
     def view(self, resolution: int | None = None) -> View:
         """Return how training sees a sample."""
@@ -273,7 +273,12 @@ class Data:
         return Captions(shards, self.view(), shards.size)
 
 
-def _stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+def stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+    """Return the shards of a pattern, which a message calls by its setting.
+
+    Raises:
+        ConfigError: a pattern that matches nothing.
+    """
     from data.patterns import expand_shards
 
     try:
