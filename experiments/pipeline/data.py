@@ -213,8 +213,8 @@ class Data:
 
     def _own(self) -> OwnShards:
         val = self.config.val_shards
-        train = _stamps("data.shards", self.config.shards or "")
-        return OwnShards(train, None if val is None else _stamps("data.val_shards", val))
+        train = stamps("data.shards", self.config.shards or "")
+        return OwnShards(train, None if val is None else stamps("data.val_shards", val))
 
     def view(self, resolution: int | None = None) -> View:
         """Return how training sees a sample."""
@@ -236,7 +236,12 @@ class Data:
         return Captions(shards, self.view(), shards.size)
 
 
-def _stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+def stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+    """Return the shards of a pattern, which a message calls by its setting.
+
+    Raises:
+        ConfigError: a pattern that matches nothing.
+    """
     from data.patterns import expand_shards
 
     try:
