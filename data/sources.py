@@ -6,8 +6,9 @@ from pathlib import Path
 
 from data.digits import digits
 from data.patterns import expand_shards
+from data.readers import Sample, reader_of
 from data.scenes import scenes
-from data.shards import Sample, image_keys, write_shards
+from data.shards import write_shards
 from data.view import ShardList
 
 PER_SHARD = 250  # small, so that a few workers and ranks never lack a shard
@@ -73,7 +74,7 @@ def holdout_share(paths: Sequence[str]) -> float:
     keys: set[str] = set()
     images = 0
     for path in paths:
-        for key in image_keys(path):
+        for key in reader_of(path).keys(path):
             keys.add(key)
             images += 1
         if len(keys) >= 800:
