@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from eval import digits, edits, features, latents, reconstruction, scenes
+from eval import digits, edits, features, latents, reconstruction_scores, scenes
 from eval.interval import Scored
 from eval.metric import Metric
 from eval.rows import Asked, Measured
@@ -31,7 +31,7 @@ SCORERS: dict[str, Scorer] = {
     "scenes": scenes.score_scenes,
     "digits": digits.score_digits,
     "features": features.score_features,
-    "reconstruction": reconstruction.score_reconstruction,
+    "reconstruction": reconstruction_scores.score_reconstruction,
     "edits": edits.score_edits,
 }
 METRICS: dict[str, Metric] = {
@@ -39,6 +39,6 @@ METRICS: dict[str, Metric] = {
     **edits.SHOWN,
     **digits.SHOWN,
     **features.SHOWN,
-    **reconstruction.SHOWN,
+    **reconstruction_scores.SHOWN,
     **latents.SHOWN,
 }

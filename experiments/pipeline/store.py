@@ -2,19 +2,18 @@
 
 Who works. The leader (rank 0) does the stages of RANKS `leader` and marks all; the other ranks
 wait for the marker, or take part as soon as their leader has begun: of `all` in one training,
-of `split` by claiming parts that nobody has claimed. Leaders of several runs, such as the tasks of
-an array of Slurm, share the parts of a `split` stage as well; the first that finds all done
-finishes it.
+of `split` by claiming parts that nobody has claimed. So does any other run, a task of an array
+say, that finds the stage in work.
 """
 
 import hashlib
 import json
 import os
-import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from experiments.pipeline.ranks import is_leader, launch
 from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage, Stage
 
 PAUSE = 0.2  # seconds between two looks at what others do
-RUNNING = "running"  # begins the name of a leader's mark
 
 
 class Store:
@@ -34,7 +32,7 @@ class Store:
     Args:
         root: the folder of all stage folders; nothing is written before the first stage runs.
         leader: whether this process decides; default: rank 0 does.
-        homes: stages whose folder is another one, which may hold what other settings left there.
+        homes: folders of stages that lie elsewhere.
     """
 
     def __init__(
@@ -58,9 +56,9 @@ class Store:
 
     def damaged(self, stage: Stage, marker: dict[str, Any]) -> str | None:
         """Return the first file of a finished stage whose bytes are not those that it wrote."""
-        for name, told in marker["files"].items():
+        for name, (size, sha256) in marker["files"].items():
             path = self.folders[stage] / name
-            if not _as_written(path, *told):
+            if not path.is_file() or path.stat().st_size != size or file_hash(path) != sha256:
                 return str(path)
         return None
 
@@ -86,16 +84,16 @@ class Store:
         reused: set[Stage] = set()
         damaged = self._find_damaged(stages, read)
         if self.leader:
-            self._drop(damaged, log)
+            self._drop(damaged, machine, log)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage.name}"
             if not self.leader:
-                if self._follow(stage, damaged.get(stage)):
-                    self._work(stage, machine, log)
+                if self._follow(stage, machine, damaged.get(stage)):
+                    self._work(stage, machine, log, stages)
             elif self._reuse(stage, head, log):
                 reused.add(stage)
             else:
-                self._lead(stage, head, machine, log)
+                self._lead(stage, head, machine, log, stages)
         return reused
 
     def remember(self, out: Path, stages: Sequence[Stage]) -> None:
@@ -124,29 +122,46 @@ class Store:
                 needed |= {*_leaning(stage.inputs)}
         return found
 
-    def _drop(self, damaged: dict[Stage, tuple[str, dict[str, Any]]], log: Log) -> None:
-        """Take the marks off damaged results."""
-        for stage, (file, _) in damaged.items():
+    def _drop(
+        self, damaged: dict[Stage, tuple[str, dict[str, Any]]], machine: Machine, log: Log
+    ) -> None:
+        """Take the marks off damaged results; of a split one the sound parts stay."""
+        for stage, (file, marker) in damaged.items():
             log.note(f"{file} is damaged; {stage.name} is done again")
-            (self.folders[stage] / "done.json").unlink(missing_ok=True)
-            Path(file).unlink(missing_ok=True)
+            files = [Path(file)]
+            if isinstance(stage, SplitStage) and not self._keep_parts(stage, marker, machine):
+                files = [self.folders[stage] / name for name in marker["files"]]
+            for path in [self.folders[stage] / "done.json", *files]:
+                path.unlink(missing_ok=True)
 
-    def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
+    def _keep_parts(self, stage: SplitStage, marker: dict[str, Any], machine: Machine) -> bool:
+        """Note again what every part of a finished result wrote; False where it had others."""
+        try:
+            parts = stage.parts(self.folders, machine)
+            files = [[*stage.beside(i, self.folders, machine), p] for i, p in enumerate(parts)]
+            sums = [{name: marker["files"][name][1] for name in part} for part in files]
+        except (OSError, KeyError, ValueError):  # made in batches of another size, or its input is
+            return False  # damaged, too
+        for name, part in zip(parts, sums, strict=True):
+            _note_part(self.folders[stage], name, stage, part)
+        return True
+
+    def _lead(
+        self, stage: Stage, head: str, machine: Machine, log: Log, stages: Sequence[Stage]
+    ) -> None:
         folder = self.folders[stage]
-        begun = time.monotonic()
-        if isinstance(
-            stage, SplitStage
-        ):  # before the lock: whoever else leads such a run takes part
-            self._begin(stage, head, log)
-            with self._running(folder):
-                self._share(stage, machine, log)
-        with self.locked(stage, head, log):
+        with self.locked(stage, head, machine, log, stages):
             if self._reuse(stage, head, log):  # another run finished it while this one waited
                 return
-            if not isinstance(stage, SplitStage):
-                self._begin(stage, head, log)
-            with self._running(folder):
-                what = self._result(stage, machine, log)
+            log.say(f"{head}: {'continues' if folder.exists() else 'runs'} in {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+            begun = time.monotonic()
+            mark = {"pid": os.getpid(), "launch": launch(), "parts": self._parts(stage, machine)}
+            write_json(folder / "running.json", mark)
+            try:
+                what = self._work(stage, machine, log, stages)
+            finally:
+                (folder / "running.json").unlink(missing_ok=True)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
@@ -154,113 +169,102 @@ class Store:
             write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
             # sums of parts, and what a kill left half written
-            kinds = (".*.lock", ".*.sum", ".*.tmp", f"{RUNNING}-*.json")
-            for left in [path for kind in kinds for path in folder.glob(kind)]:
-                if not left.name.startswith(f".{RUNNING}-"):  # one that a leader writes just now
-                    left.unlink(missing_ok=True)
+            for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:
+                left.unlink(missing_ok=True)
             log.say(f"{head}: done in {duration(seconds)}")
 
-    def _begin(self, stage: Stage, head: str, log: Log) -> None:
+    def _work(
+        self, stage: Stage, machine: Machine, log: Log, stages: Sequence[Stage]
+    ) -> dict[str, Any]:
         folder = self.folders[stage]
-        log.say(f"{head}: {'continues' if folder.exists() else 'runs'} in {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
+        if not isinstance(stage, SplitStage):
+            return stage.run(folder, self.folders, machine, log)
+        self._share(stage, machine, log, stages, self.leader)
+        return stage.finish(folder, self.folders, machine, log) if self.leader else {}
 
-    @contextmanager
-    def _running(self, folder: Path) -> Iterator[None]:
-        """Mark that this leader is at work, for the other ranks of its launch."""
-        mark = folder / f"{RUNNING}-{socket.gethostname()}-{os.getpid()}.json"
-        write_json(mark, {"pid": os.getpid(), "launch": launch()})
-        try:
-            yield
-        finally:
-            mark.unlink(missing_ok=True)
-
-    def _result(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
-        if isinstance(stage, SplitStage):
-            return self._finish(stage, machine, log)
-        return stage.run(self.folders[stage], self.folders, machine, log)
-
-    def _work(self, stage: Stage, machine: Machine, log: Log) -> None:
-        """Take part as a follower."""
-        if isinstance(stage, SplitStage):
-            self._share(stage, machine, log)
-        else:
-            stage.run(self.folders[stage], self.folders, machine, log)
-
-    def _finish(self, stage: SplitStage, machine: Machine, log: Log) -> dict[str, Any]:
-        """Close a stage whose parts are all made; one that was damaged since is made again."""
-        folder = self.folders[stage]
-        while damaged := [
-            name
-            for name in stage.parts(self.folders, machine)
-            if not _whole(folder, name, read=True)
-        ]:
-            for name in damaged:
-                log.note(f"{folder / name} or a file beside it is damaged; it is made again")
-                (folder / f".{name}.sum").unlink(missing_ok=True)
-            self._share(stage, machine, log)
-        return stage.finish(folder, self.folders, machine, log)
-
-    def _share(self, stage: SplitStage, machine: Machine, log: Log) -> None:
-        """Make the parts that nobody else makes; a leader leaves when all are done.
+    def _share(
+        self,
+        stage: SplitStage,
+        machine: Machine,
+        log: Log,
+        stages: Sequence[Stage],
+        lead: bool,
+    ) -> None:
+        """Make the parts that nobody else makes; who leads leaves when all are done.
 
         Raises:
-            ValueError: parts that failed, where the others do not depend on them.
+            ValueError: parts that failed, of a stage whose parts stand apart.
         """
-        folder = self.folders[stage]
-        names = stage.parts(self.folders, machine)
-        missing = [i for i, name in enumerate(names) if not _whole(folder, name)]
-        counter = log.counter(stage.name, len(names), len(names) - len(missing))
-        make = stage.open(folder, self.folders, machine, log) if missing else None
+        work = _Parts(stage, self.folders, machine, log)
+        missing = [i for i in range(len(work.names)) if not work.stands(i, read=lead)]
         failed: dict[int, ValueError] = {}
+        for i in missing if lead else []:
+            if work.is_damaged(i):
+                file = work.folder / work.names[i]
+                log.note(f"{file} or a file beside it is damaged; it is made again")
+                (work.folder / f".{work.names[i]}.sum").unlink()
+        counter = log.counter(stage.name, len(work.names), len(work.names) - len(missing))
+        after = [t for t in stages if isinstance(t, SplitStage) and t.follows == stage]
+        followers = [
+            _Parts(t, self.folders, machine, log)
+            for t in after
+            if all(s == stage or self.done(s) for s in t.inputs)
+        ]
         try:
-            while missing and make is not None and self.done(stage) is None:
-                tried = 0
+            while missing:
+                made = 0
                 for i in missing:
-                    if _whole(folder, names[i]):
+                    try:
+                        mine = self.done(stage) is None and work.make(i)
+                    except ValueError as error:
+                        if not stage.APART:
+                            raise
+                        failed[i] = error
+                        log.note(f"{work.names[i]} failed: {error}")
                         continue
-                    # the lock belongs to the operating system, so that of a killed process is free
-                    lock = FileLock(folder / f".{names[i]}.lock")
-                    with suppress(Timeout), lock.acquire(timeout=0):
-                        if not _whole(folder, names[i]) and self.done(stage) is None:
-                            tried += 1
-                            try:
-                                make(i)
-                            except ValueError as error:
-                                if not stage.APART:
-                                    raise
-                                failed[i] = error
-                                log.note(f"{names[i]} failed: {error}")
-                                continue
-                            files = [*stage.beside(i, self.folders, machine), names[i]]
-                            write_json(folder / f".{names[i]}.sum", _sums(folder, files))
-                            counter.update(counter.done + 1)
-                if not self.leader:
+                    if mine:
+                        made += 1
+                        counter.update(counter.done + 1)
+                        for follower in followers:
+                            if self.done(follower.stage) is None:
+                                follower.make(i)
+                if not lead:
                     break
-                left = (i for i in missing if i not in failed)
-                missing = [i for i in left if not _whole(folder, names[i])]
-                if missing and not tried:
+                missing = [i for i in missing if i not in failed and not work.stands(i)]
+                if missing and not made:
                     time.sleep(PAUSE)
         finally:
             counter.close()
         if failed:
-            told = ", ".join(names[i] for i in failed)
+            told = ", ".join(work.names[i] for i in failed)
             raise ValueError(
-                f"{len(failed)} of {len(names)} parts of {stage.name} failed: {told} (first: "
+                f"{len(failed)} of {len(work.names)} parts of {stage.name} failed: {told} (first: "
                 f"{next(iter(failed.values()))}); the others are kept, and once this is put right "
                 "the same command makes what is missing"
             )
 
     @contextmanager
-    def locked(self, stage: Stage, head: str, log: Log) -> Iterator[None]:
-        """Hold the stage's lock; another run that asks for it says that it waits."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f".{stage.folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.say(f"{head}: waits for another run that works on the same stage")
-            lock.acquire()
+    def locked(
+        self, stage: Stage, head: str, machine: Machine, log: Log, stages: Sequence[Stage]
+    ) -> Iterator[None]:
+        """Hold the stage's lock; who finds it taken makes parts of it, or says that it waits."""
+        folder = self.folders[stage]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        taken = joined = False
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=PAUSE if taken else 0)
+                continue
+            except Timeout:
+                pass
+            if isinstance(stage, SplitStage) and not joined and self._begun(stage, machine):
+                joined = taken = True
+                log.say(f"{head}: takes part in what another run has begun")
+                self._share(stage, machine, log, stages, lead=False)
+            elif not taken:
+                taken = True
+                log.say(f"{head}: waits for another run that works on the same stage")
         try:
             yield
         finally:
@@ -272,12 +276,16 @@ class Store:
             log.say(f"{head}: reused from {self.folders[stage]} ({marker['when']})")
         return marker is not None
 
-    def _follow(self, stage: Stage, damaged: tuple[str, dict[str, Any]] | None = None) -> bool:
+    def _follow(
+        self, stage: Stage, machine: Machine, damaged: tuple[str, dict[str, Any]] | None = None
+    ) -> bool:
         """Wait as a follower; True when the leader began work in which every rank takes part."""
         parent = os.getppid()
         stale = None if damaged is None else damaged[1]  # a mark that the leader will take off
         while self.done(stage) in (None, stale):
             if stage.RANKS != "leader" and self._begun_by_my_leader(stage):
+                return True
+            if isinstance(stage, SplitStage) and self._begun(stage, machine):
                 return True
             if os.getppid() != parent:
                 raise SystemExit(1)  # rank 0 ended, and said why
@@ -286,14 +294,92 @@ class Store:
 
     def _begun_by_my_leader(self, stage: Stage) -> bool:
         """Tell the leader's mark from one that a killed launch left behind."""
+        mark = self._mark(stage)
+        if mark is None:
+            return False
         # Lightning's own launcher starts the followers as children of the leader, in the middle of
         # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
-        for path in self.folders[stage].glob(f"{RUNNING}-*.json"):
-            with suppress(FileNotFoundError, json.JSONDecodeError):
-                mark = json.loads(path.read_text())
-                if mark["pid"] == os.getppid() or (launch() and mark["launch"] == launch()):
-                    return True
+        return mark["pid"] == os.getppid() or (bool(launch()) and mark["launch"] == launch())
+
+    def _begun(self, stage: SplitStage, machine: Machine) -> bool:
+        """Say whether anybody began to make the parts that this process would make."""
+        mark = self._mark(stage)
+        return mark is not None and mark["parts"] == self._parts(stage, machine)
+
+    def _mark(self, stage: Stage) -> dict[str, Any] | None:
+        """Read what a process that works on a stage notes in its folder."""
+        try:
+            return json.loads((self.folders[stage] / "running.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def _parts(self, stage: Stage, machine: Machine) -> str | None:
+        """Return what processes share that would make the same bytes of a stage's parts."""
+        if not isinstance(stage, SplitStage):
+            return None
+        kind = str(machine.device).partition(":")[0]
+        return _sum({"parts": [*stage.parts(self.folders, machine)], "device": kind})
+
+
+class _Parts:
+    """The parts of a split stage, as one process makes them."""
+
+    def __init__(self, stage: SplitStage, folders: Folders, machine: Machine, log: Log) -> None:
+        self.stage, self.folder = stage, folders[stage]
+        self.names = stage.parts(folders, machine)
+        self.use = (folders, machine, log)
+
+    @cached_property
+    def maker(self) -> Callable[[int], None]:
+        """What makes a part; loading it may take long."""
+        return self.stage.open(self.folder, *self.use)
+
+    def stands(self, i: int, read: bool = False) -> bool:
+        """Say whether the files of part i were written, and with `read` whether they are so yet."""
+        name, (key, sums) = self.names[i], self._noted(i)
+        if key != self.stage.key or name not in sums:
+            return False
+        if not read:
+            return all((self.folder / file).exists() for file in sums)
+        with suppress(OSError):
+            return sums == {file: file_hash(self.folder / file) for file in sums}
         return False
+
+    def is_damaged(self, i: int) -> bool:
+        """Say whether part i, which does not stand, was written once."""
+        name = self.names[i]
+        ours = self._noted(i)[0] in (None, self.stage.key)
+        return ours and (self.folder / name).exists() and (self.folder / f".{name}.sum").exists()
+
+    def _noted(self, i: int) -> tuple[str | None, dict[str, str]]:
+        """Return the key of the stage that wrote part i, and the sums of its files."""
+        try:
+            noted = json.loads((self.folder / f".{self.names[i]}.sum").read_text())
+            return noted["key"], dict(noted["files"])
+        except (OSError, ValueError, TypeError, KeyError):  # not there, no JSON, no such mapping
+            return None, {}
+
+    def make(self, i: int) -> bool:
+        """Make part i; False where it stands, or another process makes it."""
+        name, (folders, machine, _) = self.names[i], self.use
+        if self.stands(i):
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # the lock belongs to the operating system, so that of a killed process is free
+        lock = FileLock(self.folder / f".{name}.lock")
+        with suppress(Timeout), lock.acquire(timeout=0):
+            if not self.stands(i):
+                self.maker(i)
+                files = [*self.stage.beside(i, folders, machine), name]
+                sums = {file: file_hash(self.folder / file) for file in files}
+                _note_part(self.folder, name, self.stage, sums)
+                return True
+        return False
+
+
+def _note_part(folder: Path, name: str, stage: Stage, sums: Mapping[str, str]) -> None:
+    """Note what a part wrote, until the stage is done; no other stage of this home counts it."""
+    write_json(folder / f".{name}.sum", {"key": stage.key, "files": sums})
 
 
 def _sum(marker: dict[str, Any]) -> str:
@@ -310,39 +396,11 @@ def _leaning(stages: Iterable[Stage]) -> Iterator[Stage]:
             yield from _leaning(stage.inputs)
 
 
-def _whole(folder: Path, name: str, read: bool = False) -> bool:
-    """Say whether the files of a part, whose last one has this name, are as they were written.
-
-    By their sizes, and with `read` by every byte.
-    """
-    try:
-        sums = json.loads((folder / f".{name}.sum").read_text())
-        return name in sums and all(
-            _as_written(folder / f, size, sha256 if read else None)
-            for f, (size, sha256) in sums.items()
-        )
-    except (OSError, ValueError, TypeError, AttributeError):  # not there, no JSON, no mapping
-        return False
-
-
-def _as_written(path: Path, size: int, sha256: str | None) -> bool:
-    """Say whether a file has this size, and this hash where one is given."""
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    return sha256 is None or file_hash(path) == sha256
-
-
-def _sums(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Return size and sha256 of files of a folder."""
-    return {n: ((folder / n).stat().st_size, file_hash(folder / n)) for n in names}
-
-
 def written(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and sha256 of the files that a stage left, by their names in its folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    unkept = ("done.json", "resume.ckpt")
-    kept = [p for p in files if p.name not in unkept and not p.name.startswith(f"{RUNNING}-")]
-    return _sums(folder, [str(p.relative_to(folder)) for p in kept])
+    kept = [p for p in files if p.name not in ("running.json", "done.json", "resume.ckpt")]
+    return {str(p.relative_to(folder)): (p.stat().st_size, file_hash(p)) for p in kept}
 
 
 def duration(seconds: float) -> str:
