@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from torch import Tensor
 
-from data.cached import INDEX, part_names, read_index
+from data.cached import INDEX, read_index
 from data.files import atomic, file_hash, write_json
 from data.images import open_image, to_tensor
 from data.select import decoded, selected
@@ -226,20 +226,20 @@ def _told(stored: Any) -> dict[str, Any]:
 
 def finish_cache(
     folder: Path,
-    shards: Sequence[str],
+    sources: Mapping[str, str],
     made: Mapping[str, Any],
     skips: SkipCounter | None = None,
-    data: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write cache.json over the encoded shards.
 
     Args:
         folder: with their files.
-        shards: the shards, in order.
+        sources: name of every part -> its shard, in order.
         made: what the content depends on: "tokenizer" (sha256 of its file) and "num_codes" are
             what `count_tokens` compares.
         skips: counts what was left out of all shards.
-        data: settings of the data that they were made of.
+        about: what they were made of, for who reads the cache.
 
     Returns:
         Its content, see `read_index`.
@@ -248,7 +248,7 @@ def finish_cache(
         ValueError: a file that is missing or damaged, too many bad samples, or no sample at all.
     """
     parts, skips = [], skips or SkipCounter()
-    for name, source in zip(part_names(shards), shards, strict=True):
+    for name, source in sources.items():
         path = folder / f"{name}.safetensors"
         with reading(path), safe_open(path, "numpy") as stored:
             told = _told(stored)
@@ -265,7 +265,7 @@ def finish_cache(
     count = sum(part["rows"] for part in parts)
     if not count:
         raise ValueError("the training shards hold no sample to encode")
-    summary = {"made": made, "count": count, "skipped": dict(skips.counts), "data": data or {}}
+    summary = {"made": made, "count": count, "skipped": dict(skips.counts), "about": about or {}}
     write_json(folder / INDEX, {**summary, "parts": parts})
     return {**summary, "parts": parts}
 

@@ -23,7 +23,8 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     Returns:
         "made" (the settings that its content depends on), "parts" (a list of {"name", "source",
         "rows", "files": name -> sha256}, in the order of the shards), "count" (rows), "skipped"
-        (counts of what was left out) and "data" (settings of the data that it was made of).
+        (counts of what was left out) and "about" (what it was made of, for who reads it: "data",
+        settings, and "tokenizer", the path of the file).
 
     Raises:
         ValueError: there is no finished cache in the folder.

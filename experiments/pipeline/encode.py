@@ -55,8 +55,8 @@ class Encode(SplitStage):
     """Crops of every picture, where the view draws them."""
     text: Mapping[str, Any] | None = None
     """Settings of a frozen text encoder whose states are kept; a Path where one names a file."""
-    data: Mapping[str, Any] = field(default_factory=dict, metadata=UNKEYED)
-    """Settings of the data, for who trains on the cache."""
+    about: Mapping[str, Any] = field(default_factory=dict, metadata=UNKEYED)
+    """What it is made of, for who trains on the cache, see `read_index`."""
 
     @property
     def reads_text(self) -> bool:
@@ -144,8 +144,10 @@ class Encode(SplitStage):
 
         module = load_first_stage(self.views[0].first_stage.file(inputs))
         made = {**self.made(inputs), "num_codes": getattr(module, "num_codes", None)}
-        shards, skips = self.shards.shards(inputs).paths, SkipCounter(machine.max_skipped)
-        index = finish_cache(folder, shards, made, skips, plain_paths(self.data))
+        paths, skips = self.shards.shards(inputs).paths, SkipCounter(machine.max_skipped)
+        own = f"{inputs[self.shards]}/"
+        sources = {n: p.removeprefix(own) for n, p in zip(part_names(paths), paths, strict=True)}
+        index = finish_cache(folder, sources, made, skips, plain_paths(self.about))
         log.note(skips.told(self.shards.split))
         return {"count": index["count"], "skipped": index["skipped"]}
 

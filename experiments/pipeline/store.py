@@ -33,6 +33,8 @@ class Store:
         root: the folder of all stage folders; nothing is written before the first stage runs.
         leader: whether this process decides; default: rank 0 does.
         homes: folders of stages that lie elsewhere.
+        apart: their marks, which say when they were done, stand in `root` and not in them, so that
+            equal work leaves equal folders.
     """
 
     def __init__(
@@ -40,15 +42,25 @@ class Store:
         root: Path | str,
         leader: bool | None = None,
         homes: Mapping[Stage, Path] | None = None,
+        apart: bool = False,
     ) -> None:
         self.root = Path(root)
         self.folders = Folders(self.root, homes)
         self.leader = is_leader() if leader is None else leader
+        self.apart = apart
+
+    def mark(self, stage: Stage) -> Path:
+        """Return the file that says that a stage is done."""
+        folder = self.folders[stage]
+        if not self.apart or stage not in self.folders.homes:
+            return folder / "done.json"
+        where = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:12]
+        return self.root / f"{stage.folder}-in-{where}.json"
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
         """Read the marker of a finished stage; None where the result does not stand."""
         try:
-            marker = json.loads((self.folders[stage] / "done.json").read_text())
+            marker = json.loads(self.mark(stage).read_text())
         except (FileNotFoundError, ValueError):
             return None
         whole = isinstance(marker, dict) and marker.pop("sum", None) == _sum(marker)
@@ -131,7 +143,7 @@ class Store:
             files = [Path(file)]
             if isinstance(stage, SplitStage) and not self._keep_parts(stage, marker, machine):
                 files = [self.folders[stage] / name for name in marker["files"]]
-            for path in [self.folders[stage] / "done.json", *files]:
+            for path in [self.mark(stage), *files]:
                 path.unlink(missing_ok=True)
 
     def _keep_parts(self, stage: SplitStage, marker: dict[str, Any], machine: Machine) -> bool:
@@ -166,7 +178,7 @@ class Store:
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
-            write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
+            write_json(self.mark(stage), {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
             # sums of parts, and what a kill left half written
             for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:

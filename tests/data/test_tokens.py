@@ -55,7 +55,11 @@ def write(
     made["text"] = {"name": "letters"} if encoding.text else None
     for name, url in zip(part_names(shards.paths), shards.paths, strict=True):
         encode_shard(folder / f"{name}.safetensors", url, shards, encoding, made=made)
-    return finish_cache(folder, shards.paths, {**made, "num_codes": views["0"].num_codes})
+    return finish_cache(folder, named(shards), {**made, "num_codes": views["0"].num_codes})
+
+
+def named(shards: ShardList) -> dict[str, str]:
+    return dict(zip(part_names(shards.paths), shards.paths, strict=True))
 
 
 def all_of(folder: Path, name: str = "tokens") -> np.ndarray:
@@ -161,7 +165,7 @@ def test_a_finished_shard_is_not_encoded_again(shards: ShardList, tmp_path: Path
     with pytest.raises(ValueError, match="no finished cache of tokens"):
         TokenData(tmp_path, batch_size=1)
     with pytest.raises(ValueError, match=r"00002\.safetensors is missing or damaged"):
-        finish_cache(tmp_path, shards.paths, {})
+        finish_cache(tmp_path, named(shards), {})
     summary = write(shards, tmp_path, counted, stamp="one")
     assert len(calls) == 6 + 4 and summary["count"] == COUNT and len(summary["parts"]) == 4
     assert json.loads((tmp_path / "cache.json").read_text()) == summary
@@ -182,7 +186,7 @@ def test_a_damaged_file_is_named(shards, tmp_path: Path, name: str, kept: int | 
     (tmp_path / name).unlink()
     if kept is not None:
         (tmp_path / name).write_bytes(content[:kept])
-    finish = lambda: finish_cache(tmp_path, shards.paths, {})  # noqa: E731
+    finish = lambda: finish_cache(tmp_path, named(shards), {})  # noqa: E731
     for use in (lambda: TokenData(tmp_path, batch_size=1), finish):
         with pytest.raises(ValueError, match=rf"{name} is missing or damaged: encode again"):
             use()
@@ -206,9 +210,9 @@ def test_bad_samples_are_counted_over_all_shards(shards: ShardList, tmp_path: Pa
     both = ShardList((*shards.paths, str(bad)))
     write(both, tmp_path / "a")
     with pytest.raises(ValueError, match=r"5 of 29 samples were skipped: 5 in broken .*bad\.tar"):
-        finish_cache(tmp_path / "a", both.paths, {}, SkipCounter(max_skipped=0.1))
+        finish_cache(tmp_path / "a", named(both), {}, SkipCounter(max_skipped=0.1))
     skips = SkipCounter(max_skipped=0.3)
-    summary = finish_cache(tmp_path / "a", both.paths, {}, skips)
+    summary = finish_cache(tmp_path / "a", named(both), {}, skips)
     assert summary["skipped"] == {"seen": COUNT + 6, LOST: 5}
     assert skips.told("train").startswith("train: 24 samples, 5 skipped: 5 in broken shards (est")
     bad.write_bytes(b"no tar")

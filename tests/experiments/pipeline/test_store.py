@@ -434,6 +434,17 @@ def test_a_home_may_hold_what_another_stage_left(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_marks_of_homes_may_stand_apart(tmp_path: Path) -> None:
+    for name in ("one", "two", "one"):
+        letters, home = Letters(), tmp_path / name
+        store = Store(tmp_path / "cache", homes={letters: home}, apart=True)
+        run(store, letters)
+        assert store.done(letters) is not None and store.mark(letters).parent == tmp_path / "cache"
+    assert len(Letters.made) == 12
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 6
+
+
 def test_parts_of_another_stage_in_a_home_are_asked_for_again(tmp_path: Path) -> None:
     """Whether they still stand is the business of the stage, which makes or keeps them."""
     home = tmp_path / "out"
