@@ -15,7 +15,6 @@ cache.json (`data/cached.py`) says what made them and is written last.
 """
 
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -34,9 +33,10 @@ from torch import Tensor
 from data.cached import INDEX, read_index
 from data.files import atomic, file_hash, write_json
 from data.images import open_image, to_tensor
-from data.select import decoded, selected
+from data.select import frozen, visited
 from data.shards import LOST, Sample, SkipCounter, apply
 from data.view import MAX_SKIPPED, ShardList, View
+from data.webdata import ShardPictures
 
 SCHEMA = pyarrow.schema([
     ("key", pyarrow.string()),
@@ -44,6 +44,7 @@ SCHEMA = pyarrow.schema([
     ("label", pyarrow.int64()),
     ("width", pyarrow.int32()),
     ("height", pyarrow.int32()),
+    ("row", pyarrow.int64()),  # number among the samples of the split in the shard, good and bad
 ])  # fmt: skip
 
 
@@ -128,23 +129,33 @@ def encode_shard(
     if made_with(path) == json.loads(json.dumps(made)):
         if encoding.text is None or text_path.exists():
             return
-    view, skips = encoding.view, SkipCounter(max_skipped)
+    view = encoding.view
+    read = ShardPictures(shards, view, view.seed, max_skipped)
+    skips, total = read.skips, 0
     first, *others = encoding.encoders.items()
     views = {content(first[1].num_codes): first[1], **dict(others)}
 
+    def numbered() -> Iterator[Sample]:
+        nonlocal total
+        for sample in read.rows(shards.paths.index(url), 0):
+            if sample is not None:
+                yield {**sample, "row": total}
+            total += 1
+
     def cropped(sample: Sample) -> Sample:
-        seeds = [f"{view.seed}/{sample['key']}", *(f"{i}" for i in range(1, encoding.crops))]
-        names = [seeds[0], *(f"{seeds[0]}/{i}" for i in seeds[1:])]
-        several = [decoded(sample, view, random.Random(name)) for name in names]
+        draw = frozen(view, sample["key"])
+        draws = [f"{draw}/{i}" if i else draw for i in range(encoding.crops)]
+        several = [visited(sample, view, one, flip=False) for one in draws]
         width, height = open_image(sample["data"]).size
         pixels = np.stack([s["pixels"] for s in several])  # [crops, H, W, 3]
-        return {**several[0], "pixels": pixels, "width": width, "height": height}
+        kept = {"captions": sample["captions"], "row": sample["row"]}
+        return {**several[0], **kept, "pixels": pixels, "width": width, "height": height}
 
-    samples = apply(cropped, selected([url], shards, view, skips), skips)
+    samples = apply(cropped, numbered(), skips)
     grids: dict[str, list[np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
     while batch := list(islice(samples, encoding.batch_size)):
-        rows += [{**{c: s.get(c) for c in SCHEMA.names}, "captions": [s["caption"]]} for s in batch]
+        rows += [{column: s.get(column) for column in SCHEMA.names} for s in batch]
         filled = batch + batch[-1:] * (encoding.batch_size - len(batch))
         pixels = np.stack([s["pixels"] for s in filled], axis=1)  # [crops, B, H, W, 3]
         for number, crop in enumerate(pixels):
@@ -169,7 +180,7 @@ def encode_shard(
         with atomic(text_path) as temporary:
             save_torch(states, temporary)
     # one entry: the order of several in the file is another one in every process
-    told = {"made": made, "skipped": skips.counts, "example": skips.example}
+    told = {"made": made, "read": total, "skipped": skips.counts, "example": skips.example}
     with atomic(path) as temporary:  # last: it stands for all
         save_file(tensors, temporary, {"encoded": json.dumps(told, sort_keys=True)})
 
@@ -230,6 +241,7 @@ def finish_cache(
     made: Mapping[str, Any],
     skips: SkipCounter | None = None,
     about: Mapping[str, Any] | None = None,
+    counted: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write cache.json over the encoded shards.
 
@@ -240,6 +252,8 @@ def finish_cache(
             what `count_tokens` compares.
         skips: counts what was left out of all shards.
         about: what they were made of, for who reads the cache.
+        counted: samples of every shard, good and bad, as training from the shards counts them; by
+            default those that were read.
 
     Returns:
         Its content, see `read_index`.
@@ -248,7 +262,7 @@ def finish_cache(
         ValueError: a file that is missing or damaged, too many bad samples, or no sample at all.
     """
     parts, skips = [], skips or SkipCounter()
-    for name, source in sources.items():
+    for number, (name, source) in enumerate(sources.items()):
         path = folder / f"{name}.safetensors"
         with reading(path), safe_open(path, "numpy") as stored:
             told = _told(stored)
@@ -258,7 +272,9 @@ def finish_cache(
         text = path.with_suffix(".text.safetensors")
         files = [path, table, *([text] if made.get("text") else [])]
         sums = {file.name: file_hash(file) for file in files}
-        parts.append({"name": name, "source": source, "rows": rows, "files": sums})
+        told_rows = told["read"] if counted is None else counted[number]
+        numbers = {"rows": rows, "read": told["read"], "counted": told_rows}
+        parts.append({"name": name, "source": source, **numbers, "files": sums})
         skips.counts.update(told["skipped"])  # not judged by windows: the whole set is known
         skips.example = told.get("example") or skips.example
     skips.check()

@@ -21,10 +21,11 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     """Read what a finished cache says of itself.
 
     Returns:
-        "made" (the settings that its content depends on), "parts" (a list of {"name", "source",
-        "rows", "files": name -> sha256}, in the order of the shards), "count" (rows), "skipped"
-        (counts of what was left out) and "about" (what it was made of, for who reads it: "data",
-        settings, and "tokenizer", the path of the file).
+        "made" (the settings that its content depends on), "parts" (a list in the order of the
+        shards: {"name", "source", "rows" that it has, "read" samples of the shard, good and bad,
+        "counted" as training from the shards counts them, "files": name -> sha256}), "count"
+        (rows), "skipped" (counts of what was left out) and "about" (what it was made of, for who
+        reads it: "data", settings, and "tokenizer", the path of the file).
 
     Raises:
         ValueError: there is no finished cache in the folder.

@@ -1,6 +1,5 @@
 """The DataModule that reads a cache of encoded shards: tokens or moments, and captions."""
 
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ import pyarrow.parquet
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from data.cache import SCHEMA, reading, variant
 from data.cached import read_index
-from data.webdata import EpochData, WebData
+from data.select import caption_of, drawn, mirrored
+from data.shards import SkipCounter
+from data.stream import EpochData
+from data.webdata import WebData
 
 
 class StoredRows:
@@ -89,24 +90,35 @@ class StoredText:
         return {**made, "pooled": torch.cat(pooled)} if pooled else made
 
 
-class TokenStream(IterableDataset):
-    """What one rank trains on in one virtual epoch: batch b is a function of (seed, epoch, rank).
+class CachedRows:
+    """The rows of a cache, numbered as in its source shards, see `data.order.Source`."""
 
-    The epochs follow each other through an endless list of permutations, of which pass p is drawn
-    from (seed, p); a batch of all ranks together is a contiguous piece of it.
-    """
+    def __init__(self, data: "TokenData"):
+        self.data = data
 
-    def __init__(self, data: "TokenData", epoch: int, rank: int, world: int):
-        self.data, self.epoch, self.rank, self.world = data, epoch, rank, world
+    def rows(self, shard: int, first: int) -> Iterator[int | None]:
+        """Yield numbers of rows of the cache, and None where the shard holds a bad sample."""
+        data = self.data
+        start, end = data.starts[shard], data.starts[shard + 1]
+        places = data.places[start:end]
+        at = int(np.searchsorted(places, first))
+        for place in range(first, data.read_rows[shard]):
+            here = at < len(places) and places[at] == place
+            yield int(start) + at if here else None
+            at += here
 
-    def __len__(self) -> int:
-        return self.data.epoch_batches
+    def show(self, row: int, visit: int) -> tuple[int, int]:
+        """Return what a pass needs to know."""
+        return row, visit
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        size = self.data.batch_size
-        for number in range(len(self)):
-            first = (self.epoch * len(self) + number) * size * self.world + self.rank
-            yield self.data.batch(first + self.world * np.arange(size))
+    def stack(self, samples: list[tuple[int, int]]) -> dict[str, Any]:
+        """Read rows."""
+        rows, visits = zip(*samples, strict=True)
+        return self.data.read(np.array(rows), visits)
+
+    def take(self) -> dict[str, int]:
+        """Return that nothing is left out."""
+        return {}
 
 
 class TokenData(EpochData):
@@ -119,8 +131,9 @@ class TokenData(EpochData):
     Args:
         folder: a finished cache.
         batch_size: samples in a batch of one rank.
-        seed: seed of the training; order, crops and mirrors, and the choice of a caption.
+        seed: seed of the training; order, mirrors and captions, the same as from the shards.
         epoch_batches: batches of a virtual epoch in one rank.
+        shuffle_buffer: rows that are shuffled together, see `EpochData`.
         val: gives the validation batches.
         text: read the states of captions.
 
@@ -135,11 +148,18 @@ class TokenData(EpochData):
         batch_size: int,
         seed: int = 0,
         epoch_batches: int = 100,
+        shuffle_buffer: int = 1000,
         val: WebData | None = None,
         text: bool = False,
     ):
-        super().__init__()
-        self.batch_size, self.seed, self.epoch_batches = batch_size, seed, epoch_batches
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            epoch_batches=epoch_batches,
+            shuffle_buffer=shuffle_buffer,
+            workers=0,
+            skips=SkipCounter(),
+        )
         self.val = val
         folder = Path(folder)
         index = read_index(folder)
@@ -152,6 +172,10 @@ class TokenData(EpochData):
             with reading(table):
                 tables.append(pyarrow.parquet.read_table(table, schema=SCHEMA))
         self.rows = pyarrow.concat_tables(tables)
+        self.starts = np.cumsum([0, *map(len, tables)])  # of every shard, in rows of the cache
+        self.places = self.rows["row"].to_numpy()
+        self.read_rows = [part["read"] for part in index["parts"]]
+        self.counted = tuple(part["counted"] for part in index["parts"])
         self.tensors = {name: StoredRows(paths, name) for name in sorted(names)}
         if not {len(self.rows), *map(len, self.tensors.values())} == {index["count"]}:
             raise ValueError(
@@ -161,6 +185,7 @@ class TokenData(EpochData):
         self.crops: int = index["made"]["crops"]
         endings = [variant("", i, m) for i in range(self.crops) for m in (False, True)]
         self.views = [n for n in self.tensors if not n.endswith(tuple(e for e in endings if e))]
+        self.flips: bool = index["made"]["flip"]
         self.labelled = self.rows["label"].null_count == 0
         several = self.rows["captions"].to_pylist() if text else []
         self.captions = np.cumsum([0, *map(len, several)])  # number of a row's first caption
@@ -171,35 +196,20 @@ class TokenData(EpochData):
             counts = [sum(map(len, table["captions"].to_pylist())) for table in tables]
             files = [path.with_suffix(".text.safetensors") for path in paths]
             self.text = StoredText(files, counts)
-        self._passes: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _pass(self, number: int) -> np.ndarray:
-        """Return the order [N] of the samples in a pass."""
-        if number not in self._passes:
-            order = np.random.default_rng([self.seed, number]).permutation(len(self))
-            before = {n: kept for n, kept in self._passes.items() if n == number - 1}
-            self._passes = {**before, number: order}
-        return self._passes[number]
-
-    def batch(self, positions: np.ndarray) -> dict[str, Any]:
-        """Return the samples at positions [B] of the endless list of permutations."""
-        passes, offsets = np.divmod(positions, len(self))
-        orders = {int(number): self._pass(int(number)) for number in np.unique(passes)}
-        where = np.array([orders[p][i] for p, i in zip(passes, offsets, strict=True)])  # [B]
-        return self.read(where, passes)
-
-    def read(self, rows: np.ndarray, visits: np.ndarray) -> dict[str, Any]:
-        """Return the samples of rows [B]; crop, mirror and caption follow from key and visit."""
+    def read(self, rows: np.ndarray, visits: Sequence[int]) -> dict[str, Any]:
+        """Return the samples of rows [B]; crop, mirror and caption follow from key and pass."""
         found = self.rows.select(["key", "captions", "label"]).take(rows).to_pydict()
         captions, variants, chosen = [], [], []
         for visit, key, texts in zip(visits, found["key"], found["captions"], strict=True):
-            rng = random.Random(f"{self.seed}/{visit}/{key}")
-            variants.append((rng.randrange(self.crops), rng.random() < 0.5))
-            chosen.append(rng.randrange(len(texts)))
-            captions.append(texts[chosen[-1]])
+            draw = f"{self.seed}/{visit}/{key}"
+            crop = drawn(draw, "crop").randrange(self.crops) if self.crops > 1 else 0
+            variants.append((crop, self.flips and mirrored(draw)))
+            captions.append(caption_of(texts, draw))
+            chosen.append(texts.index(captions[-1]))
         batch: dict[str, Any] = {"key": found["key"], "caption": captions}
         for name in self.views:
             batch[name] = self._values(name, rows, variants)
@@ -212,7 +222,6 @@ class TokenData(EpochData):
     def _values(self, view: str, rows: np.ndarray, variants: Sequence[tuple[int, bool]]) -> Tensor:
         """Return tokens [B, h, w] int64 or moments [B, 2C, h, w] float32 of variants [B]."""
         names = [variant(view, crop, mirror) for crop, mirror in variants]
-        names = [name if name in self.tensors else name.removesuffix("_flip") for name in names]
         values: np.ndarray | None = None
         for name in {*names}:
             here = np.array([name == other for other in names])  # [B]
@@ -225,13 +234,17 @@ class TokenData(EpochData):
             values.astype(np.float32 if values.dtype == np.float16 else np.int64)
         )
 
-    def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-        """Return the loader of a virtual epoch."""
-        return DataLoader(
-            TokenStream(self, epoch, rank, world),
-            batch_size=None,
-            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
-        )
+    def shard_rows(self) -> tuple[int, ...]:
+        """Return how many rows every source shard has."""
+        return self.counted
+
+    def source(self) -> CachedRows:
+        """Return what reads the cache."""
+        return CachedRows(self)
+
+    def join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the only part that there is."""
+        return parts[0]
 
     def val_dataloader(self) -> Any:
         """Return the loader of the validation batches, [] without any."""

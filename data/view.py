@@ -34,7 +34,7 @@ class View:
 class Order:
     """What orders training samples that are read as pictures."""
 
-    workers: int = 0
+    workers: int = 0  # who read; changes no order
     shuffle_buffer: int = 0
 
 
@@ -46,6 +46,7 @@ class ShardList:
     holdout: float = 0.0  # share of the keys that are validation
     held_out: bool = False  # this split is those keys; else the others
     limit: int | None = None  # at most so many samples; a training split has no limit
+    rows: tuple[int, ...] | None = None  # samples of every shard, see `data.shards.count_rows`
 
     def holds(self, key: str) -> bool:
         """Say whether the sample of this key belongs to the split."""
@@ -62,7 +63,8 @@ class ShardList:
     def load(cls, path: Path) -> "ShardList":
         """Read what `save` wrote."""
         content = json.loads(path.read_text())
-        return cls(**{**content, "paths": tuple(str(path.parent / p) for p in content["paths"])})
+        paths, rows = (str(path.parent / p) for p in content["paths"]), content.get("rows")
+        return cls(**{**content, "paths": tuple(paths), "rows": rows and tuple(rows)})
 
 
 def is_held_out(key: str, share: float) -> bool:

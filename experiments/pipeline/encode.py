@@ -139,15 +139,16 @@ class Encode(SplitStage):
     def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write cache.json."""
         from data.cache import finish_cache
-        from data.shards import SkipCounter
+        from data.shards import SkipCounter, count_rows
         from lightning_modules.registry import load_first_stage
 
         module = load_first_stage(self.views[0].first_stage.file(inputs))
         made = {**self.made(inputs), "num_codes": getattr(module, "num_codes", None)}
-        paths, skips = self.shards.shards(inputs).paths, SkipCounter(machine.max_skipped)
+        shards, skips = self.shards.shards(inputs), SkipCounter(machine.max_skipped)
+        paths, counted = shards.paths, shards.rows or count_rows(shards)
         own = f"{inputs[self.shards]}/"
         sources = {n: p.removeprefix(own) for n, p in zip(part_names(paths), paths, strict=True)}
-        index = finish_cache(folder, sources, made, skips, plain_paths(self.about))
+        index = finish_cache(folder, sources, made, skips, plain_paths(self.about), counted)
         log.note(skips.told(self.shards.split))
         return {"count": index["count"], "skipped": index["skipped"]}
 

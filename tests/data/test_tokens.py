@@ -52,6 +52,7 @@ def write(
     views = {str(i): encoder for i, encoder in enumerate(encoders or [Encoder(encode, 256)])}
     encoding = Encoding(view or View(8), views, **{"batch_size": 4, **options})
     made = {"stamp": stamp, "tokenizer": "abc", "crops": encoding.crops}
+    made["flip"] = encoding.view.flip
     made["text"] = {"name": "letters"} if encoding.text else None
     for name, url in zip(part_names(shards.paths), shards.paths, strict=True):
         encode_shard(folder / f"{name}.safetensors", url, shards, encoding, made=made)
@@ -255,7 +256,7 @@ def test_passes_are_permutations_shared_by_the_ranks(cache, size, world, epoch_b
     assert all(len(rank) == epochs * epoch_batches for rank in ranks)
     # all ranks' batches together, laid end to end, go through the samples pass by pass
     flat = [
-        rank[b][i] for b in range(epochs * epoch_batches) for i in range(size) for rank in ranks
+        rank[b][i] for b in range(epochs * epoch_batches) for rank in ranks for i in range(size)
     ]
     for start in range(0, len(flat), COUNT):
         part = flat[start : start + COUNT]
@@ -467,7 +468,7 @@ def test_what_a_part_is_made_of(shards: ShardList, tmp_path: Path) -> None:
     table = pyarrow.parquet.read_table(tmp_path / "00001.parquet").to_pylist()
     assert [row["key"] for row in table] == [f"{i:04d}" for i in range(6, 12)]
     assert table[2] == {
-        "key": "0008", "captions": ["number 8"], "label": 8, "width": 8, "height": 8,
+        "key": "0008", "captions": ["number 8"], "label": 8, "width": 8, "height": 8, "row": 2,
     }  # fmt: skip
     index = read_index(tmp_path)
     assert [part["rows"] for part in index["parts"]] == [6, 6, 6, 5]
