@@ -147,7 +147,7 @@ class ReconstructionRows:
         Raises:
             ValueError: no first stage.
         """
-        from eval.reconstruction import reconstruction_measure
+        from eval.reconstruction_scores import reconstruction_measure
         from lightning_modules.common.perceptual import load_lpips
 
         if first_stage is None:

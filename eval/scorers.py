@@ -12,7 +12,7 @@ from eval import (
     latents,
     manifold,
     mmd,
-    reconstruction,
+    reconstruction_scores,
     scenes,
 )
 from eval.interval import Scored
@@ -43,7 +43,7 @@ SCORERS: dict[str, Scorer] = {
     "scenes": scenes.score_scenes,
     "digits": digits.score_digits,
     "features": features.score_features,
-    "reconstruction": reconstruction.score_reconstruction,
+    "reconstruction": reconstruction_scores.score_reconstruction,
     "edits": edits.score_edits,
     "fid": distances.score_frechet,
     "sfid": distances.score_sfid,
@@ -64,6 +64,6 @@ METRICS: dict[str, Metric] = {
     **manifold.SHOWN,
     **inception.SHOWN,
     **clip.SHOWN,
-    **reconstruction.SHOWN,
+    **reconstruction_scores.SHOWN,
     **latents.SHOWN,
 }

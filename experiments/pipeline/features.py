@@ -29,6 +29,11 @@ class Features(SplitStage):
         what = source.captions.shards.split if isinstance(source, Pictures) else source.name
         return f"features-{what}"
 
+    @property
+    def follows(self) -> SplitStage | None:
+        """The pictures that are being made, batch by batch."""
+        return self.images if isinstance(self.images, SplitStage) else None
+
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file of every batch."""
         count, size = len(self.images.rows(inputs)), machine.batch_size

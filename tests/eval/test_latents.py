@@ -20,7 +20,7 @@ from eval.latents import (
     score_compression,
     score_smoothness,
 )
-from eval.reconstruction import smoothness_rows
+from eval.reconstruction_scores import smoothness_rows
 from eval.rows import Measured, joined
 
 
