@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from experiments.agent import MACROS, text_of, words_of
+from experiments.cli import parse_run
 from experiments.papers.base import RunSettings
 from experiments.papers.registry import load
 from experiments.pipeline.plan import Plan, plan
 from experiments.pipeline.store import Store
-from experiments.run import parse
 from experiments.settings import ConfigError, UserError, to_yaml
 
 PROGRAM = "experiments.run"
@@ -200,7 +200,7 @@ def _checked(
     argv: Sequence[str], loggers: Sequence[str]
 ) -> tuple[argparse.Namespace, RunSettings, Plan]:
     """Parse the words of one run as its command does, and plan it."""
-    args, settings = parse(argv)
+    args, settings = parse_run(argv)
     if args.paper is None:
         raise ConfigError("the sweep names no paper: add paper to its parameters")
     for name in ("out", "until", "dry_run", "json", "print_config", "help"):

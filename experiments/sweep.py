@@ -18,8 +18,7 @@ from rich import box
 from rich.table import Table
 
 from data.files import write_text
-from experiments import run as run_command
-from experiments.cli import Parser, command, console, first_line, prepare_torch, speaker
+from experiments.cli import RUN, Parser, command, console, first_line, prepare_torch, speaker
 from experiments.grid import PROGRAM, Sweep, SweepRun, finished, make_runs, read_sweep
 from experiments.pipeline.ranks import is_leader
 from experiments.settings import ConfigError, UserError
@@ -145,7 +144,7 @@ def do_runs(
             say(f"{head}{guess}")
             start = time.monotonic()
             try:
-                words = shlex.join([*run_command.COMMAND.split(), *run.argv])
+                words = shlex.join([*RUN.split(), *run.argv])
                 execute(
                     Titles(run.paper, run.scale, words),
                     run.config,

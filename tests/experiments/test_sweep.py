@@ -18,10 +18,9 @@ from wandb.sdk.lib import config_util
 
 from experiments import sweep
 from experiments.agent import MACROS, PARAMETERS, with_parameters
-from experiments.cli import command
+from experiments.cli import command, parse_run
 from experiments.grid import KNOWN, PROGRAM, folder_name, make_runs, read_sweep
 from experiments.papers.registry import load
-from experiments.run import parse
 from experiments.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +76,7 @@ def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
     assert raw["command"][-1] == "${args}" and raw["command"][2:4] == ["-m", PROGRAM]
     assert set(raw) <= KNOWN
     for run in runs:
-        args, words = parse(sorted(run.argv, key=lambda word: word.partition("=")[0]))
+        args, words = parse_run(sorted(run.argv, key=lambda word: word.partition("=")[0]))
         own = [] if "logger" in values else ["logger=csv"]
         assert load(args.paper, args.scale, [*own, *words]) == run.config
     head = path.read_text().split("program:")[0]
@@ -281,7 +280,7 @@ def test_an_agent_makes_the_same_runs(text: str, macro: str, tmp_path: Path, mon
         made = create_sweep_command_args({"args": args})
         made["args_json_file"] = [str(tmp_path / "config-1.json")]
         environment = {PARAMETERS: str(tmp_path / "config-1.yaml")}
-        named, words = parse(with_parameters(made[macro], environment))
+        named, words = parse_run(with_parameters(made[macro], environment))
         own = [] if "logger" in answer else ["logger=csv"]
         assert load(named.paper, named.scale, [*own, *words]) == run.config
 
