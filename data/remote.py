@@ -61,9 +61,11 @@ def access_here() -> Access:
         if (text := os.environ.get(name)) is None:
             continue
         try:
-            found[field.name] = text if field.name == "cache" else type(field.default)(float(text))
+            found[field.name] = text if field.name == "cache" else float(text)
         except ValueError:
             raise ValueError(f"{name} must be a number, got {text!r}") from None
+    for name in found.keys() & {"retries", "cache_bytes"}:
+        found[name] = int(found[name])
     return Access(**found)
 
 
