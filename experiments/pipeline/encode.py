@@ -31,6 +31,8 @@ class EncodedView:
 class Encode(SplitStage):
     """A cache of what first stages make of the training pictures; a part is a shard."""
 
+    VERSION = 2
+
     shards: Shards
     view: View
     views: tuple[EncodedView, ...]

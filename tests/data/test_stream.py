@@ -138,13 +138,15 @@ def test_cursors_serve_another_number_of_ranks(uneven: ShardList) -> None:
     assert joined == [keys for keys, _ in whole[4:]]
 
 
-def test_workers_end_with_the_training(uneven: ShardList) -> None:
+def test_workers_go_on_from_epoch_to_epoch_and_end_with_the_training(uneven: ShardList) -> None:
+    before = set(torch.multiprocessing.active_children())
     data = data_of(uneven, 1, 2)
     list(data.stream(0))
-    assert data.slices(data.order(1), 0, 0, 1) is not None
-    list(data.stream(0))
+    workers = set(torch.multiprocessing.active_children()) - before
+    list(data.stream(1))
+    assert workers == set(torch.multiprocessing.active_children()) - before != set()
     data.teardown("fit")
-    assert not torch.multiprocessing.active_children()
+    assert not workers & set(torch.multiprocessing.active_children())
 
 
 def test_the_cache_of_a_training_set_has_its_order(uneven: ShardList, tmp_path: Path) -> None:
