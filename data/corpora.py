@@ -13,13 +13,10 @@ from data.names import corpora_yaml, split_of
 from data.patterns import expand_shards
 
 FILTERS = (
-    "min_size",
-    "min_aesthetic",
-    "max_pwatermark",
-    "max_punsafe",
-    "min_caption",
-    "max_caption",
+    *("min_size", "min_aesthetic", "max_pwatermark", "max_punsafe"),
+    *("min_caption", "max_caption"),
 )
+BROUGHT = (*FILTERS, "caption")  # settings of data that a corpus brings
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Corpus:
     def settings(self, paper: str) -> dict[str, Any]:
         """Return the settings of data that the corpus brings, for a paper."""
         own = self.filters.get(paper, self.filters.get("any", {}))
-        return {**dict.fromkeys(FILTERS), **own, "caption": self.caption}
+        return {**dict.fromkeys(BROUGHT), **own, "caption": self.caption}
 
 
 class Kind(NamedTuple):
@@ -136,7 +133,7 @@ def shards(name: str, root: str) -> tuple[list[str], list[str] | None]:
 
 def _check_root(name: str, root: Path) -> None:
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root} with {name}")
+        raise ValueError(f"there is no folder {root} to read {name} from")
 
 
 def _expanded(pattern: str) -> list[str]:
