@@ -55,6 +55,7 @@ class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
     NAME = "data-{split}"
+    VERSION = 2
 
     source: Embedded | OwnShards
     split: str
@@ -195,6 +196,8 @@ class Data:
     """Captions of val that are asked; as many references are twice."""
     heldout: int
     """The same of heldout."""
+    partial: int
+    """Captions in part that are asked, which have a split of their own."""
 
     def shards(self, split: str, resolution: int | None = None) -> Shards:
         """Return the shards of train, val, heldout, or of the references of the last two."""
@@ -205,6 +208,7 @@ class Data:
             "heldout": c.heldout_size,
             "reference": 2 * self.prompts,
             "heldout_reference": 2 * self.heldout,
+            "partial": self.partial,
         }
         if c.name != "shards":
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
