@@ -17,6 +17,7 @@ from rich.text import Text
 from experiments.pipeline.ranks import is_leader
 from experiments.settings import ConfigError, UserError, pick
 
+RUN = "python -m experiments.run"
 GRAMMAR = """options: --name value, --name=value or name=value; settings: key=value or --key=value,
 anywhere on the line."""
 
@@ -70,6 +71,18 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-") and "=" not in word:
                 pick("option", word, options)
         return args, words
+
+
+def parse_run(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the words of `RUN`, which runs of a sweep have too, into options and settings."""
+    parser = Parser(RUN)
+    parser.add_argument("--paper")
+    parser.add_argument("--scale", default="tiny")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--until")
+    for flag in ("--print-config", "--dry-run", "--json"):
+        parser.add_argument(flag, action="store_true")
+    return parser.split(argv)
 
 
 class Signals:

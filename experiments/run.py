@@ -1,6 +1,5 @@
 """Train, sample and score one paper: `python -m experiments.run --paper paella [key=value ...]`."""
 
-import argparse
 import json
 import os
 import shlex
@@ -13,8 +12,18 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from data.corpora import corpora
 from experiments.agent import with_parameters
-from experiments.cli import GRAMMAR, Parser, columns, command, console, prepare_torch, speaker
+from experiments.cli import (
+    GRAMMAR,
+    RUN,
+    columns,
+    command,
+    console,
+    parse_run,
+    prepare_torch,
+    speaker,
+)
 from experiments.papers.base import RunSettings
 from experiments.papers.registry import PAPERS, header, load, scales
 from experiments.pipeline.plan import chosen, plan
@@ -23,7 +32,6 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
-COMMAND = "python -m experiments.run"
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -52,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: a wrong word on the command line; nothing was started.
         UserError: something the user can put right stopped the run.
     """
-    args, overrides = parse(with_parameters(argv, os.environ))
+    args, overrides = parse_run(with_parameters(argv, os.environ))
     if args.paper == "help":
         print(papers_help())
         return 0
@@ -85,28 +93,21 @@ def run(argv: Sequence[str]) -> int:
     from experiments.pipeline.publish import Titles
     from experiments.pipeline.runner import execute
 
-    titles = Titles(args.paper, scale, shlex.join([*COMMAND.split(), *argv]))
+    titles = Titles(args.paper, scale, shlex.join([*RUN.split(), *argv]))
     outcome = execute(titles, settings, out, speaker(), args.until)
     if is_leader() and outcome.files:
         show_outcome(outcome.scores, outcome.files)
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into options and `key=value` words, in any order."""
-    parser = Parser(COMMAND)
-    parser.add_argument("--paper")
-    parser.add_argument("--scale", default="tiny")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--until")
-    for flag in ("--print-config", "--dry-run", "--json"):
-        parser.add_argument(flag, action="store_true")
-    return parser.split(argv)
-
-
 def general_help() -> str:
     """Text of `--help`: what exists and the shape of a command."""
-    lines = [f"usage: {COMMAND} --paper NAME [--scale NAME] [key=value ...]", "", *_papers()]
+    lines = [
+        f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]",
+        "",
+        *_papers(),
+        *_corpora(),
+    ]
     lines += ["", GRAMMAR, "", "options"]
     options = {
         "--scale NAME": "size of the experiment, or the path of a YAML (default: tiny)",
@@ -121,13 +122,13 @@ def general_help() -> str:
     rows = {row.key: row for row in describe(RunSettings)}
     lines += columns({k: f"{rows[k].help} [{rows[k].type}]" for k in MAIN_SETTINGS if k in rows})
     lines += ["", "examples"]
-    lines += columns({f"{COMMAND} {words}": what for words, what in EXAMPLES})
+    lines += columns({f"{RUN} {words}": what for words, what in EXAMPLES})
     return "\n".join(lines)
 
 
 def papers_help() -> str:
-    """Text of `--paper help`: the papers and their scales."""
-    return "\n".join(_papers())
+    """Text of `--paper help`: the papers and their scales, and the corpora."""
+    return "\n".join([*_papers(), *_corpora()])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:
@@ -207,6 +208,11 @@ def _papers() -> list[str]:
         lines.append(f"  {paper}: {_about(paper)}")
         lines += [f"  {line}" for line in columns({s: _first(paper, s) for s in scales(paper)})]
     return lines
+
+
+def _corpora() -> list[str]:
+    known = columns({name: corpus.about for name, corpus in corpora().items()})
+    return ["", "corpora, data=NAME data.root=DIR (how to get them: data/corpora.yaml)", *known]
 
 
 def _about(paper: str) -> str:

@@ -1,7 +1,7 @@
 """Rows per picture: what a classifier, a feature network or a first stage says of each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class Features(SplitStage):
         what = source.captions.shards.split if isinstance(source, Pictures) else source.name
         return f"features-{what}"
 
+    @property
+    def follows(self) -> SplitStage | None:
+        """The pictures that are being made, batch by batch."""
+        return self.images if isinstance(self.images, SplitStage) else None
+
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file of every batch."""
         count, size = len(self.images.rows(inputs)), machine.batch_size
@@ -55,8 +60,9 @@ class Features(SplitStage):
         def make(i: int) -> None:
             images, asked = read(i * size, (i + 1) * size)
             measured = extract(images, asked, i * size)
-            measured.rows["index"] = np.array([row["index"] for row in asked], np.int64)
-            save_measured(folder / names[i], measured)
+            index = np.array([row["index"] for row in asked], np.int64)
+            rows = {**measured.rows, "index": index}
+            save_measured(folder / names[i], replace(measured, rows=rows))
 
         return make
 

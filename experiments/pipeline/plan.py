@@ -104,7 +104,7 @@ def plan(paper: str, run: RunSettings) -> Plan:
     """
     e = run.eval
     data = Data(run.data, e.prompts, e.heldout, e.partial)
-    scoring = SCORINGS[run.data.name]
+    scoring = SCORINGS.get(run.data.name, SCORINGS["shards"])
     extractor = scoring.extractor(run.data)
     first = run.first_stage_stage(data)
     drawing = run.drawing(Materials(paper, data, first))

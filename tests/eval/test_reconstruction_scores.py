@@ -12,7 +12,7 @@ from torch import Tensor
 from data.scenes import scenes
 from eval.extractors import ReconstructionRows, SceneRows
 from eval.perceptual import SHIPPED
-from eval.reconstruction import codebook_use, lpips_name, psnr, score_reconstruction, ssim
+from eval.reconstruction_scores import codebook_use, lpips_name, psnr, score_reconstruction, ssim
 from eval.rows import Measured, joined
 from lightning_modules.common.perceptual import LPIPS
 
