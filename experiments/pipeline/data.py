@@ -67,6 +67,7 @@ class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
     NAME = "data-{split}"
+    VERSION = 2
 
     source: Embedded | OwnShards | Listed
     split: str
@@ -219,6 +220,8 @@ class Data:
     """Captions of val that are asked; as many references are twice."""
     heldout: int
     """The same of heldout."""
+    partial: int
+    """Captions in part that are asked, which have a split of their own."""
 
     def shards(self, split: str, resolution: int | None = None) -> Shards:
         """Return the shards of train, val, heldout, or of the references of the last two."""
@@ -229,6 +232,7 @@ class Data:
             "heldout": c.heldout_size,
             "reference": 2 * self.prompts,
             "heldout_reference": 2 * self.heldout,
+            "partial": self.partial,
         }
         if c.name in EMBEDDED:
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
