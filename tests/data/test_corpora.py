@@ -4,10 +4,11 @@ import tarfile
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import fsspec
 import pytest
 
 from data.config import EMBEDDED, DataConfig
-from data.corpora import FILTERS, KINDS, corpora, shards
+from data.corpora import FILTERS, KINDS, corpora, index, shards
 from data.names import aliased, number, split_of, texts
 from experiments.papers.registry import PAPERS, load
 from tests import planted
@@ -55,6 +56,24 @@ def test_shards_of_a_corpus(
     found = shards(name, str(tmp_path))
     assert (len(found[0]), found[1] if found[1] is None else len(found[1])) == (train, val)
     assert not set(found[0]) & set(found[1] or [])
+
+
+def test_shards_of_a_remote_root(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for name in ("train/a", "cc3m-train-0000", "cc3m-train-0001", "cc3m-validation-0000"):
+        store.pipe(f"/train-bucket/cc3m/{name}.tar", b"")
+    train, val = shards("cc3m", "memory://train-bucket/cc3m/")
+    assert [url.rpartition("/")[2] for url in train] == [
+        "cc3m-train-0000.tar",
+        "cc3m-train-0001.tar",
+    ]
+    assert len(val or []) == 1 and train[0].startswith("memory://")
+    for name in ("train-0.parquet", "test-0.parquet"):
+        store.pipe(f"/train-bucket/hub/data/{name}", b"")
+    train, val = shards("parquet", "memory://train-bucket/hub")
+    assert [len(train), len(val or [])] == [1, 1] and train[0].endswith("data/train-0.parquet")
+    with pytest.raises(ValueError, match="coco2014 is read from a local folder, not from memory:"):
+        index("coco2014", "memory://train-bucket/hub")
 
 
 @pytest.mark.parametrize("name", ["laion", "cc3m", "cc12m", "parquet"])

@@ -116,7 +116,7 @@ def machine(paper: str) -> set[str]:
 
 def idle(paper: str) -> set[str]:
     """Settings that nothing reads at scale micro."""
-    found = {"data.root", "data.val_shards", "data.allow_pipe"}  # of shards that are not drawn
+    found = {"data.val_shards", "data.allow_pipe"}  # of shards that are not drawn
     if PAPERS[paper].FIRST_STAGE.paper == paper:
         return found | WITHOUT_PICTURES
     read = ("name", "width", "layers", "buckets", "max_length")  # by the encoder `bytes`
