@@ -8,6 +8,7 @@ from typing import Any
 from data.files import write_json
 from experiments.pipeline.data import Asked, Pictures
 from experiments.pipeline.edit import Edits
+from experiments.pipeline.given import FolderPictures
 from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage
 
@@ -16,7 +17,7 @@ from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitSt
 class Features(SplitStage):
     """What an extractor of eval/ makes of pictures, batch by batch; no set is ever in memory."""
 
-    images: Sample | Pictures | Edits
+    images: Sample | Pictures | FolderPictures | Edits
     extractor: Any
     """A frozen dataclass of eval/, see `eval.rows.Extractor`."""
     first_stage: FileStage | None = None
@@ -25,9 +26,7 @@ class Features(SplitStage):
     @property
     def name(self) -> str:
         """Name of the stage."""
-        source = self.images
-        what = source.captions.shards.split if isinstance(source, Pictures) else source.name
-        return f"features-{what}"
+        return f"features-{self.images.name}"
 
     @property
     def follows(self) -> SplitStage | None:

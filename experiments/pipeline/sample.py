@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from data.files import atomic, write_json
 from experiments.pipeline.data import Asked, Captions
 from experiments.pipeline.generator import Generator
+from experiments.pipeline.given import GivenGenerator
+from experiments.pipeline.prompts import Prompts
 from experiments.pipeline.stage import Folders, Log, Machine, SplitStage
 
 if TYPE_CHECKING:
@@ -20,10 +22,13 @@ SHOWN_STEPS = 12  # of a trace, at most
 
 @dataclass(frozen=True, eq=False)
 class Sample(SplitStage):
-    """One picture per caption. Picture i has seed + i and stands in batch i // B."""
+    """One picture per caption. Picture i has seed + i and stands in batch i // B.
 
-    generator: Generator
-    captions: Captions
+    Rows that bring a number and a file of their own have seed + number, and that file.
+    """
+
+    generator: Generator | GivenGenerator
+    captions: Captions | Prompts
     sampling: Mapping[str, Any]
     """Settings that differ from the checkpoint's."""
     seed: int
@@ -39,13 +44,14 @@ class Sample(SplitStage):
     @property
     def name(self) -> str:
         """Name of the stage."""
-        return "-".join(["sample", *([self.part] if self.part else []), self.captions.shards.split])
+        return "-".join(["sample", *([self.part] if self.part else []), self.captions.split])
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what was asked, in order, with seed and file."""
         rows = self.captions.rows(inputs)
         return [
-            {**row, "seed": self.seed + i, "file": f"{i:05d}.png"} for i, row in enumerate(rows)
+            {"file": f"{i:05d}.png", **row, "seed": self.seed + row.get("number", i)}
+            for i, row in enumerate(rows)
         ]
 
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
@@ -91,13 +97,18 @@ class Sample(SplitStage):
                 low = low.to(module.device)
             trace = Trace(min(self.traces, count) if i == 0 else 0)
             request = make_request(module, asked, low)
-            tokens = module.sample_tokens(request, settings, trace.on_step)
-            images = to_uint8(module.first_stage.decode(tokens).cpu())[:count]
+            tokens = torch.zeros(0)
+            if self.keep_tokens or low is not None:
+                tokens = module.sample_tokens(request, settings, trace.on_step)
+                pictures = module.first_stage.decode(tokens)
+            else:
+                pictures = module.sample(request, settings, trace.on_step)
+            images = to_uint8(pictures.cpu())[:count]
             for row, image in zip(asked, images, strict=False):
                 text = {"prompt": row["prompt"], "seed": str(row["seed"])}
                 save_png(folder / row["file"], image, text)
             trace.save(folder, module.first_stage, asked)
-            kept = tokens[:count].cpu().contiguous() if self.keep_tokens else torch.zeros(0)
+            kept = tokens[:count].cpu().contiguous() if self.keep_tokens else tokens[:0]
             with atomic(folder / names[i]) as temporary:
                 save_file({"tokens": kept}, temporary)
 

@@ -1,0 +1,323 @@
+"""What others made: a checkpoint that is sampled, and folders of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.files import file_hash, write_json
+from experiments.pipeline.data import Asked
+from experiments.pipeline.prompts import Prompts, some
+from experiments.pipeline.stage import UNKEYED, Folders, Log, Machine, Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Cut = Literal["square", "short", "adm", "squash", "none"]
+Filter = Literal["bicubic", "lanczos", "bilinear", "box"]
+CUTS: dict[str, str] = {
+    "square": "largest centre square, then resized",
+    "short": "short side resized, then cut in the centre, as torchvision does",
+    "adm": "halved with box filtering, resized bicubic, cut in the centre, as ADM does",
+    "squash": "resized to a square whatever the shape",
+    "none": "as they are",
+}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class GivenGenerator(Stage):
+    """A finished checkpoint; it stays where it is."""
+
+    NAME = "given-generator"
+
+    path: Path
+    files: tuple[Path, ...]
+    """What it works with: first stages, further parts, text encoders."""
+    paper: str | None = None
+    """It is sampled as this paper does."""
+    tokenizer: Path | None = None
+    """Its first stage, where it is not the one beside it."""
+    places: Mapping[str, str] = field(default_factory=dict, metadata=UNKEYED)
+    """Where frozen text encoders lie on this machine, by setting of the text section."""
+
+    def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Say where it is."""
+        return {"from": str(self.path)}
+
+    def load(self, inputs: Folders, machine: Machine) -> Any:
+        """Return the module, frozen and ready to sample."""
+        from lightning_modules.registry import load_generator
+
+        module = load_generator(self.path, self.tokenizer, machine.device, self.paper)
+        for name, place in self.places.items():
+            setattr(module.config.text, name, place)  # the encoder reads it when it is first used
+        return module
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures of a folder come to one size."""
+
+    size: int | None = None
+    """Width and height; None leaves them as they are."""
+    cut: Cut = "none"
+    filter: Filter = "bicubic"
+
+    def apply(self, data: bytes) -> np.ndarray:
+        """Decode a picture and prepare it: [H, W, 3] uint8.
+
+        Raises:
+            OSError: the picture is broken.
+        """
+        import numpy as np
+
+        from data.images import open_image, to_rgb
+
+        image = to_rgb(open_image(data))
+        if self.size is None or image.size == (self.size, self.size):
+            return np.array(image)
+        return np.array(CUT[self.cut](image, self.size, _resample(self.filter)))
+
+
+def _resample(name: str) -> Any:
+    from PIL.Image import Resampling
+
+    return Resampling[name.upper()]
+
+
+def _square(image: Any, size: int, resample: Any) -> Any:
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), resample, box=box)
+
+
+def _short(image: Any, size: int, resample: Any) -> Any:
+    short = min(image.size)
+    # the other side truncated, the offset rounded half to even
+    width, height = (size if length == short else size * length // short for length in image.size)
+    image = image.resize((width, height), resample)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _adm(image: Any, size: int, resample: Any) -> Any:
+    from data.images import adm_crop
+
+    return adm_crop(image, size)
+
+
+def _squash(image: Any, size: int, resample: Any) -> Any:
+    return image.resize((size, size), resample)
+
+
+def _none(image: Any, size: int, resample: Any) -> Any:
+    raise ValueError(
+        f"it has {image.width}x{image.height} pixels and not {size}x{size}; --crop says how "
+        f"pictures of another size are prepared ({', '.join(CUTS)})"
+    )
+
+
+CUT: dict[str, Callable[[Any, int, Any], Any]] = {
+    "square": _square,
+    "short": _short,
+    "adm": _adm,
+    "squash": _squash,
+    "none": _none,
+}
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Pictures of a folder, known by their content."""
+
+    folder: Path = field(metadata=UNKEYED)
+    names: tuple[str, ...] = field(metadata=UNKEYED)
+    """Paths below the folder, in order."""
+    content: str
+    """Hash of names and contents."""
+    prepared: Preparation
+    title: str = field(default="folder", metadata=UNKEYED)
+    """What a person calls them."""
+    prompts: Prompts | None = None
+    """What was asked of the pictures, in their order."""
+    strict: bool = True
+    """Whether a broken picture stops the work; else it is left out and counted."""
+
+    @property
+    def name(self) -> str:
+        """What the stage of their features is called by."""
+        return self.title
+
+    def rows(self, inputs: Folders) -> list[Asked]:
+        """Return what is known of the pictures, in order."""
+        asked = self.prompts.rows(inputs) if self.prompts is not None else None
+        if asked is None:
+            return [{"id": Path(name).stem, "prompt": "", "file": name} for name in self.names]
+        return [{**row, "file": name} for row, name in zip(asked, self.names, strict=True)]
+
+    def reader(
+        self, inputs: Folders, machine: Machine
+    ) -> Callable[[int, int], tuple[list[Tensor], list[Asked]]]:
+        """Return what reads pictures [first, last): each [3, H, W] uint8, and what is known of it.
+
+        One that cannot be read stops the work, or is left out where others are many enough.
+        """
+        import torch
+
+        rows = self.rows(inputs)
+        broken: list[str] = []
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow frees the interpreter
+
+        def one(name: str) -> np.ndarray | str:
+            try:
+                return self.prepared.apply((self.folder / name).read_bytes())
+            except Exception as error:  # a broken file makes Pillow raise almost anything
+                return f"{self.folder / name} cannot be read: {error}"
+
+        def read(first: int, last: int) -> tuple[list[Tensor], list[Asked]]:
+            images, asked = [], []
+            names = self.names[first:last]
+            for k, found in enumerate(pool.map(one, names), first):
+                if isinstance(found, str):
+                    broken.append(found)
+                    continue
+                images.append(torch.from_numpy(found).permute(2, 0, 1).contiguous())
+                asked.append({**rows[k], "index": k})
+            if broken and (self.strict or len(broken) > machine.max_skipped * len(rows)):
+                raise ValueError(f"{broken[0]} ({len(broken)} of {last} so far)")
+            if not images:
+                raise ValueError(f"no picture of {self.folder} can be read: {broken[-1]}")
+            return images, asked
+
+        return read
+
+
+def pictures_of(folder: Path) -> list[str]:
+    """Return the pictures below a folder by their paths from it, sorted; hidden ones are none.
+
+    Raises:
+        ValueError: there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    found = []
+    for place, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        found += [
+            os.path.relpath(os.path.join(place, name), folder)
+            for name in files
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        ]
+    if not found:
+        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
+    return sorted(found)
+
+
+def content_of(folder: Path, names: Sequence[str], notes: Path) -> str:
+    """Return the sha256 of names and contents of pictures.
+
+    Args:
+        folder: the folder.
+        names: the pictures in it.
+        notes: folder that keeps the hash of every file with its size and time, so that a file that
+            is as it was need not be read again.
+    """
+    place = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    path = notes / f"{place}.json"
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    found: dict[str, list[Any]] = {}
+    total = hashlib.sha256()
+    for name in names:
+        status = (folder / name).stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        before = known.get(name, [])
+        sha256 = before[2] if before[:2] == stamp else file_hash(folder / name)
+        found[name] = [*stamp, sha256]
+        total.update(f"{name}\t{sha256}\n".encode())
+    if found != known:
+        write_json(path, found)
+    return total.hexdigest()
+
+
+def matched(folder: Path, names: Sequence[str], asked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the picture of every row of a list, by its id.
+
+    A picture belongs to the id that is its name, or the number at the end of its name
+    (COCO_val2014_000000000042.jpg and 42.png are of the id 42).
+
+    Raises:
+        ValueError: ids without a picture, or with two; the first are named.
+    """
+    of: dict[str, list[str]] = {}
+    for name in names:
+        stem = Path(name).stem
+        digits = stem[len(stem.rstrip("0123456789")) :]
+        for key in {stem, *([str(int(digits))] if digits else [])}:
+            of.setdefault(key, []).append(name)
+    found: list[str] = []
+    missing: list[str] = []
+    double: list[str] = []
+    for row in asked:
+        keys = [Path(row["file"]).stem, row["id"]]
+        here = next((of[key] for key in keys if key in of), [])
+        if len(here) == 1:
+            found.append(here[0])
+        (missing if not here else double if len(here) > 1 else []).append(row["id"])
+    if missing:
+        raise ValueError(
+            f"{folder} lacks the pictures of {len(missing)} of {len(asked)} ids: {some(missing)}"
+        )
+    if double:
+        raise ValueError(f"{folder} has several pictures of {len(double)} ids: {some(double)}")
+    return found
+
+
+def check_sizes(folder: Path, names: Sequence[str]) -> Counter[tuple[int, int]]:
+    """Count the sizes of pictures, from their headers alone.
+
+    Raises:
+        ValueError: some are no pictures; the first are named.
+    """
+    from PIL import Image
+
+    sizes: Counter[tuple[int, int]] = Counter()
+    broken: list[str] = []
+
+    def size_of(name: str) -> tuple[int, int] | None:
+        try:
+            with Image.open(folder / name) as image:
+                return image.size
+        except Exception:  # a broken file makes Pillow raise almost anything
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        for name, size in zip(names, pool.map(size_of, names), strict=True):
+            if size is None:
+                broken.append(name)
+            else:
+                sizes[size] += 1
+    if broken:
+        raise ValueError(f"{len(broken)} files of {folder} are no pictures: {some(broken)}")
+    return sizes
+
+
+def damaged_pngs(folder: Path, names: Sequence[str]) -> Iterator[str]:
+    """Yield the PNGs that end early, by their last bytes."""
+    for name in names:
+        with open(folder / name, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 12))
+            if name.lower().endswith(".png") and b"IEND" not in file.read():
+                yield name
