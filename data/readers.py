@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
+from data.listing import count_listing, listing_keys, read_listing
+from data.parquet import count_parquet, parquet_keys, read_parquet
+
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 UNSAFE_NAME = "unsafe name"
 LINK = "link instead of a file"
@@ -197,4 +200,8 @@ def _starts(url: str, size: int, mtime_ns: int) -> array:
     return starts
 
 
-READERS: dict[str, Reader] = {".tar": Reader(read_tar, count_tar, tar_keys)}
+READERS: dict[str, Reader] = {
+    ".tar": Reader(read_tar, count_tar, tar_keys),
+    ".jsonl": Reader(read_listing, count_listing, listing_keys),
+    ".parquet": Reader(read_parquet, count_parquet, parquet_keys),
+}

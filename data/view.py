@@ -25,6 +25,9 @@ class View:
     min_aesthetic: float | None = None
     max_pwatermark: float | None = None
     max_punsafe: float | None = None
+    min_caption: int | None = None  # characters
+    max_caption: int | None = None
+    caption: str | None = None  # of pictures that have none
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from data.corpora import corpora
 from experiments.agent import with_parameters
 from experiments.cli import (
     GRAMMAR,
@@ -31,6 +32,7 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
+CORPORA = "licences and how to get them: data/corpora.yaml"
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -121,8 +123,9 @@ def general_help() -> str:
 
 
 def papers_help() -> str:
-    """Text of `--paper help`: the papers and their scales."""
-    return "\n".join(_papers())
+    """Text of `--paper help`: the papers and their scales, and the corpora."""
+    known = columns({name: corpus.about for name, corpus in corpora().items()})
+    return "\n".join([*_papers(), "", f"corpora, data=NAME data.root=DIR ({CORPORA})", *known])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:

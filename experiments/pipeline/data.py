@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.config import DataConfig
+from data.config import EMBEDDED, DataConfig
+from data.corpora import KINDS, corpora, index
+from data.corpora import shards as shards_of
 from data.files import write_json
 from data.view import Order, ShardList, View
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
@@ -50,20 +53,29 @@ class OwnShards:
     val: tuple[FileStamp, ...] | None
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A corpus of pictures in files of their own, known by the lists and folders that name them."""
+
+    name: str
+    root: str
+    index: tuple[FileStamp, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
     NAME = "data-{split}"
 
-    source: Embedded | OwnShards
+    source: Embedded | OwnShards | Listed
     split: str
     size: int | None = None
     """Samples, at most."""
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
-        """Write the tars, or list the user's."""
-        from data.sources import find_shards, write_embedded
+        """Write the tars, or list the user's, or list pictures."""
+        from data.sources import find_shards, list_pictures, write_embedded
 
         source = self.source
         if isinstance(source, Embedded):
@@ -77,6 +89,12 @@ class Shards(Stage):
                 source.resolution,
                 source.max_objects,
             )
+        elif isinstance(source, Listed):
+            faults: Counter[str] = Counter()
+            root = Path(source.root)
+            shards = list_pictures(folder, source.name, root, self.split, self.size, faults)
+            for fault, number in sorted(faults.items()):
+                log.note(f"{source.name}: left out {number} times: {fault}")
         else:
             val = None if source.val is None else [stamp.path for stamp in source.val]
             train = [stamp.path for stamp in source.train]
@@ -216,15 +234,34 @@ class Data:
             "reference": 2 * self.prompts,
             "heldout_reference": 2 * self.heldout,
         }
-        if c.name != "shards":
+        if c.name in EMBEDDED:
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
             return Shards(source, split, sizes[split])
-        return Shards(self._own(), split, None if split == "train" else sizes[split])
+        return Shards(self._source(), split, None if split == "train" else sizes[split])
 
-    def _own(self) -> OwnShards:
-        val = self.config.val_shards
-        train = stamps("data.shards", self.config.shards or "")
-        return OwnShards(train, None if val is None else stamps("data.val_shards", val))
+    def _source(self) -> OwnShards | Listed:
+        """Return the user's shards, or the corpus.
+
+        Raises:
+            ConfigError: nothing is there, or something of the corpus is missing.
+        """
+        c = self.config
+        train: str | list[str] | None = c.shards
+        val: str | list[str] | None = c.val_shards
+        if train is None:
+            assert c.root is not None
+            corpus = corpora()[c.name]
+            try:
+                if corpus.kind in KINDS:
+                    root = Path(os.path.abspath(c.root))
+                    found = index(c.name, root)
+                    return Listed(c.name, str(root), tuple(map(_stamp, map(str, found))))
+                train, official = shards_of(c.name, c.root)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"data.root: {error}") from error
+            val = val or official
+        shards = stamps("data.shards", train)
+        return OwnShards(shards, None if val is None else stamps("data.val_shards", val))
 
     def view(self, resolution: int | None = None) -> View:
         """Return how training sees a sample."""
@@ -237,7 +274,7 @@ class Data:
 
     def reference(self, split: str) -> Captions:
         """Return samples that share no caption with the first ones of a split."""
-        if self.config.name == "shards":
+        if self.config.name not in EMBEDDED:
             asked = self.prompts
             return Captions(self.shards(split), self.view(), 2 * asked, first=asked)
         name = "reference" if split == "val" else f"{split}_reference"
@@ -258,4 +295,9 @@ def stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
         paths = [os.path.abspath(path) for path in expand_shards(pattern)]
     except ValueError as error:
         raise ConfigError(f"{setting}: {error}") from error
-    return tuple(FileStamp(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths)
+    return tuple(map(_stamp, paths))
+
+
+def _stamp(path: str) -> FileStamp:
+    status = os.stat(path)
+    return FileStamp(path, status.st_size, status.st_mtime_ns)

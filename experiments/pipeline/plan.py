@@ -86,7 +86,7 @@ def plan(paper: str, run: RunSettings) -> Plan:
         ConfigError: a file that the settings name is not there.
     """
     e, data = run.eval, Data(run.data, run.eval.prompts, run.eval.heldout)
-    scoring = SCORINGS[run.data.name]
+    scoring = SCORINGS.get(run.data.name, SCORINGS["shards"])
     extractor = scoring.extractor(run.data)
     first = run.first_stage_stage(data)
     drawing = run.drawing(Materials(paper, data, first))
