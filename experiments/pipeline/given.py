@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,9 @@ from experiments.pipeline.prompts import Prompts, some
 from experiments.pipeline.stage import UNKEYED, Folders, Log, Machine, Stage
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
+
+    Images = Tensor | list[Tensor]
 
 Cut = Literal["square", "short", "adm", "squash", "none"]
 Filter = Literal["bicubic", "lanczos", "bilinear", "box"]
@@ -30,6 +31,7 @@ CUTS: dict[str, str] = {
     "squash": "resized to a square whatever the shape",
     "none": "as they are",
 }
+THREADS = min(8, os.cpu_count() or 1)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -64,34 +66,120 @@ class GivenGenerator(Stage):
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """How pictures of a folder come to one size."""
+class FolderPictures:
+    """Pictures of a folder, known by their content."""
 
-    size: int | None = None
-    """Width and height; None leaves them as they are."""
+    folder: Path = field(metadata=UNKEYED)
+    names: tuple[str, ...] = field(metadata=UNKEYED)
+    """Paths below the folder, in order."""
+    content: str
+    """Hash of names and contents."""
+    name: str = field(default="folder", metadata=UNKEYED)
+    """What the stage of their features is called by."""
+    prompts: Prompts | None = None
+    """What was asked of the pictures, in their order."""
+    strict: bool = True
+    """Whether a broken picture stops the work; else it is left out and counted."""
+
+    def rows(self, inputs: Folders) -> list[Asked]:
+        """Return what is known of the pictures, in order."""
+        if self.prompts is None:
+            return [{"id": Path(name).stem, "prompt": "", "file": name} for name in self.names]
+        asked = self.prompts.rows(inputs)
+        return [{**row, "file": name} for row, name in zip(asked, self.names, strict=True)]
+
+    def reader(
+        self, inputs: Folders, machine: Machine
+    ) -> Callable[[int, int], tuple[Images, list[Asked]]]:
+        """Return what reads pictures [first, last): each [3, H, W] uint8, and what is known of it.
+
+        One that cannot be read stops the work, or is left out where others are many enough.
+        """
+        rows, broken = self.rows(inputs), list[str]()
+        pool = ThreadPoolExecutor(THREADS)  # Pillow frees the interpreter
+
+        def one(name: str) -> Tensor | str:
+            from data.images import open_image, to_rgb
+
+            try:
+                return _tensor(to_rgb(open_image((self.folder / name).read_bytes())))
+            except Exception as error:  # a broken file makes Pillow raise almost anything
+                return f"{self.folder / name} cannot be read: {error}"
+
+        def read(first: int, last: int) -> tuple[Images, list[Asked]]:
+            images, asked = [], []
+            for k, found in enumerate(pool.map(one, self.names[first:last]), first):
+                if isinstance(found, str):
+                    broken.append(found)
+                else:
+                    images.append(found)
+                    asked.append({**rows[k], "index": k})
+            if broken and (self.strict or len(broken) > machine.max_skipped * len(rows)):
+                raise ValueError(f"{broken[0]} (and {len(broken) - 1} more so far)")
+            if not images:
+                raise ValueError(f"no picture of {self.folder} can be read: {broken[-1]}")
+            return _stacked(images), asked
+
+        return read
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures brought to one size."""
+
+    source: Any
+    """Sample, FolderPictures, or others that have rows and a reader."""
+    size: int
+    """Width and height."""
     cut: Cut = "none"
+    """How a square is made of pictures of another size."""
     filter: Filter = "bicubic"
 
-    def apply(self, data: bytes) -> np.ndarray:
-        """Decode a picture and prepare it: [H, W, 3] uint8.
+    @property
+    def name(self) -> str:
+        """What the stage of their features is called by."""
+        return f"{self.source.name}-{self.size}px"
 
-        Raises:
-            OSError: the picture is broken.
-        """
-        import numpy as np
+    def rows(self, inputs: Folders) -> list[Asked]:
+        """Return what is known of the pictures, in order."""
+        return self.source.rows(inputs)
 
-        from data.images import open_image, to_rgb
+    def reader(
+        self, inputs: Folders, machine: Machine
+    ) -> Callable[[int, int], tuple[Images, list[Asked]]]:
+        """Return what reads and prepares pictures [first, last)."""
+        source = self.source.reader(inputs, machine)
+        pool = ThreadPoolExecutor(THREADS)
 
-        image = to_rgb(open_image(data))
-        if self.size is None or image.size == (self.size, self.size):
-            return np.array(image)
-        return np.array(CUT[self.cut](image, self.size, _resample(self.filter)))
+        def read(first: int, last: int) -> tuple[Images, list[Asked]]:
+            images, asked = source(first, last)
+            return _stacked([*pool.map(self.apply, images)]), asked
+
+        return read
+
+    def apply(self, picture: Tensor) -> Tensor:
+        """Prepare a picture [3, H, W] uint8."""
+        from PIL import Image
+
+        if picture.shape[1:] == (self.size, self.size):
+            return picture
+        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        resample = Image.Resampling[self.filter.upper()]
+        return _tensor(CUT[self.cut](image, self.size, resample))
 
 
-def _resample(name: str) -> Any:
-    from PIL.Image import Resampling
+def _tensor(image: Any) -> Tensor:
+    import numpy as np
+    import torch
 
-    return Resampling[name.upper()]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _stacked(images: list[Tensor]) -> Images:
+    """Stack pictures where they have one size."""
+    import torch
+
+    return torch.stack(images) if len({i.shape for i in images}) == 1 else images
 
 
 def _square(image: Any, size: int, resample: Any) -> Any:
@@ -134,72 +222,6 @@ CUT: dict[str, Callable[[Any, int, Any], Any]] = {
     "squash": _squash,
     "none": _none,
 }
-
-
-@dataclass(frozen=True)
-class FolderPictures:
-    """Pictures of a folder, known by their content."""
-
-    folder: Path = field(metadata=UNKEYED)
-    names: tuple[str, ...] = field(metadata=UNKEYED)
-    """Paths below the folder, in order."""
-    content: str
-    """Hash of names and contents."""
-    prepared: Preparation
-    title: str = field(default="folder", metadata=UNKEYED)
-    """What a person calls them."""
-    prompts: Prompts | None = None
-    """What was asked of the pictures, in their order."""
-    strict: bool = True
-    """Whether a broken picture stops the work; else it is left out and counted."""
-
-    @property
-    def name(self) -> str:
-        """What the stage of their features is called by."""
-        return self.title
-
-    def rows(self, inputs: Folders) -> list[Asked]:
-        """Return what is known of the pictures, in order."""
-        asked = self.prompts.rows(inputs) if self.prompts is not None else None
-        if asked is None:
-            return [{"id": Path(name).stem, "prompt": "", "file": name} for name in self.names]
-        return [{**row, "file": name} for row, name in zip(asked, self.names, strict=True)]
-
-    def reader(
-        self, inputs: Folders, machine: Machine
-    ) -> Callable[[int, int], tuple[list[Tensor], list[Asked]]]:
-        """Return what reads pictures [first, last): each [3, H, W] uint8, and what is known of it.
-
-        One that cannot be read stops the work, or is left out where others are many enough.
-        """
-        import torch
-
-        rows = self.rows(inputs)
-        broken: list[str] = []
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow frees the interpreter
-
-        def one(name: str) -> np.ndarray | str:
-            try:
-                return self.prepared.apply((self.folder / name).read_bytes())
-            except Exception as error:  # a broken file makes Pillow raise almost anything
-                return f"{self.folder / name} cannot be read: {error}"
-
-        def read(first: int, last: int) -> tuple[list[Tensor], list[Asked]]:
-            images, asked = [], []
-            names = self.names[first:last]
-            for k, found in enumerate(pool.map(one, names), first):
-                if isinstance(found, str):
-                    broken.append(found)
-                    continue
-                images.append(torch.from_numpy(found).permute(2, 0, 1).contiguous())
-                asked.append({**rows[k], "index": k})
-            if broken and (self.strict or len(broken) > machine.max_skipped * len(rows)):
-                raise ValueError(f"{broken[0]} ({len(broken)} of {last} so far)")
-            if not images:
-                raise ValueError(f"no picture of {self.folder} can be read: {broken[-1]}")
-            return images, asked
-
-        return read
 
 
 def pictures_of(folder: Path) -> list[str]:
@@ -312,12 +334,3 @@ def check_sizes(folder: Path, names: Sequence[str]) -> Counter[tuple[int, int]]:
     if broken:
         raise ValueError(f"{len(broken)} files of {folder} are no pictures: {some(broken)}")
     return sizes
-
-
-def damaged_pngs(folder: Path, names: Sequence[str]) -> Iterator[str]:
-    """Yield the PNGs that end early, by their last bytes."""
-    for name in names:
-        with open(folder / name, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 12))
-            if name.lower().endswith(".png") and b"IEND" not in file.read():
-                yield name

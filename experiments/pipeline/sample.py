@@ -40,6 +40,8 @@ class Sample(SplitStage):
     """The pictures whose tokens the part enlarges."""
     keep_tokens: bool = field(default=False)
     """Whether the tokens are kept beside the pictures."""
+    negative: str | None = None
+    """What guidance leads away from, in place of the null condition."""
 
     @property
     def name(self) -> str:
@@ -56,13 +58,13 @@ class Sample(SplitStage):
 
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file of every batch."""
-        count, size = _batches(len(self.captions.rows(inputs)), machine)
+        count, size = batches(len(self.captions.rows(inputs)), machine)
         return [f"batch-{size}-{i:05d}.safetensors" for i in range(count)]
 
     def beside(self, i: int, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the pictures of a batch, and what the first one shows step by step."""
         rows = self.rows(inputs)
-        size = _batches(len(rows), machine)[1]
+        size = batches(len(rows), machine)[1]
         names = [row["file"] for row in rows[i * size : (i + 1) * size]]
         if i or not self.traces:
             return names
@@ -80,7 +82,7 @@ class Sample(SplitStage):
         module = whole.part(self.part)
         settings = module.settings(self.sampling)
         rows = self.rows(inputs)
-        size = _batches(len(rows), machine)[1]
+        size = batches(len(rows), machine)[1]
         names = self.parts(inputs, machine)
         lows = None if self.low is None else load_file(inputs[self.low] / "tokens.safetensors")
 
@@ -96,7 +98,7 @@ class Sample(SplitStage):
                 low = lows["tokens"].long()[[places[min(k, count - 1)] for k in range(size)]]
                 low = low.to(module.device)
             trace = Trace(min(self.traces, count) if i == 0 else 0)
-            request = make_request(module, asked, low)
+            request = make_request(module, asked, low, self.negative)
             tokens = torch.zeros(0)
             if self.keep_tokens or low is not None:
                 tokens = module.sample_tokens(request, settings, trace.on_step)
@@ -132,17 +134,23 @@ class Sample(SplitStage):
         self, inputs: Folders, machine: Machine
     ) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
         """Return what reads pictures [first, last): uint8 [B, 3, H, W], and what was asked."""
-        import torch
+        return png_reader(inputs[self], self.rows(inputs))
 
-        from experiments.report.pictures import load_png
 
-        rows, folder = self.rows(inputs), inputs[self]
+def png_reader(
+    folder: Path, rows: Sequence[Asked]
+) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
+    """Return what reads the PNGs of rows [first, last), those that there are, and these rows."""
+    import torch
 
-        def read(first: int, last: int) -> tuple[Tensor, list[Asked]]:
-            part = [{**row, "index": k} for k, row in enumerate(rows[first:last], first)]
-            return torch.stack([load_png(folder / row["file"])[0] for row in part]), part
+    from experiments.report.pictures import load_png
 
-        return read
+    def read(first: int, last: int) -> tuple[Tensor, list[Asked]]:
+        part = [{**row, "index": k} for k, row in enumerate(rows[first:last], first)]
+        there = [row for row in part if (folder / row["file"]).exists()]
+        return torch.stack([load_png(folder / row["file"])[0] for row in there]), there
+
+    return read
 
 
 class Trace:
@@ -197,7 +205,9 @@ class Trace:
         write_json(folder / "traces.json", told)
 
 
-def make_request(module: Any, asked: Sequence[Asked], low: Any = None) -> Any:
+def make_request(
+    module: Any, asked: Sequence[Asked], low: Any = None, negative: str | None = None
+) -> Any:
     """Return the request for the pictures of a batch."""
     from lightning_modules.common.request import Request
 
@@ -205,6 +215,7 @@ def make_request(module: Any, asked: Sequence[Asked], low: Any = None) -> Any:
         [row["prompt"] for row in asked],
         [row["seed"] for row in asked],
         labels=[row["label"] for row in asked] if module.labelled else None,
+        negative=None if negative is None else [negative] * len(asked),
         low=low,
     )
 
@@ -220,7 +231,7 @@ def decode_unfinished(first_stage: Any, states: Tensor) -> Tensor:
     return pictures.masked_fill(hidden[:, None], 0.0)
 
 
-def _batches(count: int, machine: Machine) -> tuple[int, int]:
-    """Number and size of the batches of `count` pictures."""
+def batches(count: int, machine: Machine) -> tuple[int, int]:
+    """Return number and size of the batches of `count` pictures."""
     size = max(1, min(machine.batch_size, count))
     return -(-count // size), size
