@@ -81,7 +81,7 @@ def reconstruction_measure(
         if compress:
             shown = [a["attributes"] for a in asked]
             terms = compression_rows(encoded, shown, images.shape[-1])
-            found, models = found | terms.rows, models | terms.models
+            found, models = {**found, **terms.rows}, models | terms.models
         sums = {}
         if num_codes is not None:
             codes = torch.bincount(encoded.flatten().cpu(), minlength=num_codes)

@@ -32,7 +32,6 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
-CORPORA = "licences and how to get them: data/corpora.yaml"
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -103,7 +102,12 @@ def run(argv: Sequence[str]) -> int:
 
 def general_help() -> str:
     """Text of `--help`: what exists and the shape of a command."""
-    lines = [f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]", "", *_papers()]
+    lines = [
+        f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]",
+        "",
+        *_papers(),
+        *_corpora(),
+    ]
     lines += ["", GRAMMAR, "", "options"]
     options = {
         "--scale NAME": "size of the experiment, or the path of a YAML (default: tiny)",
@@ -124,8 +128,7 @@ def general_help() -> str:
 
 def papers_help() -> str:
     """Text of `--paper help`: the papers and their scales, and the corpora."""
-    known = columns({name: corpus.about for name, corpus in corpora().items()})
-    return "\n".join([*_papers(), "", f"corpora, data=NAME data.root=DIR ({CORPORA})", *known])
+    return "\n".join([*_papers(), *_corpora()])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:
@@ -205,6 +208,11 @@ def _papers() -> list[str]:
         lines.append(f"  {paper}: {_about(paper)}")
         lines += [f"  {line}" for line in columns({s: _first(paper, s) for s in scales(paper)})]
     return lines
+
+
+def _corpora() -> list[str]:
+    known = columns({name: corpus.about for name, corpus in corpora().items()})
+    return ["", "corpora, data=NAME data.root=DIR (how to get them: data/corpora.yaml)", *known]
 
 
 def _about(paper: str) -> str:

@@ -1,7 +1,7 @@
 """Rows per picture: what a classifier, a feature network or a first stage says of each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ class Features(SplitStage):
         def make(i: int) -> None:
             images, asked = read(i * size, (i + 1) * size)
             measured = extract(images, asked, i * size)
-            measured.rows["index"] = np.array([row["index"] for row in asked], np.int64)
-            save_measured(folder / names[i], measured)
+            index = np.array([row["index"] for row in asked], np.int64)
+            rows = {**measured.rows, "index": index}
+            save_measured(folder / names[i], replace(measured, rows=rows))
 
         return make
 

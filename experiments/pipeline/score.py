@@ -33,7 +33,7 @@ class Scored:
 class Score(Stage):
     """All scores of a run."""
 
-    VERSION = 2
+    VERSION = 3
 
     sets: tuple[Scored, ...]
     resamples: int
