@@ -83,3 +83,7 @@ class Features(SplitStage):
         found = load_measured([folder / n for n in json.loads((folder / "rows.json").read_text())])
         rows = self.images.rows(inputs)
         return found, [rows[i] for i in found.rows["index"].tolist()]
+
+    def count(self, inputs: Folders) -> int:
+        """Return how many pictures there are, or should be."""
+        return len(self.images.rows(inputs))

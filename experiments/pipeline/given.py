@@ -123,6 +123,33 @@ class FolderPictures:
         return read
 
 
+@dataclass(frozen=True, eq=False)
+class GivenMoments(Stage):
+    """Mean and covariance of the features of real pictures that are not here."""
+
+    NAME = "given-statistics"
+
+    path: Path
+    space: str
+    """A key of eval.spaces.SPACES: which features it is believed to hold."""
+
+    def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
+        """Speak up where the file holds none."""
+        self.measured(inputs)
+        return {"from": str(self.path)}
+
+    def measured(self, inputs: Folders) -> tuple[Any, list[Asked]]:
+        """Return them as the reference of a scorer."""
+        from eval.statistics import read_reference
+
+        return read_reference(self.path, self.space), []
+
+    def count(self, inputs: Folders) -> int | None:
+        """Return how many pictures they are of; None where nobody knows."""
+        (moments, *_) = self.measured(inputs)[0].moments.values()
+        return moments.n
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Pictures brought to one size."""
@@ -307,11 +334,16 @@ def matched(folder: Path, names: Sequence[str], asked: Sequence[Mapping[str, Any
     return found
 
 
-def check_sizes(folder: Path, names: Sequence[str]) -> Counter[tuple[int, int]]:
+def check_sizes(folder: Path, names: Sequence[str], strict: bool) -> Counter[tuple[int, int]]:
     """Count the sizes of pictures, from their headers alone.
 
+    Args:
+        folder: the folder.
+        names: the pictures in it.
+        strict: refuse files that are no pictures; else they are left out.
+
     Raises:
-        ValueError: some are no pictures; the first are named.
+        ValueError: some, or all, are none; the first are named.
     """
     from PIL import Image
 
@@ -325,12 +357,12 @@ def check_sizes(folder: Path, names: Sequence[str]) -> Counter[tuple[int, int]]:
         except Exception:  # a broken file makes Pillow raise almost anything
             return None
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for name, size in zip(names, pool.map(size_of, names), strict=True):
             if size is None:
                 broken.append(name)
             else:
                 sizes[size] += 1
-    if broken:
+    if (strict and broken) or not sizes:
         raise ValueError(f"{len(broken)} files of {folder} are no pictures: {some(broken)}")
     return sizes

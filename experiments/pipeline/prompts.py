@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data.coco import read_captions
 from data.files import decode_text, write_json
@@ -163,7 +163,12 @@ class Prompts(Stage):
     count: int | None = None
     """Rows, the first ones; None takes all that there are."""
 
-    split = "prompts"  # of the pictures that are drawn for them
+    split: ClassVar[str] = "prompts"
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the prompts say anything of the pictures."""
+        return not isinstance(self.source, (ClassList, NoPrompts))
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write the list."""
