@@ -92,7 +92,7 @@ class Options:
         config = override(_Words(), words).data
         if self.num is None:
             self.num = min(CAPTIONS, config.val_size)
-        return Data(replace(config, val_size=max(self.num, config.val_size)), self.num, 0)
+        return Data(replace(config, val_size=max(self.num, config.val_size)), self.num, 0, 0)
 
     @property
     def weights(self) -> dict[str, Path]:
