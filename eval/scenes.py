@@ -122,6 +122,15 @@ def score_scenes(
     return scores, verdicts
 
 
+def score_cosine(
+    made: Measured, asked: Asked, reference: Measured | None, *, prefix: str, **what: Any
+) -> Scored:
+    """Score pictures of any captions by `prefix`/clip_scenes alone, see `score_scenes`."""
+    about = {"model": made.models["cosine"], "scale": "raw cosine, no prefix", **what}
+    scores = {f"{prefix}/clip_scenes": mean_score(made.rows["cosine"], **about)}
+    return scores, [{} for _ in range(len(made))]
+
+
 def score_labels(
     made: Measured, wanted: Sequence[AskedScene], *, prefix: str, **what: Any
 ) -> Scored:

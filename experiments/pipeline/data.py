@@ -127,6 +127,11 @@ class Captions(Stage):
     first: int = 0
     """Samples that are passed over."""
 
+    @property
+    def split(self) -> str:
+        """The split that they are of."""
+        return self.shards.split
+
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Read them."""
         from data.select import captions
@@ -157,6 +162,11 @@ class Pictures:
     """The pictures of some captions, decoded as validation sees them."""
 
     captions: Captions
+
+    @property
+    def name(self) -> str:
+        """What the stage of their features is called by."""
+        return self.captions.split
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what is known of the pictures, in order."""

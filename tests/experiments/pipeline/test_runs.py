@@ -401,7 +401,8 @@ def test_sampling_goes_on_where_it_was_interrupted(
     for number in (1, 3):  # what stands beside the parts until all are done
         part = f"batch-4-{number:05d}.safetensors"
         names = [f"{4 * number + k:05d}.png" for k in range(4)] + [part]
-        write_json(folder / f".{part}.sum", {name: file_hash(folder / name) for name in names})
+        sums = {name: file_hash(folder / name) for name in names}
+        write_json(folder / f".{part}.sum", {"files": sums, "seconds": 1.0})
     kept = {n: (folder / f"{n:05d}.png").stat().st_mtime_ns for n in (4, 7, 12, 15)}
     again = go("paella", tmp_path / "out", copied, "eval.batch_size=4")
     assert again.fate()["sample-val"] == "continues"
