@@ -21,6 +21,7 @@ from PIL import Image
 
 from data.files import atomic, decode_text
 from data.readers import IMAGE_KEYS, Sample, is_image, reader_of, stamp
+from data.remote import is_remote, stamps_of
 from data.view import MAX_SKIPPED, ShardList
 
 SEEN = "seen"
@@ -31,6 +32,8 @@ WINDOW = 500
 IN_A_ROW = 20_000
 SIBLINGS = 32  # shards that are looked at to guess what a broken one held
 COUNTED = 4 * 10**9  # bytes of shards whose samples are counted one by one
+COUNTED_FAR = 10**8  # the same of remote ones, which have to be fetched for it
+PROBED_FAR = 2
 PROBED = 16  # shards that are counted where the others are estimated
 BLOCK = 512  # what headers and contents of a tar are multiples of
 
@@ -249,7 +252,7 @@ def read_shard(
         try:
             sample = next(samples, None)
         except Exception as error:  # whatever a damaged file makes of its reader
-            whole = os.path.getsize(url) if os.path.exists(url) else 0
+            whole = _size(url)
             unread = count * whole // max(1, length) - count - first
             lacking = _fullest(url, siblings) - count - first
             skips.lose(error, url, max(1, lacking if lacking > 0 else unread))
@@ -265,25 +268,25 @@ def read_shard(
 def count_rows(shards: ShardList) -> tuple[int, ...]:
     """Return how many samples of the split every shard has, good and bad; no content is read.
 
-    Of shards that together are larger than COUNTED some are counted, and the others estimated by
-    their size. One that cannot be read counts 1, so that reading it tells.
+    Where the shards together are too large, or far away, some are counted and the others estimated
+    by their size. One that cannot be read counts 1, so that reading it tells.
     """
-    sizes = [_size(url) for url in shards.paths]
-    if sum(sizes) <= COUNTED:
-        return tuple(len(held_rows(url, shards)) or int(not _readable(url)) for url in shards.paths)
-    probed = range(0, len(sizes), -(-len(sizes) // PROBED))
-    rate = sum(len(held_rows(shards.paths[i], shards)) for i in probed) / max(
-        1, sum(sizes[i] for i in probed)
-    )
-    return tuple(max(1, round(rate * size)) for size in sizes)
+    urls, sizes = shards.paths, _sizes(shards.paths)
+    far = any(map(is_remote, urls))
+    if sum(sizes) <= (COUNTED_FAR if far else COUNTED) and not (far and 0 in sizes):
+        return tuple(len(held_rows(url, shards)) or int(not _readable(url)) for url in urls)
+    probed = range(0, len(urls), -(-len(urls) // (PROBED_FAR if far else PROBED)))
+    found = sum(len(held_rows(urls[i], shards)) for i in probed)
+    rate, mean = found / max(1, sum(sizes[i] for i in probed)), found / len(probed)
+    return tuple(max(1, round(rate * size if size else mean)) for size in sizes)
 
 
-def _size(url: str) -> int:
-    """Return the size of a shard in bytes; 0 where it is missing."""
+def _sizes(urls: Sequence[str]) -> list[int]:
+    """Return the bytes of shards; 0 of one that is gone or does not tell."""
     try:
-        return stamp(url)[0]
+        return [size for size, _ in stamps_of(urls)]
     except OSError:
-        return 0
+        return [_size(url) for url in urls]
 
 
 def _readable(url: str) -> bool:
@@ -312,12 +315,16 @@ def _files(sample: Sample) -> Iterator[bytes]:
 
 def _fullest(broken: str, siblings: Sequence[str]) -> int:
     """Return how many samples the largest other shard holds; 0 without one."""
-    near = siblings[:SIBLINGS]
-    others = [url for url in near if url != broken and os.path.exists(url)]
-    if not others:
+    near = [url for url in siblings[:SIBLINGS] if url != broken]
+    fullest = max(near, key=_size, default=None)
+    if fullest is None:
         return 0
-    fullest = max(others, key=os.path.getsize)
     return reader_of(fullest).count(fullest)
+
+
+def _size(url: str) -> int:
+    """Return the bytes of a shard; 0 of one that is gone, and of a remote one, which costs time."""
+    return os.path.getsize(url) if os.path.exists(url) else 0
 
 
 def apply(

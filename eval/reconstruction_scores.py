@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.scene_captions import AskedScene
+from data.scene_drawing import Scene
 from eval.classifier_network import Classifier
 from eval.interval import Scored, mean_score
 from eval.latents import (
@@ -81,7 +83,7 @@ def reconstruction_measure(
         if compress:
             shown = [a["attributes"] for a in asked]
             terms = compression_rows(encoded, shown, images.shape[-1])
-            found, models = found | terms.rows, models | terms.models
+            found, models = {**found, **terms.rows}, models | terms.models
         sums = {}
         if num_codes is not None:
             codes = torch.bincount(encoded.flatten().cpu(), minlength=num_codes)
@@ -258,7 +260,8 @@ def score_reconstruction(
         scores[f"{prefix}/codebook_perplexity"] = {"value": perplexity, "model": model, **codes}
     verdicts: list[dict[str, Any]] = [{} for _ in range(len(made))]
     if "labels" in made.rows:
-        accuracies, verdicts = score_labels(made, asked, prefix=prefix, **what)
+        shown = [AskedScene.of(Scene.from_attributes(a["attributes"])) for a in asked]
+        accuracies, verdicts = score_labels(made, shown, prefix=prefix, **what)
         scores |= accuracies
     if any(NOISE in name for name in made.rows):
         scores |= score_smoothness(made, prefix=prefix, **what)

@@ -165,7 +165,7 @@ def encode_stage(settings: PrecomputeSettings, file: Path) -> Encode:
     name = "moments" if kind.statistics else "tokens"
     text = used_text(resolved(settings.text)) if settings.text.name != "bytes" else None
     return Encode(
-        Data(data, 1, 1).shards("train"),
+        Data(data, 1, 1, 1).shards("train"),
         data.view(),
         (EncodedView(name, Given(file, kind.paper)),),
         data.crops,

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from experiments.cli import (
     console,
     parse_run,
     prepare_torch,
+    show_outcome,
     speaker,
 )
 from experiments.papers.base import RunSettings
@@ -32,7 +33,6 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
-CORPORA = "licences and how to get them: data/corpora.yaml"
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -103,7 +103,12 @@ def run(argv: Sequence[str]) -> int:
 
 def general_help() -> str:
     """Text of `--help`: what exists and the shape of a command."""
-    lines = [f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]", "", *_papers()]
+    lines = [
+        f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]",
+        "",
+        *_papers(),
+        *_corpora(),
+    ]
     lines += ["", GRAMMAR, "", "options"]
     options = {
         "--scale NAME": "size of the experiment, or the path of a YAML (default: tiny)",
@@ -124,8 +129,7 @@ def general_help() -> str:
 
 def papers_help() -> str:
     """Text of `--paper help`: the papers and their scales, and the corpora."""
-    known = columns({name: corpus.about for name, corpus in corpora().items()})
-    return "\n".join([*_papers(), "", f"corpora, data=NAME data.root=DIR ({CORPORA})", *known])
+    return "\n".join([*_papers(), *_corpora()])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:
@@ -179,32 +183,17 @@ def show_plan(stages: Sequence[Stage], store: Store, out: Path, as_json: bool) -
     print(f"results would go to {out}")
 
 
-def show_outcome(scores: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Print the scores and the paths of what was made.
-
-    Args:
-        scores: name -> number, or a mapping with value and maybe low, high and n.
-        files: name -> path.
-    """
-    table = Table(
-        "score", "value", "95 % interval", "n", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    for name, score in scores.items():
-        row = score if isinstance(score, Mapping) else {"value": score}
-        interval = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
-        value = row["value"]
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, interval, str(row.get("n", "")))
-    console().print(table)
-    print("\n".join(columns({name: str(path) for name, path in files.items()})))
-
-
 def _papers() -> list[str]:
     lines = ["papers and their scales"]
     for paper in PAPERS:
         lines.append(f"  {paper}: {_about(paper)}")
         lines += [f"  {line}" for line in columns({s: _first(paper, s) for s in scales(paper)})]
     return lines
+
+
+def _corpora() -> list[str]:
+    known = columns({name: corpus.about for name, corpus in corpora().items()})
+    return ["", "corpora, data=NAME data.root=DIR (how to get them: data/corpora.yaml)", *known]
 
 
 def _about(paper: str) -> str:

@@ -20,11 +20,13 @@ NAMES.remove("autoencoder")  # which is also the name of a kind of first stage
 
 # what the files of a room may import besides their own room; a prefix stands for all below it
 COMMON, DATA, FILES = "lightning_modules.common", "data", "data.files"
+SAMPLERS = "lightning_modules.samplers"
 ALLOWED = {
     "data": [],
     "lightning_modules/common": [FILES],  # atomic writing and hashes serve every room
+    "lightning_modules/samplers": [COMMON],
     "lightning_modules": [FILES, COMMON, *(f"lightning_modules.{paper}" for paper in PAPERS)],
-    **{f"lightning_modules/{paper}": [FILES, COMMON] for paper in PAPERS},
+    **{f"lightning_modules/{paper}": [FILES, COMMON, SAMPLERS] for paper in PAPERS},
     "eval": [DATA, "lightning_modules"],
     "experiments": [DATA, "eval", "lightning_modules"],
 }
@@ -153,7 +155,7 @@ def test_nobody_imports_a_command() -> None:
 
 def test_every_paper_is_known() -> None:
     folders = {p.name for p in MODULES.iterdir() if (p / "__init__.py").exists()}
-    assert folders == {*PAPERS, "common"} and {"paella", "vqgan"} <= folders & NAMES
+    assert folders == {*PAPERS, "common", "samplers"} and {"paella", "vqgan"} <= folders & NAMES
     assert len(files()) > 40
 
 
@@ -167,6 +169,8 @@ def test_every_paper_is_known() -> None:
         ("lightning_modules/common/x.py", "from data.scenes import draw"),
         ("lightning_modules/common/x.py", "from ..paella import config"),
         ("lightning_modules/paella/x.py", "from lightning_modules.vqgan.module import V"),
+        ("lightning_modules/samplers/x.py", "from lightning_modules.muse import process"),
+        ("lightning_modules/common/x.py", "from lightning_modules.samplers import loop"),
         ("lightning_modules/paella/x.py", "from lightning_modules import registry"),
         ("lightning_modules/paella/x.py", "from ..vqgan import module"),
         ("lightning_modules/vqgan/x.py", "import data.webdata"),

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -155,7 +155,7 @@ class Store:
         except (OSError, KeyError, ValueError):  # made in batches of another size, or its input is
             return False  # damaged, too
         for name, part in zip(parts, sums, strict=True):
-            _note_part(self.folders[stage], name, stage, part)
+            _Noted(stage.key, part, marker["busy"] / len(parts)).write(self.folders[stage], name)
         return True
 
     def _lead(
@@ -177,6 +177,9 @@ class Store:
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
+            if isinstance(stage, SplitStage):
+                parts = stage.parts(self.folders, machine)
+                marker["busy"] = round(sum(_Noted.of(folder, name).seconds for name in parts), 2)
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
             write_json(self.mark(stage), {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
@@ -348,28 +351,20 @@ class _Parts:
 
     def stands(self, i: int, read: bool = False) -> bool:
         """Say whether the files of part i were written, and with `read` whether they are so yet."""
-        name, (key, sums) = self.names[i], self._noted(i)
-        if key != self.stage.key or name not in sums:
+        noted = _Noted.of(self.folder, self.names[i])
+        if not noted.files or noted.key != self.stage.key:
             return False
         if not read:
-            return all((self.folder / file).exists() for file in sums)
+            return all((self.folder / file).exists() for file in noted.files)
         with suppress(OSError):
-            return sums == {file: file_hash(self.folder / file) for file in sums}
+            return noted.files == {f: file_hash(self.folder / f) for f in noted.files}
         return False
 
     def is_damaged(self, i: int) -> bool:
         """Say whether part i, which does not stand, was written once."""
         name = self.names[i]
-        ours = self._noted(i)[0] in (None, self.stage.key)
+        ours = _Noted.of(self.folder, name).key in ("", self.stage.key)
         return ours and (self.folder / name).exists() and (self.folder / f".{name}.sum").exists()
-
-    def _noted(self, i: int) -> tuple[str | None, dict[str, str]]:
-        """Return the key of the stage that wrote part i, and the sums of its files."""
-        try:
-            noted = json.loads((self.folder / f".{self.names[i]}.sum").read_text())
-            return noted["key"], dict(noted["files"])
-        except (OSError, ValueError, TypeError, KeyError):  # not there, no JSON, no such mapping
-            return None, {}
 
     def make(self, i: int) -> bool:
         """Make part i; False where it stands, or another process makes it."""
@@ -381,17 +376,37 @@ class _Parts:
         lock = FileLock(self.folder / f".{name}.lock")
         with suppress(Timeout), lock.acquire(timeout=0):
             if not self.stands(i):
-                self.maker(i)
+                make, begun = self.maker, time.monotonic()
+                make(i)
+                seconds = time.monotonic() - begun
                 files = [*self.stage.beside(i, folders, machine), name]
                 sums = {file: file_hash(self.folder / file) for file in files}
-                _note_part(self.folder, name, self.stage, sums)
+                _Noted(self.stage.key, sums, seconds).write(self.folder, name)
                 return True
         return False
 
 
-def _note_part(folder: Path, name: str, stage: Stage, sums: Mapping[str, str]) -> None:
-    """Note what a part wrote, until the stage is done; no other stage of this home counts it."""
-    write_json(folder / f".{name}.sum", {"key": stage.key, "files": sums})
+class _Noted(NamedTuple):
+    """What stands beside a finished part until the whole stage is done."""
+
+    key: str
+    """Of the stage; parts of another one in the same home are none of this one's."""
+    files: dict[str, str]
+    """Name -> sha256 of all files that it wrote; empty where nothing whole is noted."""
+    seconds: float
+    """How long it took."""
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "_Noted":
+        try:
+            content = json.loads((folder / f".{name}.sum").read_text())
+            noted = cls(content["key"], {**content["files"]}, float(content["seconds"]))
+        except (OSError, ValueError, TypeError, KeyError):  # not there, no JSON, no mapping
+            return cls("", {}, 0.0)
+        return noted if name in noted.files else cls("", {}, 0.0)
+
+    def write(self, folder: Path, name: str) -> None:
+        write_json(folder / f".{name}.sum", self._asdict())
 
 
 def _sum(marker: dict[str, Any]) -> str:

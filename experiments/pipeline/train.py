@@ -108,6 +108,7 @@ class Train(FileStage):
     """One Lightning training, by all ranks."""
 
     NAME = "{what}"
+    VERSION = 2
     RANKS: ClassVar[Any] = "all"
 
     what: str

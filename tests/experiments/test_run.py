@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from data.corpora import corpora
 from experiments.cli import command, parse_run
 from experiments.papers.registry import PAPERS, load, scales
 from experiments.pipeline.plan import plan
@@ -93,6 +94,7 @@ def test_help_says_what_exists(capsys):
     assert main(["--paper", "help"]) == 0
     listed = capsys.readouterr().out
     assert listed.strip() in out
+    assert all(f"  {name} " in listed for name in corpora())
     assert "micro  Smallest Paella that runs every stage" in listed
 
 
