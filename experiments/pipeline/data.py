@@ -67,6 +67,7 @@ class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
     NAME = "data-{split}"
+    VERSION = 2
 
     source: Embedded | OwnShards | Listed
     split: str
@@ -126,6 +127,11 @@ class Captions(Stage):
     first: int = 0
     """Samples that are passed over."""
 
+    @property
+    def split(self) -> str:
+        """The split that they are of."""
+        return self.shards.split
+
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Read them."""
         from data.select import captions
@@ -156,6 +162,11 @@ class Pictures:
     """The pictures of some captions, decoded as validation sees them."""
 
     captions: Captions
+
+    @property
+    def name(self) -> str:
+        """What the stage of their features is called by."""
+        return self.captions.split
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what is known of the pictures, in order."""
@@ -219,6 +230,8 @@ class Data:
     """Captions of val that are asked; as many references are twice."""
     heldout: int
     """The same of heldout."""
+    partial: int
+    """Captions in part that are asked, which have a split of their own."""
 
     def shards(self, split: str, resolution: int | None = None) -> Shards:
         """Return the shards of train, val, heldout, or of the references of the last two."""
@@ -229,6 +242,7 @@ class Data:
             "heldout": c.heldout_size,
             "reference": 2 * self.prompts,
             "heldout_reference": 2 * self.heldout,
+            "partial": self.partial,
         }
         if c.name in EMBEDDED:
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
@@ -249,9 +263,8 @@ class Data:
             corpus = corpora()[c.name]
             try:
                 if corpus.kind in KINDS:
-                    root = Path(os.path.abspath(c.root))
-                    found = index(c.name, root)
-                    return Listed(c.name, str(root), file_stamps(list(map(str, found))))
+                    found = file_stamps(list(map(str, index(c.name, c.root))))
+                    return Listed(c.name, os.path.abspath(c.root), found)
                 train, official = shards_of(c.name, c.root)
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.root: {error}") from error
