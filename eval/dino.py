@@ -14,7 +14,7 @@ from torch import Tensor
 from eval.networks import Images, content_of, exact, in_threads
 from eval.rows import Asked, Measure, Measured
 from eval.spaces import SPACES
-from lightning_modules.common.checkpoint import load_foreign, load_strict
+from lightning_modules.common.checkpoint import load_foreign
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,11 +80,15 @@ def load_dino(path: Path) -> Any:
         use_swiglu_ffn=gated,
     )
     state["embeddings.position_embeddings"] = resized_positions(positions, SIDE // patch)
-    with torch.random.fork_rng(devices=[]):
-        network = Dinov2Model(config)
-    own = network.state_dict()
-    state.setdefault("embeddings.mask_token", own["embeddings.mask_token"])  # of training only
-    load_strict(network, state, str(path))
+    state.setdefault("embeddings.mask_token", torch.zeros(1, width))  # of training only
+    # in memory transformers calls some tensors otherwise than in files
+    loaded: Any = Dinov2Model.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32
+    )
+    network, found = loaded
+    wrong = sorted(str(k) for kind in found.values() for k in kind)
+    if wrong:
+        raise ValueError(f"{path} is no DINOv2: {len(wrong)} tensors do not fit, first {wrong[0]}")
     return network.eval().requires_grad_(False)
 
 

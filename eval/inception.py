@@ -149,7 +149,8 @@ def tensorflow_resize(images: Tensor, side: int = SIDE) -> Tensor:
     """
 
     def lines(length: int) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.arange(side, dtype=torch.float64) * (length / side)
+        # places in float32, as TensorFlow has them: far to the right they are off by 1e-4 pixels
+        place = torch.arange(side, dtype=torch.float32) * torch.tensor(length / side)
         low = place.floor().long()
         share = (place - low).to(images)
         return low.to(images.device), (low + 1).clamp(max=length - 1).to(images.device), share
