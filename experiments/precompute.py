@@ -15,10 +15,8 @@ from typing import Any, ClassVar, Literal
 from data.cached import INDEX, differences, read_index
 from data.config import DataConfig
 from experiments.cli import Parser, command, counted, prepare_torch, speaker
-from experiments.papers.autoencoder import AUTOENCODER
 from experiments.papers.base import FirstStageKind, device_of, measures_of_file, used_text
 from experiments.papers.registry import PAPERS, with_corpus
-from experiments.papers.vqgan import TOKENIZER
 from experiments.pipeline.data import Data
 from experiments.pipeline.encode import Encode, EncodedView
 from experiments.pipeline.first_stage import Given
@@ -180,7 +178,8 @@ def kind_of(file: Path) -> FirstStageKind:
     Raises:
         ConfigError: it holds none.
     """
-    found = [kind for kind in (TOKENIZER, AUTOENCODER) if measures_of_file(kind, file) is not None]
+    kinds = {paper.FIRST_STAGE.section: paper.FIRST_STAGE for paper in PAPERS.values()}
+    found = [kind for kind in kinds.values() if measures_of_file(kind, file) is not None]
     if not found:
         raise ConfigError(
             f"--tokenizer: {file} is no tokenizer or autoencoder of this suite; "
