@@ -34,7 +34,9 @@ class DataConfig:
     root: str | None = None
     """Folder of a corpus, such as data=coco2014 or data=imagefolder."""
     shards: str | None = None
-    """Your training shards: folder, glob or range, e.g. path/{00000..00009}.tar."""
+    """Your training shards: folder, glob, range such as path/{00000..00009}.tar, or URL."""
+    allow_pipe: bool = False
+    """Let data.shards name commands, pipe:COMMAND, whose output is a shard."""
     val_shards: str | None = None
     """Your validation shards; null keeps about 2 % of the training samples, chosen by key (of small
     sets more: about 16 samples, at most half)."""

@@ -14,10 +14,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from data.listing import count_listing, listing_keys, read_listing
 from data.parquet import count_parquet, parquet_keys, read_parquet
+from data.remote import PIPE, open_shard
+from data.remote import stamp_of as stamp
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 UNSAFE_NAME = "unsafe name"
@@ -44,21 +46,12 @@ def reader_of(url: str) -> Reader:
     Raises:
         ValueError: its name has another ending than those of READERS.
     """
+    if url.startswith(PIPE):
+        return READERS[".tar"]
     ending = next((name for name in READERS if url.lower().endswith(name)), None)
     if ending is None:
         raise ValueError(f"{url} is no shard: its name ends in none of {', '.join(READERS)}")
     return READERS[ending]
-
-
-def open_shard(url: str) -> BinaryIO:
-    """Open a shard to read and seek in it."""
-    return open(url, "rb")
-
-
-def stamp(url: str) -> tuple[int, int]:
-    """Return size and time of a shard; where these are others, so is its content."""
-    status = os.stat(url)
-    return status.st_size, status.st_mtime_ns
 
 
 def split_name(name: str) -> tuple[str, str]:

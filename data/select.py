@@ -6,12 +6,11 @@ comes before. A picture that cannot be decoded leaves a gap.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 from data.images import decode_image, open_image
+from data.names import number
 from data.shards import (
     FILTERED,
     OTHER_SPLIT,
@@ -24,33 +23,23 @@ from data.shards import (
 )
 from data.view import MAX_SKIPPED, ShardList, View
 
-AESTHETIC = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")
-
-
-def number(meta: dict[str, Any], names: Sequence[str]) -> float:
-    """Return the first number that metadata hold under one of several names, else nan."""
-    for name in names:
-        with suppress(KeyError, TypeError, ValueError, OverflowError):
-            return float(meta[name])
-    return float("nan")
-
 
 def check_metadata(sample: Sample, view: View) -> Sample:
     """Let a sample pass, or raise SampleError with the metadata filter that stops it."""
     meta = sample["meta"]
     if view.min_size is not None:
-        size = [number(meta, [f"original_{side}"]) for side in ("width", "height")]
+        size = [number("width", meta), number("height", meta)]
         if any(value != value for value in size):  # nan: img2dataset was not the source
             size = [float(value) for value in open_image(sample["data"]).size]
         if min(size) < view.min_size:
             raise SampleError(f"{FILTERED}min_size")
     # "not >=" and "not <=", so that a score that is missing does not pass
     least, watermark, unsafe = view.min_aesthetic, view.max_pwatermark, view.max_punsafe
-    if least is not None and not number(meta, AESTHETIC) >= least:
+    if least is not None and not number("aesthetic", meta) >= least:
         raise SampleError(f"{FILTERED}min_aesthetic")
-    if watermark is not None and not number(meta, ["pwatermark"]) <= watermark:
+    if watermark is not None and not number("pwatermark", meta) <= watermark:
         raise SampleError(f"{FILTERED}max_pwatermark")
-    if unsafe is not None and not number(meta, ["punsafe"]) <= unsafe:
+    if unsafe is not None and not number("punsafe", meta) <= unsafe:
         raise SampleError(f"{FILTERED}max_punsafe")
     return sample
 

@@ -270,7 +270,7 @@ def read_samples(
             skips.add({SEEN: 1})
             yield sample
         if broken:
-            whole = os.path.getsize(url) if os.path.exists(url) else 0
+            whole = _size(url)
             unread = count * (whole - length) // max(1, length)
             lacking = _fullest(url, siblings) - count
             skips.lose(broken, url, max(1, lacking if lacking > 0 else unread))
@@ -285,11 +285,15 @@ def _files(sample: Sample) -> Iterator[bytes]:
 
 def _fullest(broken: str, siblings: Sequence[str]) -> int:
     """Return how many samples the largest other shard holds; 0 without one."""
-    others = [url for url in siblings if url != broken and os.path.exists(url)]
-    if not others:
+    fullest = max((url for url in siblings if url != broken), key=_size, default=None)
+    if fullest is None:
         return 0
-    fullest = max(others, key=os.path.getsize)
     return reader_of(fullest).count(fullest)
+
+
+def _size(url: str) -> int:
+    """Return the bytes of a shard; 0 of one that is gone, and of a remote one, which costs time."""
+    return os.path.getsize(url) if os.path.exists(url) else 0
 
 
 def apply(

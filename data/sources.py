@@ -46,6 +46,7 @@ def find_shards(
     val_shards: str | Sequence[str] | None,
     split: str,
     limit: int | None = None,
+    allow_pipe: bool = False,
 ) -> ShardList:
     """List a user's shards of a split; without `val_shards` some keys of `shards` are validation.
 
@@ -54,6 +55,7 @@ def find_shards(
         val_shards: pattern of the validation shards.
         split: train or val.
         limit: at most so many samples.
+        allow_pipe: let shards be the output of commands.
 
     Raises:
         ValueError: another split, a pattern that matches nothing, or shards in which validation
@@ -63,8 +65,8 @@ def find_shards(
         raise ValueError(f"shards have the splits train, val, not {split!r}")
     if val_shards is not None:
         own = shards if split == "train" else val_shards
-        return ShardList(tuple(expand_shards(own)), limit=limit)
-    paths = tuple(expand_shards(shards))
+        return ShardList(tuple(expand_shards(own, allow_pipe)), limit=limit)
+    paths = tuple(expand_shards(shards, allow_pipe))
     return ShardList(paths, holdout_share(paths), split == "val", limit)
 
 

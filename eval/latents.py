@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.scenes import scene_masks
+from data.scene_drawing import scene_masks
 from eval.frechet import frechet_score
 from eval.interval import Score, mean_score
 from eval.metric import Metric

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.scene_captions import AskedScene
+from data.scene_drawing import Scene
 from eval.classifier_network import Classifier
 from eval.interval import Scored, mean_score
 from eval.latents import (
@@ -258,7 +260,8 @@ def score_reconstruction(
         scores[f"{prefix}/codebook_perplexity"] = {"value": perplexity, "model": model, **codes}
     verdicts: list[dict[str, Any]] = [{} for _ in range(len(made))]
     if "labels" in made.rows:
-        accuracies, verdicts = score_labels(made, asked, prefix=prefix, **what)
+        shown = [AskedScene.of(Scene.from_attributes(a["attributes"])) for a in asked]
+        accuracies, verdicts = score_labels(made, shown, prefix=prefix, **what)
         scores |= accuracies
     if any(NOISE in name for name in made.rows):
         scores |= score_smoothness(made, prefix=prefix, **what)

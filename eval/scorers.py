@@ -41,6 +41,7 @@ class Scorer(Protocol):
 
 SCORERS: dict[str, Scorer] = {
     "scenes": scenes.score_scenes,
+    "clip_scenes": scenes.score_cosine,
     "digits": digits.score_digits,
     "features": features.score_features,
     "reconstruction": reconstruction_scores.score_reconstruction,

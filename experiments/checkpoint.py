@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from experiments.cli import blame, first_line
 from experiments.papers.registry import PAPERS
@@ -105,3 +106,29 @@ def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
             )
         setattr(text, name, value)  # the encoder reads it when it is first used
     return changed.sampling
+
+
+def checkpoint_files(path: Path, tokenizer: Path | None = None) -> tuple[tuple[Path, ...], Path]:
+    """Return the files that a generator's checkpoint works with, and its first stage among them.
+
+    Args:
+        path: the checkpoint's file.
+        tokenizer: its first stage, where it is not the one that is named beside it.
+
+    Raises:
+        ConfigError: nothing names its first stage, or a file is not there.
+    """
+    with safe_open(path, "np") as weights:
+        config = json.loads((weights.metadata() or {}).get("config", "{}"))
+    side = path.with_suffix(".json")
+    beside = json.loads(side.read_text()) if side.is_file() else {}
+    named = beside.get("first_stage", config.get("first_stage", config.get("tokenizer")))
+    if tokenizer is None and not isinstance(named, dict):
+        raise ConfigError(f"nothing beside {path} names its first stage; give --tokenizer")
+    first = tokenizer or path.parent / named["file"]
+    others = [*beside.get("parts", {}).values(), *beside.get("further", {}).values()]
+    files = (first, *(path.parent / other["file"] for other in others))
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{path} needs {file}, which is not there")
+    return files, first

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from experiments.cli import (
     console,
     parse_run,
     prepare_torch,
+    show_outcome,
     speaker,
 )
 from experiments.papers.base import RunSettings
@@ -180,26 +181,6 @@ def show_plan(stages: Sequence[Stage], store: Store, out: Path, as_json: bool) -
         table.add_row(row["stage"], row["key"], Text(row["would"], colour), row["folder"])
     console().print(table)
     print(f"results would go to {out}")
-
-
-def show_outcome(scores: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Print the scores and the paths of what was made.
-
-    Args:
-        scores: name -> number, or a mapping with value and maybe low, high and n.
-        files: name -> path.
-    """
-    table = Table(
-        "score", "value", "95 % interval", "n", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    for name, score in scores.items():
-        row = score if isinstance(score, Mapping) else {"value": score}
-        interval = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
-        value = row["value"]
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, interval, str(row.get("n", "")))
-    console().print(table)
-    print("\n".join(columns({name: str(path) for name, path in files.items()})))
 
 
 def _papers() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -67,6 +67,7 @@ class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
     NAME = "data-{split}"
+    VERSION = 2
 
     source: Embedded | OwnShards | Listed
     split: str
@@ -98,7 +99,13 @@ class Shards(Stage):
         else:
             val = None if source.val is None else [stamp.path for stamp in source.val]
             train = [stamp.path for stamp in source.train]
-            shards = find_shards(train, val, self.split, self.size)
+            shards = find_shards(
+                train,
+                val,
+                self.split,
+                self.size,
+                allow_pipe=True,  # the settings allowed it
+            )
             shards.save(folder / "shards.json")
         return {"shards": len(shards.paths)}
 
@@ -119,6 +126,11 @@ class Captions(Stage):
     """Samples, at most."""
     first: int = 0
     """Samples that are passed over."""
+
+    @property
+    def split(self) -> str:
+        """The split that they are of."""
+        return self.shards.split
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Read them."""
@@ -150,6 +162,11 @@ class Pictures:
     """The pictures of some captions, decoded as validation sees them."""
 
     captions: Captions
+
+    @property
+    def name(self) -> str:
+        """What the stage of their features is called by."""
+        return self.captions.split
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what is known of the pictures, in order."""
@@ -213,6 +230,8 @@ class Data:
     """Captions of val that are asked; as many references are twice."""
     heldout: int
     """The same of heldout."""
+    partial: int
+    """Captions in part that are asked, which have a split of their own."""
 
     def shards(self, split: str, resolution: int | None = None) -> Shards:
         """Return the shards of train, val, heldout, or of the references of the last two."""
@@ -223,6 +242,7 @@ class Data:
             "heldout": c.heldout_size,
             "reference": 2 * self.prompts,
             "heldout_reference": 2 * self.heldout,
+            "partial": self.partial,
         }
         if c.name in EMBEDDED:
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
@@ -243,15 +263,15 @@ class Data:
             corpus = corpora()[c.name]
             try:
                 if corpus.kind in KINDS:
-                    root = Path(os.path.abspath(c.root))
-                    found = index(c.name, root)
-                    return Listed(c.name, str(root), tuple(map(_stamp, map(str, found))))
+                    found = file_stamps(list(map(str, index(c.name, c.root))))
+                    return Listed(c.name, os.path.abspath(c.root), found)
                 train, official = shards_of(c.name, c.root)
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.root: {error}") from error
             val = val or official
-        shards = stamps("data.shards", train)
-        return OwnShards(shards, None if val is None else stamps("data.val_shards", val))
+        shards = stamps("data.shards", train, c.allow_pipe)
+        own = None if val is None else stamps("data.val_shards", val, c.allow_pipe)
+        return OwnShards(shards, own)
 
     def view(self, resolution: int | None = None) -> View:
         """Return how training sees a sample."""
@@ -273,21 +293,27 @@ class Data:
         return Captions(shards, self.view(), shards.size)
 
 
-def stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+def stamps(
+    setting: str, pattern: str | list[str], allow_pipe: bool = False
+) -> tuple[FileStamp, ...]:
     """Return the shards of a pattern, which a message calls by its setting.
 
     Raises:
-        ConfigError: a pattern that matches nothing.
+        ConfigError: a pattern that matches nothing, or a remote shard that is not there.
     """
     from data.patterns import expand_shards
+    from data.remote import is_remote
 
     try:
-        paths = [os.path.abspath(path) for path in expand_shards(pattern)]
-    except ValueError as error:
+        found = expand_shards(pattern, allow_pipe)
+        return file_stamps([p if is_remote(p) else os.path.abspath(p) for p in found])
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{setting}: {error}") from error
-    return tuple(map(_stamp, paths))
 
 
-def _stamp(path: str) -> FileStamp:
-    status = os.stat(path)
-    return FileStamp(path, status.st_size, status.st_mtime_ns)
+def file_stamps(paths: Sequence[str]) -> tuple[FileStamp, ...]:
+    """Return what files, local or remote, are known by."""
+    from data.remote import stamps_of
+
+    found = zip(paths, stamps_of(paths), strict=True)
+    return tuple(FileStamp(path, size, mark) for path, (size, mark) in found)

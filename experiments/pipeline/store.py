@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -144,7 +144,7 @@ class Store:
         except (OSError, KeyError, ValueError):  # made in batches of another size, or its input is
             return False  # damaged, too
         for name, part in zip(parts, sums, strict=True):
-            write_json(self.folders[stage] / f".{name}.sum", part)
+            _Noted(part, marker["busy"] / len(parts)).write(self.folders[stage], name)
         return True
 
     def _lead(
@@ -166,6 +166,9 @@ class Store:
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
+            if isinstance(stage, SplitStage):
+                parts = stage.parts(self.folders, machine)
+                marker["busy"] = round(sum(_Noted.of(folder, name).seconds for name in parts), 2)
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
             write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
@@ -317,10 +320,9 @@ class _Parts:
     def stands(self, i: int) -> bool:
         """Say whether the files of part i are as they were written."""
         try:
-            sums = json.loads((self.folder / f".{self.names[i]}.sum").read_text())
-            files = {name: file_hash(self.folder / name) for name in sums}
-            return self.names[i] in sums and files == sums
-        except (OSError, ValueError, TypeError):  # not there, no JSON, no mapping
+            noted = _Noted.of(self.folder, self.names[i]).files
+            return bool(noted) and noted == {f: file_hash(self.folder / f) for f in noted}
+        except OSError:
             return False
 
     def is_damaged(self, i: int) -> bool:
@@ -338,12 +340,35 @@ class _Parts:
         lock = FileLock(self.folder / f".{name}.lock")
         with suppress(Timeout), lock.acquire(timeout=0):
             if not self.stands(i):
-                self.maker(i)
+                make, begun = self.maker, time.monotonic()
+                make(i)
+                seconds = time.monotonic() - begun
                 files = [*self.stage.beside(i, folders, machine), name]
                 sums = {file: file_hash(self.folder / file) for file in files}
-                write_json(self.folder / f".{name}.sum", sums)
+                _Noted(sums, seconds).write(self.folder, name)
                 return True
         return False
+
+
+class _Noted(NamedTuple):
+    """What stands beside a finished part until the whole stage is done."""
+
+    files: dict[str, str]
+    """Name -> sha256 of all files that it wrote; empty where nothing whole is noted."""
+    seconds: float
+    """How long it took."""
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "_Noted":
+        try:
+            content = json.loads((folder / f".{name}.sum").read_text())
+            noted = cls({**content["files"]}, float(content["seconds"]))
+        except (OSError, ValueError, TypeError, KeyError):  # not there, no JSON, no mapping
+            return cls({}, 0.0)
+        return noted if name in noted.files else cls({}, 0.0)
+
+    def write(self, folder: Path, name: str) -> None:
+        write_json(folder / f".{name}.sum", self._asdict())
 
 
 def _sum(marker: dict[str, Any]) -> str:

@@ -111,8 +111,8 @@ def test_a_path_may_hold_a_comma(tmp_path: Path) -> None:
         ("{at}/00000.tar,{at}/none.tar", "no shard matches .*none.tar"),
         ("{at}/{{0,none}}*.tar", "no shard matches .*none"),
         ("{at}/{{00000..00002}}.tar", "00001.tar does not exist"),
-        ("pipe:cat x.tar", "not a local path"),
-        ("https://host/x.tar", "not a local path"),
+        ("pipe:cat x.tar", "add data.allow_pipe=true"),
+        ("nope://host/*.tar", "nope://host/\\*.tar cannot be read here"),
     ],
 )
 def test_a_wrong_pattern_is_named(tmp_path: Path, pattern: str, says: str) -> None:

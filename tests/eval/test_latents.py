@@ -82,7 +82,7 @@ def test_scenes_give_the_masks() -> None:
     """Latents that are the number of the thing, plus noise: sigma^2 is the noise, rho the gaps."""
     shown = [s["attributes"] for s in drawn(40)]
     side, noise = 16, 0.1
-    from data.scenes import scene_masks
+    from data.scene_drawing import scene_masks
 
     things = np.stack([scene_masks(a, 32, side)[0] for a in shown])
     assert set(np.unique(things)) == {0, 1, 2}

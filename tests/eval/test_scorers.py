@@ -26,6 +26,7 @@ from tests.tiny_networks import clip_file, inception_file
 SCENES = SceneRows.of(32, 2)
 EXTRACTORS: dict[str, Extractor] = {
     "scenes": SCENES,
+    "clip_scenes": SCENES,
     "digits": DigitRows(),
     "features": FeatureRows(),
     "reconstruction": ReconstructionRows(scenes=SCENES, levels=(0.0, 0.2), compress=True),

@@ -20,6 +20,7 @@ from experiments.pipeline.runner import execute
 from experiments.pipeline.stage import Stage
 from experiments.settings import UserError, describe
 from lightning_modules.common.checkpoint import load_weights
+from tests import planted
 
 PIPELINE = Path(__file__).parents[3] / "experiments" / "pipeline"
 Stages = list[tuple[str, str]]  # name and key
@@ -39,18 +40,21 @@ def changes(before: Stages, after: Stages) -> set[str]:
     return {name for name, key in after if (name, key) not in before}
 
 
-DRAWN = {"sample-val", "features-sample-val", "sample-heldout", "features-sample-heldout", "score"}
+SPLITS = ("val", "heldout", "partial")
+DRAWN = {f"{what}sample-{split}" for what in ("", "features-") for split in SPLITS} | {"score"}
 TRAINED = {"train", "generator", *DRAWN}
 FIRST = {"tokenizer", "encode", "features-val", *TRAINED}
 ASKED = {"captions-val", "sample-val", "features-sample-val", "features-val", "score"}
 OTHERS = {"data-reference", "captions-reference", "features-reference"}
 HELDOUT = {"captions-heldout", "sample-heldout", "features-sample-heldout", "score"}
 HELDOUT_OTHERS = {f"{k}-heldout_reference" for k in ("data", "captions", "features")}
+PARTIAL = {f"{k}-partial" for k in ("data", "captions", "sample", "features-sample")} | {"score"}
 TABLE: list[tuple[str, str, set[str]]] = [
     ("paella", "sampling.steps=2", DRAWN),
     ("paella", "eval.seed=1", {*DRAWN, "features-val"}),
     ("paella", "eval.prompts=8", ASKED | OTHERS),
     ("paella", "eval.heldout=8", HELDOUT | HELDOUT_OTHERS),
+    ("paella", "eval.partial=8", PARTIAL),
     ("paella", "eval.traces=1", {"sample-val", "features-sample-val", "score"}),
     ("paella", "eval.bootstrap=30", {"score"}),
     ("paella", "eval.grid=8", {"features-val", "score"}),
@@ -93,7 +97,8 @@ def test_papers_share_a_first_stage() -> None:
 OF_TRAINERS = ("accelerator", "strategy", "compile", "keep_every", "val_batches", "log_every",
                "progress")  # fmt: skip
 MACHINE = {"logger", "cache", "data.max_skipped", "eval.batch_size"}
-WITHOUT_PICTURES = {"data.cache", "data.heldout_size", "eval.heldout", "eval.traces", "eval.edits"}
+WITHOUT_PICTURES = {"data.cache", "data.heldout_size", "eval.heldout", "eval.partial"}
+WITHOUT_PICTURES |= {"eval.traces", "eval.edits"}
 
 
 def machine(paper: str) -> set[str]:
@@ -111,7 +116,7 @@ def machine(paper: str) -> set[str]:
 
 def idle(paper: str) -> set[str]:
     """Settings that nothing reads at scale micro."""
-    found = {"data.val_shards"}  # of shards that are not drawn
+    found = {"data.val_shards", "data.allow_pipe"}  # of shards that are not drawn
     if PAPERS[paper].FIRST_STAGE.paper == paper:
         return found | WITHOUT_PICTURES
     read = ("name", "width", "layers", "buckets", "max_length")  # by the encoder `bytes`
@@ -156,7 +161,7 @@ def test_every_setting_is_in_a_key_or_of_the_machine_or_idle(paper: str, tmp_pat
     file.write_bytes(b"other")
     before, unkeyed = keys(paper, run), set()
     for setting in describe(run):
-        if setting.key in ("data.name", "data.shards"):  # see below
+        if setting.key in ("data.name", "data.shards", "data.root"):  # see below
             continue
         results = []
         for value in others(setting.default, setting.type, file):
@@ -244,6 +249,22 @@ def test_shards_are_known_by_their_files(tmp_path: Path) -> None:
     assert own_val != before
     (tmp_path / "1.tar").write_bytes(b"1" * 2048)
     assert tokenizer(spelled[0]) != before
+
+
+def test_a_corpus_is_known_by_its_lists_and_folders(tmp_path: Path) -> None:
+    planted.coco(tmp_path / "coco", train=2, val=2)
+
+    def made() -> dict[str, str]:
+        words = ["data=coco2014", f"data.root={tmp_path / 'coco'}"]
+        return dict(keys("vqgan", load("vqgan", "micro", words)))
+
+    before = made()
+    assert made() == before
+    planted.picture(tmp_path / "coco" / "train2014" / "COCO_train2014_000000000099.jpg")
+    between = made()
+    assert between["data-train"] != before["data-train"]
+    (tmp_path / "coco" / "annotations" / "captions_val2014.json").touch()
+    assert made()["data-val"] != between["data-val"]
 
 
 # What a stage is ----
