@@ -109,7 +109,11 @@ def bench_features(pictures: int, size: int, repeats: int) -> None:
 def write_rows(folder: Path, count: int) -> None:
     """Rows as a features stage leaves them: pool3, spatial features and classes."""
     rng = np.random.default_rng(0)
-    widths = {"features.inception": 2048, "spatial.inception": 2023, "probabilities.inception": 1008}
+    widths = {
+        "features.inception": 2048,
+        "spatial.inception": 2023,
+        "probabilities.inception": 1008,
+    }
     for first in range(0, count, PART):
         rows = {
             name: rng.random((min(PART, count - first), width), np.float32)
@@ -128,7 +132,9 @@ def score_all(folder: Path, scores: list[str]) -> None:
         start = time.process_time()
         SCORERS[name](made, [], real, prefix="eval", resamples=100, seed=0)
         core, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"memory {name}: {core:.0f} s of a core, peak so far {peak / 1024:.0f} MB", flush=True)
+        print(
+            f"memory {name}: {core:.0f} s of a core, peak so far {peak / 1024:.0f} MB", flush=True
+        )
 
 
 def bench_memory(count: int, scores: list[str]) -> None:
