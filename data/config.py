@@ -5,15 +5,38 @@ from typing import Literal
 
 from data.view import MAX_SKIPPED, Crop, Order, View
 
+EMBEDDED = ("scenes", "digits")  # drawn or shipped
+
 
 @dataclass
 class DataConfig:
     """Which captioned images, and how they become pictures of one size."""
 
-    name: Literal["scenes", "digits", "shards"] = "scenes"
-    """scenes: drawn by the project; digits: handwritten, of scikit-learn; shards: your own."""
+    name: Literal[
+        "scenes",
+        "digits",
+        "shards",
+        "laion",
+        "cc3m",
+        "cc12m",
+        "coco2014",
+        "coco2017",
+        "imagenet",
+        "ffhq",
+        "celebahq",
+        "cub200",
+        "oxford102",
+        "imagefolder",
+        "parquet",
+    ] = "scenes"
+    """scenes: drawn by the project; digits: handwritten, of scikit-learn; shards: your own; else a
+    corpus in data.root, see --paper help."""
+    root: str | None = None
+    """Folder of a corpus, such as data=coco2014 or data=imagefolder."""
     shards: str | None = None
-    """Your training shards: folder, glob or range, e.g. path/{00000..00009}.tar."""
+    """Your training shards: folder, glob, range such as path/{00000..00009}.tar, or URL."""
+    allow_pipe: bool = False
+    """Let data.shards name commands, pipe:COMMAND, whose output is a shard."""
     val_shards: str | None = None
     """Your validation shards; null keeps about 2 % of the training samples, chosen by key (of small
     sets more: about 16 samples, at most half)."""
@@ -50,12 +73,23 @@ class DataConfig:
     """Drop images whose probability of a watermark is higher or missing."""
     max_punsafe: float | None = None
     """Drop images whose probability of unsafe content is higher or missing."""
+    min_caption: int | None = None
+    """Drop captions of fewer characters, and images that have no other."""
+    max_caption: int | None = None
+    """Drop captions of more characters, and images that have no other."""
+    caption: str | None = None
+    """Caption of images that have none; null leaves these out."""
 
     def __post_init__(self) -> None:
-        if self.shards is not None:
+        if self.shards is not None and self.name in EMBEDDED:
             self.name = "shards"
         if self.name == "shards" and self.shards is None:
             raise ValueError("shards must name your shards when name is shards")
+        if self.name in (*EMBEDDED, "shards"):
+            if self.root is not None:
+                raise ValueError(f"root goes with a corpus, not with {self.name}")
+        elif self.root is None and self.shards is None:
+            raise ValueError(f"root must name the folder of {self.name}")
         sizes = {"resolution": 8, "train_size": 1, "val_size": 1, "heldout_size": 1}
         for name, lowest in {**sizes, "seed": 0, "shuffle_buffer": 0, "workers": 0}.items():
             if getattr(self, name) < lowest:
@@ -64,7 +98,10 @@ class DataConfig:
             raise ValueError(f"max_objects must be 2, 3 or 4, got {self.max_objects}")
         if not 0 <= self.max_skipped < 1:
             raise ValueError(f"max_skipped must be in [0, 1), got {self.max_skipped}")
-        if self.flip and self.name != "shards":
+        for name in ("min_caption", "max_caption"):
+            if (length := getattr(self, name)) is not None and length < 1:
+                raise ValueError(f"{name} must be at least 1, got {length}")
+        if self.flip and self.name in EMBEDDED:
             raise ValueError(f"flip must be false for {self.name}: mirrored, the caption is wrong")
 
     def view(self) -> View:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASES = (
@@ -36,6 +35,8 @@ def digits(split: str, *, resolution: int = 32, seed: int = 0) -> Iterator[dict[
     Raises:
         ValueError: an unknown split.
     """
+    from sklearn.datasets import load_digits  # a second, which the phrases alone do not cost
+
     if split not in ("train", "val"):
         raise ValueError(f"digits have the splits train, val, not {split!r}")
     source = load_digits()

@@ -4,9 +4,6 @@ Writing is deterministic and atomic. Reading is a chain of generators over stage
 shard list -> tar members -> samples -> caption and metadata -> shuffle -> pixels. A bad sample is
 counted by reason and left out; too many bad ones end the run. Of a shard that breaks off it is
 estimated how many samples are lost.
-
-A key is webdataset's: the path in the tar up to the first dot of the file name. Names that begin
-with a dot, such as the ._ files that macOS adds, are no members.
 """
 
 import io
@@ -17,9 +14,7 @@ import random
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +23,9 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from data.files import atomic, decode_text
+from data.readers import IMAGE_KEYS, Sample, is_image, reader_of
 from data.view import MAX_SKIPPED
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 SEEN = "seen"
 FILTERED = "filtered: "
 OTHER_SPLIT = f"{FILTERED}other split"
@@ -38,8 +33,6 @@ LOST = "in broken shards (estimated)"
 WINDOW = 500
 IN_A_ROW = 20_000
 BLOCK = 512  # what headers and contents of a tar are multiples of
-
-Sample = dict[str, Any]
 
 
 def write_shards(
@@ -248,33 +241,6 @@ class SampleError(Exception):
         self.images = images
 
 
-def is_member(name: str) -> bool:
-    """Say whether a file of a tar belongs to a sample: its name does not begin with a dot."""
-    return not os.path.basename(name).startswith(".")
-
-
-def image_keys(url: str) -> Iterator[str]:
-    """Yield the key of every image in a shard, from the headers alone, as far as it can be read."""
-    with suppress(OSError, tarfile.TarError), tarfile.open(url) as tar:
-        for member in tar:
-            if member.isreg() and is_member(member.name) and _is_image(member.name):
-                yield split_name(member.name)[0]
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return the key of a file in a tar, and its suffix in lower case; "" where it has none."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    key = f"{folder}{slash}{stem}"
-    # a name that is not UTF-8 becomes one: texts and tables hold no other
-    return key.encode(errors="surrogateescape").decode(errors="backslashreplace"), suffix.lower()
-
-
-def _is_image(name: str) -> bool:
-    """Say whether a file name, or one with dots that lost its key, ends as an image's does."""
-    return "." in name and name.lower().rpartition(".")[2] in IMAGE_KEYS
-
-
 def read_samples(
     urls: Iterable[str], skips: SkipCounter, siblings: Sequence[str] = ()
 ) -> Iterator[Sample]:
@@ -288,59 +254,29 @@ def read_samples(
     """
     barren = 0
     for url in urls:
-        errors: list[Exception] = []
+        broken: Exception | None = None
         count, length = 0, 0
-        for sample in _grouped(_contents(url, errors), url):
+        samples = reader_of(url).read(url, 0)
+        while True:
+            try:
+                sample = next(samples, None)
+            except Exception as error:  # whatever a damaged file makes of its reader
+                broken = error
+                break
+            if sample is None:
+                break
             count += 1
             length += sum(BLOCK + len(data) + -len(data) % BLOCK for data in _files(sample))
             skips.add({SEEN: 1})
             yield sample
-        if errors:
-            whole = os.path.getsize(url) if os.path.exists(url) else 0
+        if broken:
+            whole = _size(url)
             unread = count * (whole - length) // max(1, length)
             lacking = _fullest(url, siblings) - count
-            skips.lose(errors[0], url, max(1, lacking if lacking > 0 else unread))
-        barren = 0 if count or errors else barren + 1
+            skips.lose(broken, url, max(1, lacking if lacking > 0 else unread))
+        barren = 0 if count or broken else barren + 1
         if barren >= 1000:
             raise ValueError(f"the last {barren} shards held no sample at all; the last was {url}")
-
-
-def _contents(url: str, errors: list[Exception]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files in a tar; an error ends it and is added to `errors`."""
-    try:
-        with tarfile.open(url) as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or they are all kept
-                if member.isreg() and is_member(member.name):
-                    yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
-            # tarfile takes a header that it cannot read for the end, which is marked by zeros
-            file, ends = tar.fileobj, False
-            assert file is not None
-            file.seek(tar.offset)
-            while (rest := file.read(2**20)) and (ends := not rest.strip(b"\0")):
-                pass
-            if not ends:
-                raise tarfile.ReadError("the tar breaks off: after its last file there is no end")
-    except Exception as error:  # whatever a damaged archive makes of its reader
-        errors.append(error)
-
-
-def _grouped(members: Iterable[tuple[str, bytes]], url: str) -> Iterator[Sample]:
-    """Put files that follow each other and have one key together; a suffix comes once in a sample.
-
-    As webdataset does, but a suffix that repeats begins another sample.
-    """
-    key, files = "", dict[str, bytes]()
-    for name, data in members:
-        its_key, suffix = split_name(name)
-        if files and (its_key != key or suffix in files):
-            yield {**files, "__key__": key, "__url__": url}
-            files = {}
-        if suffix:
-            key = its_key
-            files[suffix] = data
-    if files:
-        yield {**files, "__key__": key, "__url__": url}
 
 
 def _files(sample: Sample) -> Iterator[bytes]:
@@ -348,14 +284,16 @@ def _files(sample: Sample) -> Iterator[bytes]:
 
 
 def _fullest(broken: str, siblings: Sequence[str]) -> int:
-    """Return how many images the largest other shard holds; 0 without one."""
-    others = [url for url in siblings if url != broken and os.path.exists(url)]
-    return _count_images(max(others, key=os.path.getsize)) if others else 0
+    """Return how many samples the largest other shard holds; 0 without one."""
+    fullest = max((url for url in siblings if url != broken), key=_size, default=None)
+    if fullest is None:
+        return 0
+    return reader_of(fullest).count(fullest)
 
 
-@lru_cache
-def _count_images(url: str) -> int:
-    return sum(1 for _ in image_keys(url))
+def _size(url: str) -> int:
+    """Return the bytes of a shard; 0 of one that is gone, and of a remote one, which costs time."""
+    return os.path.getsize(url) if os.path.exists(url) else 0
 
 
 def apply(
@@ -383,9 +321,11 @@ def parse(raw: Sample, seed: int = 0) -> Sample:
         {"key", "url", "caption", "data" encoded image, "meta" dict}.
 
     Raises:
-        SampleError: no image, a text that cannot be decoded, no caption that says anything, or a
-            KEY.json that is no JSON object.
+        SampleError: what the reader found at fault, no image, a text that cannot be decoded, no
+            caption that says anything, or a KEY.json that is no JSON object.
     """
+    if "__fault__" in raw:
+        raise SampleError(raw["__fault__"])
     try:
         meta = json.loads(raw.get("json") or "{}", parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
@@ -394,7 +334,7 @@ def parse(raw: Sample, seed: int = 0) -> Sample:
         raise SampleError("bad json")
     data = next((raw[name] for name in IMAGE_KEYS if raw.get(name)), None)
     if data is None:
-        dotted = sum(map(_is_image, raw))  # these have a second suffix
+        dotted = sum(map(is_image, raw))  # these have a second suffix
         why = " (a key ends at the first dot of a name)" if dotted else ""
         raise SampleError(f"no image{why}", max(1, dotted))
     key = raw["__key__"]

@@ -1,14 +1,18 @@
-"""The samples of one split: scenes and digits are written as shards, those of a user are found."""
+"""The samples of one split: scenes and digits are written, shards found, pictures listed."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from data.corpora import rows
 from data.digits import digits
+from data.listing import write_listings
 from data.patterns import expand_shards
+from data.readers import Sample, reader_of
 from data.scenes import scenes
-from data.shards import Sample, image_keys, write_shards
-from data.view import ShardList
+from data.shards import write_shards
+from data.view import ShardList, is_held_out
 
 PER_SHARD = 250  # small, so that a few workers and ranks never lack a shard
 LISTED = "shards.json"
@@ -42,6 +46,7 @@ def find_shards(
     val_shards: str | Sequence[str] | None,
     split: str,
     limit: int | None = None,
+    allow_pipe: bool = False,
 ) -> ShardList:
     """List a user's shards of a split; without `val_shards` some keys of `shards` are validation.
 
@@ -50,6 +55,7 @@ def find_shards(
         val_shards: pattern of the validation shards.
         split: train or val.
         limit: at most so many samples.
+        allow_pipe: let shards be the output of commands.
 
     Raises:
         ValueError: another split, a pattern that matches nothing, or shards in which validation
@@ -59,9 +65,43 @@ def find_shards(
         raise ValueError(f"shards have the splits train, val, not {split!r}")
     if val_shards is not None:
         own = shards if split == "train" else val_shards
-        return ShardList(tuple(expand_shards(own)), limit=limit)
-    paths = tuple(expand_shards(shards))
+        return ShardList(tuple(expand_shards(own, allow_pipe)), limit=limit)
+    paths = tuple(expand_shards(shards, allow_pipe))
     return ShardList(paths, holdout_share(paths), split == "val", limit)
+
+
+def list_pictures(
+    folder: Path, name: str, root: Path, split: str, limit: int | None, faults: Counter[str]
+) -> ShardList:
+    """List the pictures of a corpus that lie in files of their own; nothing is copied.
+
+    Where the corpus does not say what validation is, keys decide.
+
+    Args:
+        folder: where to write the listings.
+        name: of the corpus.
+        root: its folder.
+        split: train or val.
+        limit: at most so many samples.
+        faults: counts what of the corpus's own lists is left out.
+
+    Raises:
+        ValueError: something of the corpus is missing, or no picture is left for the split.
+    """
+    found, official = rows(name, root, split, faults)
+    if not official:
+        share = holdout(len(found))
+        found = [row for row in found if is_held_out(row.key, share) == (split == "val")]
+    if not found:
+        raise ValueError(f"{root} has no picture for the {split} split of {name}")
+    listed = ShardList(tuple(write_listings(found, root, folder)), limit=limit)
+    listed.save(folder / LISTED)
+    return listed
+
+
+def holdout(count: int) -> float:
+    """Return which share of `count` keys is validation: 2 %, or 16 samples, at most half."""
+    return min(0.5, max(0.02, 16 / max(1, count)))
 
 
 def holdout_share(paths: Sequence[str]) -> float:
@@ -73,7 +113,7 @@ def holdout_share(paths: Sequence[str]) -> float:
     keys: set[str] = set()
     images = 0
     for path in paths:
-        for key in image_keys(path):
+        for key in reader_of(path).keys(path):
             keys.add(key)
             images += 1
         if len(keys) >= 800:
@@ -83,4 +123,4 @@ def holdout_share(paths: Sequence[str]) -> float:
             f"all {images} images of {paths[0]} ... have the key {keys.pop()!r}, the file name up "
             "to its first dot, so validation cannot be told apart: rename them, or set val_shards"
         )
-    return min(0.5, max(0.02, 16 / max(1, len(keys))))
+    return holdout(len(keys))

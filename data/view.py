@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.files import write_json
+from data.remote import is_remote
 
 Crop = Literal["center", "random", "adm"]
 MAX_SKIPPED = 0.2  # share of bad samples at which reading stops, where nobody says otherwise
@@ -25,6 +26,9 @@ class View:
     min_aesthetic: float | None = None
     max_pwatermark: float | None = None
     max_punsafe: float | None = None
+    min_caption: int | None = None  # characters
+    max_caption: int | None = None
+    caption: str | None = None  # of pictures that have none
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class ShardList:
     def save(self, path: Path) -> None:
         """Write as JSON; shards below the file's folder are named relative to it, and may move."""
         folder = os.path.abspath(path.parent)
-        paths = [os.path.abspath(p) for p in self.paths]
+        paths = [p if is_remote(p) else os.path.abspath(p) for p in self.paths]
         below = [p.removeprefix(f"{folder}{os.sep}") for p in paths]
         write_json(path, {**asdict(self), "paths": below})
 
@@ -59,7 +63,11 @@ class ShardList:
     def load(cls, path: Path) -> "ShardList":
         """Read what `save` wrote."""
         content = json.loads(path.read_text())
-        return cls(**{**content, "paths": tuple(str(path.parent / p) for p in content["paths"])})
+
+        def whole(name: str) -> str:
+            return name if is_remote(name) else str(path.parent / name)
+
+        return cls(**{**content, "paths": tuple(map(whole, content["paths"]))})
 
 
 def is_held_out(key: str, share: float) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.scenes import BACKGROUNDS, COLORS, LAYOUTS, SHAPES, SIZES
+from data.scene_drawing import BACKGROUNDS, COLORS, LAYOUTS, SHAPES, SIZES
 
 WEIGHTS = Path(__file__).parent / "weights"
 # what files of the classifier call it; renaming the shipped one would change its hash, which

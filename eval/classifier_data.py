@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.scenes import (
+from data.scene_drawing import (
     BACKGROUNDS,
     COLORS,
     LAYOUTS,
@@ -19,8 +19,8 @@ from data.scenes import (
     draw_scene,
     place,
     sample_scene,
-    scenes,
 )
+from data.scenes import scenes
 from eval.classifier_config import ClassifierConfig
 from eval.classifier_network import encode
 

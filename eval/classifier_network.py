@@ -13,8 +13,11 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from data.files import file_hash
+from data.scene_captions import AskedScene
 from eval.classifier_config import KIND, ClassifierConfig, shipped_weights, weight_name
 from lightning_modules.common.checkpoint import load_strict, load_weights, save_weights
+
+FREE = -1  # the label of what a caption leaves out
 
 
 class Classifier(nn.Module):
@@ -117,6 +120,22 @@ def encode(attributes: Mapping[str, Any], config: ClassifierConfig) -> list[int]
                 f"the classifier does not know {value!r}; it knows {', '.join(options)}"
             )
     return [len(o) if v is None else o.index(v) for o, v in zip(config.heads, values, strict=True)]
+
+
+def encode_asked(asked: AskedScene, config: ClassifierConfig) -> list[int]:
+    """Return labels of what is asked, in the order of `config.heads`, FREE where nothing is.
+
+    Slots past the asked things have the label past the last where a layout is asked, which says how
+    many things there are, and are FREE where none is.
+
+    Raises:
+        ValueError: an attribute that no head knows, or too many things.
+    """
+    labels = encode(asdict(asked), config)
+    free = [asked.layout is None, asked.background is None]
+    free += [v is None for t in asked.things for v in (t.color, t.shape, t.size)]
+    free += [asked.layout is None] * (len(labels) - len(free))
+    return [FREE if unsaid else label for unsaid, label in zip(free, labels, strict=True)]
 
 
 def decode(labels: Sequence[int], config: ClassifierConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.scenes import COLORS, SHAPES, SIZES, Scene, Thing, caption
+from data.scene_captions import caption
+from data.scene_drawing import COLORS, SHAPES, SIZES, Scene, Thing
 from eval.classifier_config import ClassifierConfig
 from eval.classifier_network import Classifier, decode, encode
 from eval.interval import Scored, mean_score

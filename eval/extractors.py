@@ -5,17 +5,19 @@ Each is an `eval.rows.Extractor`; what its rows mean stands in the module that s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from eval import downloads
 from eval.classifier_config import KIND, WEIGHTS, ClassifierConfig, shipped_weights, weight_name
 
 if TYPE_CHECKING:
     from torch import device as Device
 
     from eval.classifier_network import Classifier
-    from eval.rows import Measure
+    from eval.rows import Asked, Extractor, Measure, Measured
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)  # of the noise added to latents
 
@@ -145,7 +147,7 @@ class ReconstructionRows:
         Raises:
             ValueError: no first stage.
         """
-        from eval.reconstruction import reconstruction_measure
+        from eval.reconstruction_scores import reconstruction_measure
         from lightning_modules.common.perceptual import load_lpips
 
         if first_stage is None:
@@ -162,3 +164,170 @@ class ReconstructionRows:
             seed=self.seed,
             device=device,
         )
+
+
+@dataclass(frozen=True)
+class InceptionRows:
+    """Features of Inception-v3, the network of FID, as clean-fid makes them.
+
+    Rows (their names end _tf and _pt in the legacy modes): features.inception [N, 2048],
+    spatial.inception [N, 2023], probabilities.inception [N, 1008], all float32.
+    """
+
+    weights: Path
+    """inception-2015-12-05.pt; of legacy_pytorch pt_inception-2015-12-05-6726825d.pth."""
+    mode: Literal["clean", "legacy_tensorflow", "legacy_pytorch"] = "clean"
+    """How pictures come to 299 x 299 pixels."""
+    spatial: bool = False
+    """Also the features of sFID."""
+    classes: bool = False
+    """Also the class probabilities of the Inception Score."""
+
+    @classmethod
+    def of(cls, weights: Path | None = None, mode: str = "clean", **extras: bool) -> InceptionRows:
+        """Return the extractor with the given file, that of a cache or a downloaded one.
+
+        Raises:
+            ValueError: there is none, see `downloads.WeightFile.find`.
+        """
+        known = downloads.INCEPTION_PT if mode == "legacy_pytorch" else downloads.INCEPTION
+        return cls(known.find(weights), mode, **extras)  # type: ignore[arg-type]
+
+    def load(self, device: Device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        from eval.inception import inception_measure
+
+        return inception_measure(
+            self.weights, self.mode, device, spatial=self.spatial, classes=self.classes
+        )
+
+
+@dataclass(frozen=True)
+class DinoRows:
+    """Features of DINOv2. Rows: features.dinov2 [N, 1024] float32."""
+
+    weights: Path
+    """dinov2_vitl14_pretrain.pth, or a file or folder of transformers."""
+
+    @classmethod
+    def of(cls, weights: Path | None = None) -> DinoRows:
+        """Return the extractor with the given file, that of a cache or a downloaded one."""
+        return cls(downloads.DINOV2.find(weights))
+
+    def load(self, device: Device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        from eval.dino import dino_measure
+
+        return dino_measure(self.weights, device)
+
+
+@dataclass(frozen=True)
+class ClipRows:
+    """What a CLIP model sees in pictures and their captions.
+
+    Rows: with `features` features.clip [N, E], with `texts` cosine.clip [N] or preference.hpsv2 or
+    preference.pickscore [N], all float32.
+    """
+
+    model: str
+    """Name of the model in open_clip."""
+    weights: Path
+    """Its file, of open_clip, OpenAI or transformers, or a folder of the last."""
+    kind: Literal["clip", "hpsv2", "pickscore"] = "clip"
+    """A plain CLIP, or which model of human preferences."""
+    features: bool = False
+    """Keep the image embeddings, for CMMD."""
+    texts: bool = True
+    """Compare with the captions."""
+    prefix: str = ""
+    """Put before every caption; CLIPScore's is "A photo depicts "."""
+    crop: Literal["resize first", "crop first"] = "resize first"
+    """How pictures that are no squares are cut; CMMD crops first."""
+
+    @classmethod
+    def of(
+        cls,
+        model: str = "ViT-L-14-quickgelu",
+        tag: str = "openai",
+        weights: Path | None = None,
+        **options: Any,
+    ) -> ClipRows:
+        """Return the extractor of a model and the tag of its weights, or with a given file.
+
+        Raises:
+            ValueError: there is no file, or the tag is unknown and none is given.
+        """
+        if tag == "openai" and not model.endswith("-quickgelu"):
+            model += "-quickgelu"  # open_clip would only warn, and score lower
+        known = downloads.CLIPS.get((model, tag))
+        if known is None and weights is None:
+            names = ", ".join(f"{m} {t}" for m, t in downloads.CLIPS)
+            raise ValueError(
+                f"weights of CLIP {model} {tag} are not known here (known: {names}); name the file"
+            )
+        known = known or downloads.WeightFile(f"CLIP {model}", "", "")
+        return cls(model, known.find(weights), **options)
+
+    @classmethod
+    def cmmd(cls, weights: Path | None = None) -> ClipRows:
+        """Return the extractor of CMMD: ViT-L/14 of 336 px by OpenAI, without captions."""
+        return cls.of(
+            "ViT-L-14-336-quickgelu",
+            weights=weights,
+            features=True,
+            texts=False,
+            crop="crop first",
+        )
+
+    @classmethod
+    def preference(cls, kind: str, weights: Path | None = None) -> ClipRows:
+        """Return the extractor of a model of human preferences, hpsv2 or pickscore."""
+        known = {"hpsv2": downloads.HPSV2, "pickscore": downloads.PICKSCORE}[kind]
+        return cls("ViT-H-14", known.find(weights), kind)  # type: ignore[arg-type]
+
+    def load(self, device: Device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        from eval.clip import clip_measure
+
+        options = {k: v for k, v in vars(self).items() if k not in ("model", "weights")}
+        return clip_measure(self.model, self.weights, device, **options)
+
+
+@dataclass(frozen=True)
+class SeveralRows:
+    """The rows of several extractors, so that every picture is read once."""
+
+    parts: tuple[Any, ...]
+    """Extractors whose rows have different names."""
+
+    def load(self, device: Device | str, *, folder: Path, first_stage: Any = None) -> Measure:
+        """Make ready, see `Extractor.load`."""
+        measures = [
+            part.load(device, folder=folder, first_stage=first_stage) for part in self.parts
+        ]
+
+        def measure(images: Any, asked: Asked, first: int) -> Measured:
+            found = [one(images, asked, first) for one in measures]
+            names = [name for one in found for name in one.rows]
+            double = sorted({name for name in names if names.count(name) > 1})
+            if double:
+                raise ValueError(f"two extractors make the rows {', '.join(double)}")
+            return replace(
+                found[0],
+                rows={k: v for one in found for k, v in one.rows.items()},
+                sums={k: v for one in found for k, v in one.sums.items()},
+                models={k: v for one in found for k, v in one.models.items()},
+            )
+
+        return measure
+
+
+# what a person calls features -> their extractor, with a given file of weights or the usual one
+FEATURES: Mapping[str, Callable[[Path | None], Extractor]] = {
+    "inception": InceptionRows.of,
+    "inception_tf": lambda weights: InceptionRows.of(weights, "legacy_tensorflow"),
+    "inception_pt": lambda weights: InceptionRows.of(weights, "legacy_pytorch"),
+    "dinov2": DinoRows.of,
+    "clip": ClipRows.cmmd,
+    "scenes": lambda weights: FeatureRows() if weights is None else FeatureRows(weights),
+}

@@ -13,15 +13,8 @@ from torch import Tensor
 from eval.classifier_network import Classifier
 from eval.frechet import frechet_score
 from eval.interval import Score, Scored
-from eval.metric import Metric
 from eval.rows import Asked, Measure, Measured
 
-SHOWN = {
-    "fd_scenes": Metric(
-        "FD scenes", "Frechet distance in the features of the scenes' classifier", better="lower"
-    ),
-    "fd_scenes_floor": Metric("FD scenes, floor", "real pictures against real pictures"),
-}
 OTHERS = "real pictures of other captions"  # than those of the pictures that are scored
 ABOUT = (
     "features of a classifier that learnt drawn scenes only, of pictures averaged to 32 px: "
@@ -52,7 +45,7 @@ def score_features(
 
 
 def frechet_scores(
-    made: Measured, reference: Measured, prefix: str, *, resamples: int, **what: Any
+    made: Measured, reference: Measured, prefix: str, **what: Any
 ) -> dict[str, Score]:
     """Return `prefix`/fd_scenes and its floor /fd_scenes_floor, by the rule of this module.
 
@@ -60,8 +53,7 @@ def frechet_scores(
         made: features [N, d] of generated pictures, N >= 2.
         reference: features [M, d] of real ones, M >= 4.
         prefix: put before the names.
-        resamples: bootstrap draws of a mean; a fifth of it is taken here.
-        what: seed of the bootstrap, and what is stored beside the scores.
+        what: stored beside the scores.
 
     Raises:
         ValueError: too few pictures, or features of different networks.
@@ -74,10 +66,10 @@ def frechet_scores(
     model = made.models["features"]
     if reference.models["features"] != model:
         raise ValueError(f"features of {model} and {reference.models['features']} do not compare")
-    base, floor = reference.rows["features"][0::2], reference.rows["features"][1::2]
+    real = reference.rows["features"]
+    base, floor = real[0::2], real[1::2]
     n = min(len(made), len(floor))
-    own = {"resamples": max(2, resamples // 5), "model": model}
-    what = {**own, "reference": f"{len(base)} {OTHERS}", **what}
+    what = {"model": model, "reference": f"{len(base)} {OTHERS}", **what}
     return {
         f"{prefix}/fd_scenes": frechet_score(made.rows["features"][:n], base, **what),
         f"{prefix}/fd_scenes_floor": frechet_score(floor[:n], base, **what),

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.scenes import scene_masks
+from data.scene_drawing import scene_masks
 from eval.frechet import frechet_score
 from eval.interval import Score, mean_score
 from eval.metric import Metric
@@ -67,7 +67,7 @@ def score_smoothness(
         made: features [N, d] of the originals (or none) and, for every level E, features/noise=E
             [N, d] and psnr/noise=E [N] of the reconstructions, N >= 2.
         prefix: put before the names.
-        resamples: bootstrap draws of the PSNR's interval; a fifth of it for the Frechet distance.
+        resamples: bootstrap draws of the PSNR's interval.
         what: seed of the bootstrap, and what is stored beside every score.
 
     Returns:
@@ -85,8 +85,8 @@ def score_smoothness(
         end = f"{noise}{level}" if noise and float(level) else ""
         if noise and kind == "features":
             originals = made.rows["features"]
-            own: dict[str, Any] = {"resamples": max(2, resamples // 5), "noise": float(level)}
-            own |= {"model": made.models["features"], "reference": "the originals", **what}
+            own: dict[str, Any] = {"noise": float(level), "model": made.models["features"]}
+            own |= {"reference": "the originals", **what}
             scores[f"{prefix}/rfd_scenes{end}"] = frechet_score(rows, originals, paired=True, **own)
         elif end:
             own = {"resamples": resamples, "noise": float(level), "model": PSNR, **what}

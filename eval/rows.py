@@ -4,8 +4,8 @@ No scorer sees a picture, so a set of any size is scored in the memory that its 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,14 @@ from safetensors.numpy import save_file
 from torch import Tensor, device
 
 from data.files import atomic
+from eval.frechet import Moments
 
 
 @dataclass(frozen=True)
 class Measured:
     """What is kept of pictures."""
 
-    rows: dict[str, np.ndarray]
+    rows: Mapping[str, np.ndarray]
     """[N, ...] by name, one row per picture, in small types."""
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     """Arrays by name that are added over batches."""
@@ -31,9 +32,11 @@ class Measured:
     """[k, 2, 3, H, W] uint8, pairs of original and reconstruction for the page."""
     models: dict[str, str] = field(default_factory=dict)
     """What made the rows of a name, stored beside the scores that are made of them."""
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    """Those of a reference of which no rows are kept, by the name of the rows."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.rows.values())))
+        return len(self.rows[next(iter(self.rows))]) if self.rows else 0
 
 
 Asked = Sequence[Mapping[str, Any]]
@@ -71,46 +74,96 @@ def save_measured(path: Path, measured: Measured) -> None:
         save_file(arrays, temporary, metadata={"measured": json.dumps(content)})
 
 
+class RowFiles(Mapping[str, np.ndarray]):
+    """Rows in files of successive batches: in memory only while somebody holds them.
+
+    Args:
+        names: the rows' names in their order.
+        files: every file and the number of its rows.
+    """
+
+    def __init__(self, names: Sequence[str], files: Sequence[tuple[Path, int]]) -> None:
+        self.names, self.files = names, files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        rows, first = np.empty(0), 0
+        for path, count in self.files:
+            with safe_open(path, "np") as file:
+                part = file.get_tensor(f"rows.{name}")
+            if first == 0:  # filled part by part, so that the set is in memory once
+                rows = np.empty((sum(c for _, c in self.files), *part.shape[1:]), part.dtype)
+            rows[first : first + count] = part
+            first += count
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def load_measured(paths: Sequence[Path]) -> Measured:
     """Read what `save_measured` wrote: rows and shown pictures in the order of paths, sums added.
+
+    Rows are read when they are asked for, and again each time: of a set of 30,000 pictures only
+    those that a score is made of are in memory.
 
     Raises:
         ValueError: no file, a file that holds no rows, or files of different extractors.
     """
     if not paths:
         raise ValueError("there are no rows to score: no picture was measured")
-    return joined([_load(path) for path in paths], paths)
+    parts, counts = zip(*(_load(path) for path in paths), strict=True)
+    _check_alike(parts, paths)
+    rows = RowFiles([*parts[0].rows], list(zip(paths, counts, strict=True)))
+    return replace(_without_rows(parts), rows=rows)
 
 
-def joined(parts: Sequence[Measured], names: Sequence[Any] | None = None) -> Measured:
-    """Join what was measured of successive batches, which a message calls by their `names`.
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Join what was measured of successive batches.
 
     Raises:
         ValueError: parts of different extractors.
     """
+    _check_alike(parts, range(len(parts)))
+    rows = {k: np.concatenate([p.rows[k] for p in parts]) for k in parts[0].rows}
+    return replace(_without_rows(parts), rows=rows)
+
+
+def _check_alike(parts: Sequence[Measured], names: Sequence[Any]) -> None:
     first = parts[0]
-    for name, part in zip(names or range(len(parts)), parts, strict=True):
-        same = (part.rows.keys(), part.sums.keys()) == (first.rows.keys(), first.sums.keys())
+    for name, part in zip(names, parts, strict=True):
+        same = ([*part.rows], part.sums.keys()) == ([*first.rows], first.sums.keys())
         if not same or part.models != first.models:
             raise ValueError(f"rows {name} were measured in another way; delete them to redo them")
+
+
+def _without_rows(parts: Sequence[Measured]) -> Measured:
+    """Sums added, shown pictures in order."""
     shown = [p.shown for p in parts if p.shown is not None]
     return Measured(
-        {k: np.concatenate([p.rows[k] for p in parts]) for k in first.rows},
-        {k: reduce(np.add, [p.sums[k] for p in parts]) for k in first.sums},
+        {},
+        {k: reduce(np.add, [p.sums[k] for p in parts]) for k in parts[0].sums},
         np.concatenate(shown) if shown else None,
-        first.models,
+        parts[0].models,
     )
 
 
-def _load(path: Path) -> Measured:
+def _load(path: Path) -> tuple[Measured, int]:
+    """What a file holds, and the number of its rows."""
     try:
         with safe_open(path, "np") as file:
             content = json.loads((file.metadata() or {})["measured"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}
+            counts = [file.get_slice(f"rows.{k}").get_shape()[0] for k in content["rows"]]
+            sums = {k: file.get_tensor(f"sums.{k}") for k in content["sums"]}
+            shown = file.get_tensor("shown") if "shown" in file.keys() else None
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} holds no rows; delete it to measure again") from error
-    rows, sums = ({k: arrays[f"{kind}.{k}"] for k in content[kind]} for kind in ("rows", "sums"))
-    return Measured(rows, sums, arrays.get("shown"), content["models"])
+    rows = RowFiles(content["rows"], [(path, counts[0])])
+    return Measured(rows, sums, shown, content["models"]), counts[0]
 
 
 def reduced(images: Tensor, side: int) -> Tensor:

@@ -11,23 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.files import file_hash
-from data.scenes import (
+from data.scene_captions import caption, caption_in_part, parse
+from data.scene_drawing import (
     BACKGROUNDS,
     COLORS,
     SHAPES,
     SIZES,
     Scene,
-    caption,
     draw_scene,
     place,
     sample_scene,
 )
+from data.scenes import IN_PART
 from eval.classifier_config import ClassifierConfig
-from eval.classifier_data import fresh_scenes, to_tensor, wear
-from eval.classifier_network import descend, encode, find_weights, save_half, shrink
+from eval.classifier_data import IGNORE, fresh_scenes, to_tensor, wear
+from eval.classifier_network import (
+    FREE,
+    descend,
+    encode,
+    encode_asked,
+    find_weights,
+    save_half,
+    shrink,
+)
 from lightning_modules.common.checkpoint import load_strict, load_weights
 
-# every word of data.scenes.caption; a dozen tokens where bytes would need ninety
+# every word of data/scene_captions.py; a dozen tokens where bytes would need ninety
 WORDS = (
     *(*COLORS, *SHAPES, *SIZES, *BACKGROUNDS),
     *"a above and background below left of on over picture right the them to under".split(),
@@ -168,6 +177,13 @@ def training_caption(scene: Scene, rng: np.random.Generator, back: float) -> str
             return text
 
 
+def text_labels(text: str, config: ClassifierConfig) -> list[int]:
+    """Return the labels that a caption alone tells, `IGNORE` where it does not."""
+    labels = encode_asked(parse(text), config)
+    told = 2 if labels[0] == FREE else len(labels)  # without a layout no thing has a place
+    return [IGNORE if n >= told or label == FREE else label for n, label in enumerate(labels)]
+
+
 def train_clip(config: ClipConfig) -> SceneClip:
     """Train both towers on fresh pairs.
 
@@ -194,14 +210,21 @@ def train_clip(config: ClipConfig) -> SceneClip:
             pixels = wear(pixels, generator)
         truth = torch.tensor([encode(asdict(s), config.pictures) for s in shown])
         images = model.encode_images(pixels)  # [B, E]
-        texts = model.encode_texts([training_caption(s, rng, 0.5 if late else 0.2) for s in shown])
+        captions = [training_caption(s, rng, 0.5 if late else 0.2) for s in shown]
+        if late:
+            captions = [
+                caption_in_part(s, rng) if rng.random() < IN_PART else text
+                for s, text in zip(shown, captions, strict=True)
+            ]
+        told = torch.tensor([text_labels(text, config.pictures) for text in captions])
+        texts = model.encode_texts(captions)
         logits = model.clip.logit_scale.exp().clamp(max=50) * images @ texts.T  # [B, B]
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        for embedding in (images, texts):
+        for embedding, known in ((images, truth), (texts, told)):
             # unit vectors are scaled up so that a linear reader can be sure of itself
             read = reader(8 * embedding).split(sizes, 1)
-            for row, column in zip(read, truth.T, strict=True):
-                loss = loss + F.cross_entropy(row, column) / 2
+            for row, column in zip(read, known.T, strict=True):
+                loss = loss + F.cross_entropy(row, column, ignore_index=IGNORE) / 2
         return loss
 
     weights = [*model.parameters(), *reader.parameters()]

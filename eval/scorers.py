@@ -2,7 +2,19 @@
 
 from typing import Any, Protocol
 
-from eval import digits, edits, features, latents, reconstruction, scenes
+from eval import (
+    clip,
+    digits,
+    distances,
+    edits,
+    features,
+    inception,
+    latents,
+    manifold,
+    mmd,
+    reconstruction_scores,
+    scenes,
+)
 from eval.interval import Scored
 from eval.metric import Metric
 from eval.rows import Asked, Measured
@@ -29,16 +41,30 @@ class Scorer(Protocol):
 
 SCORERS: dict[str, Scorer] = {
     "scenes": scenes.score_scenes,
+    "clip_scenes": scenes.score_cosine,
     "digits": digits.score_digits,
     "features": features.score_features,
-    "reconstruction": reconstruction.score_reconstruction,
+    "reconstruction": reconstruction_scores.score_reconstruction,
     "edits": edits.score_edits,
+    "fid": distances.score_frechet,
+    "sfid": distances.score_sfid,
+    "kid": mmd.score_kid,
+    "cmmd": mmd.score_cmmd,
+    "prdc": manifold.score_manifold,
+    "giqa": manifold.score_giqa,
+    "inception_score": inception.score_inception,
+    "clip_score": clip.score_clip,
+    "preference": clip.score_preference,
 }
 METRICS: dict[str, Metric] = {
     **scenes.SHOWN,
     **edits.SHOWN,
     **digits.SHOWN,
-    **features.SHOWN,
-    **reconstruction.SHOWN,
+    **distances.SHOWN,
+    **mmd.SHOWN,
+    **manifold.SHOWN,
+    **inception.SHOWN,
+    **clip.SHOWN,
+    **reconstruction_scores.SHOWN,
     **latents.SHOWN,
 }

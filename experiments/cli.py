@@ -11,12 +11,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from experiments.pipeline.ranks import is_leader
 from experiments.settings import ConfigError, UserError, pick
 
+RUN = "python -m experiments.run"
 GRAMMAR = """options: --name value, --name=value or name=value; settings: key=value or --key=value,
 anywhere on the line."""
 
@@ -70,6 +73,18 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-") and "=" not in word:
                 pick("option", word, options)
         return args, words
+
+
+def parse_run(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the words of `RUN`, which runs of a sweep have too, into options and settings."""
+    parser = Parser(RUN)
+    parser.add_argument("--paper")
+    parser.add_argument("--scale", default="tiny")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--until")
+    for flag in ("--print-config", "--dry-run", "--json"):
+        parser.add_argument(flag, action="store_true")
+    return parser.split(argv)
 
 
 class Signals:
@@ -191,6 +206,26 @@ def columns(rows: Mapping[str, str]) -> list[str]:
     """Lay names and texts out in two columns."""
     width = max((len(key) for key in rows), default=0)
     return [f"  {key:<{width}}  {text}".rstrip() for key, text in rows.items()]
+
+
+def show_outcome(scores: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """Print the scores and the paths of what was made.
+
+    Args:
+        scores: name -> number, or a mapping with value and maybe low, high and n.
+        files: name -> path.
+    """
+    table = Table(
+        "score", "value", "95 % interval", "n", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for name, score in scores.items():
+        row = score if isinstance(score, Mapping) else {"value": score}
+        interval = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
+        value = row["value"]
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown, interval, str(row.get("n", "")))
+    console().print(table)
+    print("\n".join(columns({name: str(path) for name, path in files.items()})))
 
 
 def prepare_torch() -> None:

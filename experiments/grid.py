@@ -1,10 +1,11 @@
-"""The runs of a sweep: a file in W&B's format, and the checked run of every combination."""
+"""The runs of a sweep: a file in W&B's format, and the checked run of every point."""
 
 import argparse
 import hashlib
 import itertools
 import json
 import os
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from experiments import distributions
 from experiments.agent import MACROS, text_of, words_of
+from experiments.cli import parse_run
 from experiments.papers.base import RunSettings
 from experiments.papers.registry import load
 from experiments.pipeline.plan import Plan, plan
 from experiments.pipeline.store import Store
-from experiments.run import parse
 from experiments.settings import ConfigError, UserError, to_yaml
 
 PROGRAM = "experiments.run"
@@ -32,7 +34,13 @@ KNOWN = {
     "description",
     "project",
     "entity",
+    "run_cap",
 }
+METHODS = ("grid", "random")
+SEEDS = ("seed", "eval.seed")
+"""Settings that repeat a point and do not make another one of it."""
+SEED_STRIDE = 10_000_000
+"""Between the sampling seeds of two repetitions; the pictures of a run have seeds in a row."""
 MACRO = re.compile(r"\$\{(.*)\}")
 VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 GOALS = ("minimize", "maximize")
@@ -51,8 +59,12 @@ class Sweep:
     """Whether it shall be low."""
     words: list[str]
     """Fixed words of the command, as `--paper paella`."""
-    values: dict[str, list[Any]]
-    """Setting -> its values; one value where it is fixed."""
+    method: str
+    """grid: every combination; random: independent draws."""
+    forms: dict[str, dict[str, Any]]
+    """Setting -> its distribution, as `distributions.named` returns it."""
+    cap: int | None = None
+    """Runs, at most."""
 
 
 @dataclass
@@ -70,6 +82,11 @@ class SweepRun:
     plan: Plan
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: str | None = None
+    right: dict[tuple[int, ...], bool] = field(default_factory=dict)
+    """(seed, place of the prompt) -> whether its picture shows what was asked, where one can say.
+
+    Of a run alone the key is (place,).
+    """
 
     @property
     def label(self) -> str:
@@ -94,16 +111,25 @@ def read_sweep(path: Path) -> Sweep:
     strange = [key for key in content if key not in KNOWN]
     if strange:
         raise ConfigError(f"{path}: {strange[0]} is for a W&B server; here goes a plain grid")
-    if content.get("method") != "grid":
+    method = content.get("method")
+    if method not in METHODS:
         raise ConfigError(
-            f"{path}: method must be grid, got {content.get('method')}; "
-            "an agent of W&B runs the others"
+            f"{path}: method must be one of {', '.join(METHODS)}, got {method}; an agent of W&B "
+            "runs the others"
         )
-    values: dict[str, list[Any]] = {}
-    for name, given in _parameters(path, content["parameters"]):
-        if name in values:
+    cap = content.get("run_cap")
+    if cap is not None and (type(cap) is not int or cap < 1):
+        raise ConfigError(f"{path}: run_cap must be a whole number above 0, got {cap}")
+    forms: dict[str, dict[str, Any]] = {}
+    for name, form in _parameters(path, content["parameters"]):
+        if name in forms:
             raise ConfigError(f"{path}: {name} is given twice, dotted and nested")
-        values[name] = given
+        if method == "grid" and distributions.listed(form) is None:
+            raise ConfigError(
+                f"{path}: {name} is drawn from {form['distribution']}, which no grid can list; "
+                "take method: random"
+            )
+        forms[name] = form
     metric = content.get("metric") or {"name": None}
     goal = metric.get("goal", "minimize") if isinstance(metric, dict) else None
     if goal not in GOALS or not isinstance(metric.get("name"), str | None):
@@ -113,29 +139,25 @@ def read_sweep(path: Path) -> Sweep:
         metric=metric.get("name"),
         minimize=goal == "minimize",
         words=_fixed_words(path, content),
-        values=values,
+        method=str(method),
+        forms=forms,
+        cap=cap,
     )
 
 
 def _parameters(
     path: Path, table: Mapping[str, Any], at: str = ""
-) -> Iterator[tuple[str, list[Any]]]:
-    """Yield (dotted setting, its values) of a table of parameters, which may hold tables."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (dotted setting, its distribution) of a table of parameters, which may hold tables."""
     for key, given in table.items():
         name = f"{at}{key}"
         if isinstance(given, dict) and isinstance(given.get("parameters"), dict):
             yield from _parameters(path, given["parameters"], f"{name}.")
             continue
-        form = dict(given) if isinstance(given, dict) else {}
-        distribution = form.pop("distribution", None)
-        if [*form] == ["values"] and distribution in (None, "categorical"):
-            if not isinstance(form["values"], list) or not form["values"]:
-                raise ConfigError(f"{path}: {name}.values must be a list with something in it")
-            yield name, form["values"]
-        elif [*form] == ["value"] and distribution in (None, "constant"):
-            yield name, [form["value"]]
-        else:
-            raise ConfigError(f"{path}: {name} needs `value: x` or `values: [x, y]`, got {given}")
+        try:
+            yield name, distributions.named(given if isinstance(given, dict) else {})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: {name} needs {error}") from error
 
 
 def _fixed_words(path: Path, content: Mapping[str, Any]) -> list[str]:
@@ -162,45 +184,81 @@ def _fixed_words(path: Path, content: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def make_runs(sweep: Sweep, words: Sequence[str], out: Path | None) -> tuple[Path, list[SweepRun]]:
-    """Make the checked config of every combination, the last setting changing fastest.
+def make_runs(
+    sweep: Sweep,
+    words: Sequence[str],
+    out: Path | None,
+    *,
+    seeds: int = 1,
+    count: int | None = None,
+    draw_seed: int = 0,
+) -> tuple[Path, list[SweepRun]]:
+    """Make the checked config of every point: of a grid the last setting changes fastest.
 
     Args:
         sweep: what was read.
         words: `key=value`, for all runs; a setting of the sweep that is named is fixed by it.
         out: folder of the results; default runs/sweep-NAME, with a hash where `words` are given.
+        seeds: repetitions of every point, each with a training and sampling seed of its own.
+        count: points of a random sweep; default its run_cap.
+        draw_seed: seed of these points.
 
     Raises:
-        ConfigError: a combination that cannot be.
+        ConfigError: a point that cannot be, or a random sweep without a number of points.
     """
     fixed = {word.partition("=")[0].removeprefix("--") for word in words}
-    values = {name: given for name, given in sweep.values.items() if name not in fixed}
+    forms = {name: form for name, form in sweep.forms.items() if name not in fixed}
+    many = [name for name, form in forms.items() if distributions.listed(form) is None]
+    many += [name for name, form in forms.items() if len(distributions.listed(form) or []) > 1]
     if out is None:
-        end = f"-{_hash(sorted(words))}" if words else ""
+        said = [*words, *([f"seeds={seeds}"] if seeds > 1 else [])]
+        end = f"-{_hash(sorted(said))}" if said else ""
         out = Path("runs") / f"sweep-{sweep.name}{end}"
     loggers = [] if any(w.startswith(("logger=", "--logger=")) for w in words) else ["logger=csv"]
     runs = []
-    for combination in itertools.product(*values.values()):
-        chosen = dict(zip(values, combination, strict=True))
-        varied = {k: v for k, v in chosen.items() if len(values[k]) > 1}
-        argv = [*sweep.words, *words_of(chosen), *words]
+    for chosen in _points(sweep, forms, count, draw_seed):
+        varied = {k: v for k, v in chosen.items() if k in many}
         own = [] if "logger" in chosen else loggers
-        try:
-            args, config, planned = _checked(argv, own)
-        except ConfigError as error:
-            where = " ".join(f"{k}={text_of(v)}" for k, v in varied.items())
-            raise ConfigError(f"{where}: {error}" if where else str(error)) from error
-        scale = Path(args.scale).stem
-        folder = out / folder_name(varied)
-        runs.append(SweepRun(varied, argv, args.paper, scale, config, folder, planned))
+        base: RunSettings | None = None
+        for k in range(seeds):
+            argv = [*sweep.words, *words_of(chosen), *words]
+            if base is not None:
+                sampling = base.eval.seed + k * SEED_STRIDE
+                argv += [f"seed={base.seed + k}", f"eval.seed={sampling}"]
+            try:
+                args, config, planned = _checked(argv, own)
+            except ConfigError as error:
+                where = " ".join(f"{k}={text_of(v)}" for k, v in varied.items())
+                raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+            base = base or config
+            shown = {**varied, "seed": config.seed} if seeds > 1 else varied
+            folder, scale = out / folder_name(shown), Path(args.scale).stem
+            runs.append(SweepRun(shown, argv, args.paper, scale, config, folder, planned))
     return out, runs
+
+
+def _points(
+    sweep: Sweep, forms: Mapping[str, dict[str, Any]], count: int | None, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the settings of every point."""
+    if sweep.method == "grid":
+        values = [distributions.listed(form) or [] for form in forms.values()]
+        points = (dict(zip(forms, c, strict=True)) for c in itertools.product(*values))
+        yield from itertools.islice(points, sweep.cap)
+        return
+    number = count or sweep.cap
+    if number is None:
+        raise ConfigError("a random sweep needs a number of points: --runs N, or run_cap: N")
+    rng = random.Random(seed)
+    for _ in range(number):
+        yield {name: distributions.draw(form, rng) for name, form in forms.items()}
 
 
 def _checked(
     argv: Sequence[str], loggers: Sequence[str]
 ) -> tuple[argparse.Namespace, RunSettings, Plan]:
     """Parse the words of one run as its command does, and plan it."""
-    args, settings = parse(argv)
+    args, settings = parse_run(argv)
     if args.paper is None:
         raise ConfigError("the sweep names no paper: add paper to its parameters")
     for name in ("out", "until", "dry_run", "json", "print_config", "help"):

@@ -1,11 +1,10 @@
 """Train, sample and score one paper: `python -m experiments.run --paper paella [key=value ...]`."""
 
-import argparse
 import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from data.corpora import corpora
 from experiments.agent import with_parameters
-from experiments.cli import GRAMMAR, Parser, columns, command, console, prepare_torch, speaker
+from experiments.cli import (
+    GRAMMAR,
+    RUN,
+    columns,
+    command,
+    console,
+    parse_run,
+    prepare_torch,
+    show_outcome,
+    speaker,
+)
 from experiments.papers.base import RunSettings
 from experiments.papers.registry import PAPERS, header, load, scales
 from experiments.pipeline.plan import chosen, plan
@@ -23,7 +33,6 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
-COMMAND = "python -m experiments.run"
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -52,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: a wrong word on the command line; nothing was started.
         UserError: something the user can put right stopped the run.
     """
-    args, overrides = parse(with_parameters(argv, os.environ))
+    args, overrides = parse_run(with_parameters(argv, os.environ))
     if args.paper == "help":
         print(papers_help())
         return 0
@@ -85,28 +94,21 @@ def run(argv: Sequence[str]) -> int:
     from experiments.pipeline.publish import Titles
     from experiments.pipeline.runner import execute
 
-    titles = Titles(args.paper, scale, shlex.join([*COMMAND.split(), *argv]))
+    titles = Titles(args.paper, scale, shlex.join([*RUN.split(), *argv]))
     outcome = execute(titles, settings, out, speaker(), args.until)
     if is_leader() and outcome.files:
         show_outcome(outcome.scores, outcome.files)
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into options and `key=value` words, in any order."""
-    parser = Parser(COMMAND)
-    parser.add_argument("--paper")
-    parser.add_argument("--scale", default="tiny")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--until")
-    for flag in ("--print-config", "--dry-run", "--json"):
-        parser.add_argument(flag, action="store_true")
-    return parser.split(argv)
-
-
 def general_help() -> str:
     """Text of `--help`: what exists and the shape of a command."""
-    lines = [f"usage: {COMMAND} --paper NAME [--scale NAME] [key=value ...]", "", *_papers()]
+    lines = [
+        f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]",
+        "",
+        *_papers(),
+        *_corpora(),
+    ]
     lines += ["", GRAMMAR, "", "options"]
     options = {
         "--scale NAME": "size of the experiment, or the path of a YAML (default: tiny)",
@@ -121,13 +123,13 @@ def general_help() -> str:
     rows = {row.key: row for row in describe(RunSettings)}
     lines += columns({k: f"{rows[k].help} [{rows[k].type}]" for k in MAIN_SETTINGS if k in rows})
     lines += ["", "examples"]
-    lines += columns({f"{COMMAND} {words}": what for words, what in EXAMPLES})
+    lines += columns({f"{RUN} {words}": what for words, what in EXAMPLES})
     return "\n".join(lines)
 
 
 def papers_help() -> str:
-    """Text of `--paper help`: the papers and their scales."""
-    return "\n".join(_papers())
+    """Text of `--paper help`: the papers and their scales, and the corpora."""
+    return "\n".join([*_papers(), *_corpora()])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:
@@ -181,32 +183,17 @@ def show_plan(stages: Sequence[Stage], store: Store, out: Path, as_json: bool) -
     print(f"results would go to {out}")
 
 
-def show_outcome(scores: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Print the scores and the paths of what was made.
-
-    Args:
-        scores: name -> number, or a mapping with value and maybe low, high and n.
-        files: name -> path.
-    """
-    table = Table(
-        "score", "value", "95 % interval", "n", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
-    )
-    for name, score in scores.items():
-        row = score if isinstance(score, Mapping) else {"value": score}
-        interval = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
-        value = row["value"]
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, interval, str(row.get("n", "")))
-    console().print(table)
-    print("\n".join(columns({name: str(path) for name, path in files.items()})))
-
-
 def _papers() -> list[str]:
     lines = ["papers and their scales"]
     for paper in PAPERS:
         lines.append(f"  {paper}: {_about(paper)}")
         lines += [f"  {line}" for line in columns({s: _first(paper, s) for s in scales(paper)})]
     return lines
+
+
+def _corpora() -> list[str]:
+    known = columns({name: corpus.about for name, corpus in corpora().items()})
+    return ["", "corpora, data=NAME data.root=DIR (how to get them: data/corpora.yaml)", *known]
 
 
 def _about(paper: str) -> str:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError
-
 from data.files import decode_text, file_hash
+from experiments.checkpoint import checkpoint_file, find_device, load, read_settings
 from experiments.cli import (
     Parser,
     blame,
@@ -25,13 +22,12 @@ from experiments.cli import (
     speaker,
 )
 from experiments.papers.base import MAX_SEED
-from experiments.papers.registry import PAPERS
+from experiments.pipeline.generator import CHECKPOINT
 from experiments.progress import Counter
-from experiments.settings import ConfigError, describe, override, resolved
+from experiments.settings import ConfigError, describe, resolved
 from experiments.vocabulary import unseen
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from experiments.edits import Edit
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
     from lightning_modules.common.request import Request
 
 COMMAND = "python -m experiments.sample"
-CHECKPOINT = "checkpoint.safetensors"
 MAX_IN_GRID = 100
 OPTIONS = {
     "negative": "--negative",
@@ -49,8 +44,6 @@ OPTIONS = {
     "rewrite": "--edit",
     "blend_with": "--interpolate",
 }
-# what may differ from the training because it says where files lie on this machine
-PLACES = ("text.path", "text.clip_pretrained")
 
 EPILOG = f"""settings:
   sampling.KEY=VALUE words change how the checkpoint samples, e.g. sampling.steps=8, and
@@ -334,58 +327,6 @@ def make_tasks(args: argparse.Namespace, prompts: Sequence[str]) -> list[Task]:
     return [Task(prompt, args.seed + i) for i, prompt in enumerate(repeated)]
 
 
-def find_device(name: str) -> torch.device:
-    """Find the device of that name; auto is the first GPU, or the CPU.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name}: {first_line(error)}") from error
-    return device
-
-
-def load(
-    path: Path, tokenizer: Path | None, device: torch.device | str, paper: str | None = None
-) -> GeneratorModule:
-    """Load the generator of a run folder or file.
-
-    Raises:
-        ConfigError: a missing file, or one of another kind.
-    """
-    from lightning_modules.registry import load_generator
-
-    file = checkpoint_file(path)
-    if tokenizer is not None and not tokenizer.is_file():
-        raise ConfigError(f"there is no tokenizer {tokenizer}")
-    try:
-        return load_generator(file, tokenizer, device, paper)
-    except KeyError as error:  # the settings lack the tokenizer that the file was trained on
-        raise ConfigError(
-            f"{file} names no {first_line(error)}: it comes from the middle of a training; "
-            f"take the run folder's {CHECKPOINT}"
-        ) from error
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(first_line(error)) from error
-    except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        raise ConfigError(blame(file, error, "is no readable checkpoint")) from error
-
-
-def checkpoint_file(path: Path) -> Path:
-    """Return the checkpoint of a run folder, be it a first stage's; a file is one itself."""
-    names = [CHECKPOINT, *(f"{cls.FIRST_STAGE.section}.safetensors" for cls in PAPERS.values())]
-    if not path.is_dir():
-        return path
-    return next((path / name for name in names if (path / name).is_file()), path / CHECKPOINT)
-
-
 def warn_of_words(ckpt: Path, prompts: Sequence[str], say: Callable[[str], None]) -> None:
     """Say which words a training on embedded data never saw."""
     beside = checkpoint_file(ckpt).with_suffix(".json")
@@ -394,36 +335,6 @@ def warn_of_words(ckpt: Path, prompts: Sequence[str], say: Callable[[str], None]
     if strange:
         some = ", ".join(strange[:8]) + (", ..." if len(strange) > 8 else "")
         say(f"note: this checkpoint learned from captions of {data}, which never say: {some}")
-
-
-def read_settings(module: GeneratorModule, words: Sequence[str]) -> Any:
-    """Apply `key=value` words: those of sampling are returned, those of PLACES take effect.
-
-    Raises:
-        ConfigError: an unknown setting, one out of range, or one that is fixed by the training.
-    """
-    text, sampling = module.config.text, module.config.sampling
-    paper = module.hparams["config"].get("paper")
-    presets = PAPERS[paper].PRESETS.get("sampling", {}) if paper in PAPERS else {}
-    holder = dataclasses.make_dataclass(
-        "Settings",
-        [
-            ("sampling", type(sampling), field(default_factory=lambda: sampling)),
-            ("text", type(text), field(default_factory=lambda: text)),
-        ],
-        namespace={"PRESETS": {"sampling": presets}},
-    )
-    changed = override(holder(), words)
-    for name, value in resolved(changed.text).items():
-        if value == getattr(text, name):
-            continue
-        if f"text.{name}" not in PLACES:
-            raise ConfigError(
-                f"text.{name} is part of the checkpoint; of text only "
-                f"{' and '.join(PLACES)} can be changed"
-            )
-        setattr(text, name, value)  # the encoder reads it when it is first used
-    return changed.sampling
 
 
 def make_request(

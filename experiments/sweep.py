@@ -1,28 +1,26 @@
-"""Every combination of a sweep's settings, one after another: `python -m experiments.sweep FILE`.
+"""Every point of a sweep: `python -m experiments.sweep FILE`.
 
 The file is the one that a W&B agent runs (`wandb sweep FILE`, `wandb agent ID`); no account is
 needed here. Stages whose results exist are shared, so sixteen ways of sampling train once, and
-runs that are finished are not repeated.
+runs that are finished are not repeated. Any number of these commands may share a folder: a point
+is done by whoever claims it first.
 """
 
-import json
+import argparse
 import shlex
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from data.files import write_text
-from experiments import run as run_command
-from experiments.cli import Parser, command, console, first_line, prepare_torch, speaker
+from experiments.cli import Parser, command, console, prepare_torch, speaker
 from experiments.grid import PROGRAM, Sweep, SweepRun, finished, make_runs, read_sweep
 from experiments.pipeline.ranks import is_leader
-from experiments.settings import ConfigError, UserError
+from experiments.points import collect, do_runs, supervise
+from experiments.settings import ConfigError
 
 if TYPE_CHECKING:
     from experiments.report.tables import Summary
@@ -34,6 +32,7 @@ EPILOG = f"""settings: key=value words hold for every run and win over the file.
 examples:
   {COMMAND} sweeps/paella_steps.yaml
   {COMMAND} sweeps/ldmae_autoencoders.yaml sweeps/ldmae_losses.yaml
+  {COMMAND} sweeps/paella_steps.yaml seeds=3 --jobs 2
   {COMMAND} sweeps/paella_steps.yaml eval.prompts=64 --dry-run
 
 Writes table.csv, table.html and pictures into --out (default: runs/sweep-NAME), and every run into
@@ -63,7 +62,10 @@ def run(argv: Sequence[str]) -> int:
     for name in ("out", "index"):
         if getattr(args, name) is not None and len(files) > 1:
             raise ConfigError(f"--{name} belongs to one sweep; give one file")
-    grids = [grid(path, settings, args.out) for path in files]  # all checked before any work
+    for name in ("jobs", "seeds", "runs"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {number}")
+    grids = [grid(path, settings, args) for path in files]  # all checked before any work
     if args.index is not None and not 0 <= args.index < len(grids[0][2]):
         raise ConfigError(f"--index must be 0 to {len(grids[0][2]) - 1}, got {args.index}")
     if args.dry_run:
@@ -73,28 +75,41 @@ def run(argv: Sequence[str]) -> int:
                 state = "finished" if finished(run) else "to do"
                 print(f"  {number:3} {state}  {PROGRAM} {shlex.join(run.argv)}")
         return 0
-    prepare_torch()
-    from experiments.report.published import all_published
-    from experiments.report.tables import summarize, write_sweep
-
     say = speaker()
     failed = 0
-    for sweep, out, runs in grids:
-        do_runs(sweep, runs, say, args.index)
-        if is_leader():
-            published = all_published().of_sweep(sweep.name)
-            typed = shlex.join([*COMMAND.split(), *argv])
-            made = write_sweep(sweep, runs, out, typed, published)
-            show(sweep, summarize(sweep, runs, published), made)
-        failed += sum(run.error is not None for run in runs)
+    for path, (sweep, out, runs) in zip(files, grids, strict=True):
+        if args.jobs > 1 and args.index is None:
+            own = [w for w in argv if not (w.endswith((".yaml", ".yml")) and "=" not in w)]
+            # the last word of a kind wins
+            supervise(sweep, runs, [str(path), *own, "--jobs=1", f"--out={out}"], args.jobs, say)
+        else:
+            prepare_torch()
+            do_runs(sweep, runs, say, args.index)
+        failed += report(sweep, runs, out, shlex.join([*COMMAND.split(), *argv]))
     return 1 if failed else 0
 
 
-def grid(path: Path, words: Sequence[str], out: Path | None) -> tuple[Sweep, Path, list[SweepRun]]:
+def report(sweep: Sweep, runs: Sequence[SweepRun], out: Path, typed: str) -> int:
+    """Write and print the tables of a sweep; returns how many runs failed."""
+    from experiments.report.published import all_published
+    from experiments.report.tables import summarize, write_sweep
+
+    if is_leader():
+        collect(runs)
+        published = all_published().of_sweep(sweep.name)
+        made = write_sweep(sweep, runs, out, typed, published)
+        show(sweep, summarize(sweep, runs, published), made)
+    return sum(run.error is not None for run in runs)
+
+
+def grid(
+    path: Path, words: Sequence[str], args: argparse.Namespace
+) -> tuple[Sweep, Path, list[SweepRun]]:
     """Read and check one sweep file; errors name it."""
     sweep = read_sweep(path)
+    more = {"seeds": args.seeds, "count": args.runs, "draw_seed": args.draw_seed}
     try:
-        return sweep, *make_runs(sweep, words, out)
+        return sweep, *make_runs(sweep, words, args.out, **more)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -112,57 +127,26 @@ def make_parser() -> Parser:
         help="do run N alone, counted from 0 (a Slurm array: --index $SLURM_ARRAY_TASK_ID); the "
         "table shows all that are finished",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="K",
+        help="processes that do runs side by side; one whose training is in work waits for it",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="K",
+        help="do every run K times, each time with other seeds of training and sampling",
+    )
+    parser.add_argument("--runs", type=int, metavar="N", help="runs of a random sweep")
+    parser.add_argument(
+        "--draw-seed", type=int, default=0, metavar="N", help="seed of a random sweep's runs"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the runs and their state")
     return parser
-
-
-def do_runs(
-    sweep: Sweep, runs: Sequence[SweepRun], say: Callable[[str], None], only: int | None = None
-) -> None:
-    """Do every run that is not finished; one that fails is noted, and the next begins.
-
-    Args:
-        sweep: whose runs.
-        runs: all of them; they receive their scores.
-        say: gets one line per event.
-        only: number of the run to do; None does all.
-    """
-    from experiments.pipeline.publish import Titles
-    from experiments.pipeline.runner import execute
-    from experiments.progress import clock
-
-    last: float | None = None
-    for number, run in enumerate(runs, 1):
-        head = f"[{number}/{len(runs)}] {sweep.name}: {run.label}".rstrip(": ")
-        if finished(run):
-            say(f"{head}: finished, in {run.out}")
-        elif only not in (None, number - 1):
-            continue
-        else:
-            left = [p for p in runs[number - 1 :] if not finished(p)]
-            # as the one before; the first of a sweep often trains what the others share
-            guess = "" if last is None else f" (about {clock(last * len(left))} left in all)"
-            say(f"{head}{guess}")
-            start = time.monotonic()
-            try:
-                words = shlex.join([*run_command.COMMAND.split(), *run.argv])
-                execute(
-                    Titles(run.paper, run.scale, words),
-                    run.config,
-                    run.out,
-                    lambda line: None if " reused from " in line else say(f"    {line}"),
-                )
-            except Exception as error:  # whatever it is, the other runs are not to blame
-                known = isinstance(error, UserError)
-                run.error = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-                say(f"    failed: {run.error}")
-                if not known:
-                    write_text(run.out / "error.txt", traceback.format_exc())
-                    say(f"    the traceback is in {run.out / 'error.txt'}")
-                continue
-            last = time.monotonic() - start
-        if is_leader():
-            run.scores = json.loads((run.out / "metrics.json").read_text())
 
 
 def show(sweep: Sweep, summary: "Summary", files: Sequence[Path]) -> None:

@@ -7,7 +7,8 @@ from functools import cache
 import numpy as np
 
 from data.digits import NAMES, PHRASES, digit_caption
-from data.scenes import caption, sample_scene
+from data.scene_captions import caption, caption_in_part
+from data.scene_drawing import sample_scene
 
 DRAWN = 1000  # captions of scenes, which hold every word many times
 
@@ -33,6 +34,7 @@ def words(text: str) -> list[str]:
 def _captions(data: str) -> Iterator[str]:
     if data == "scenes":
         generator = np.random.default_rng(0)
-        yield from (caption(sample_scene(generator, 4), generator) for _ in range(DRAWN))
+        for write in (caption, caption_in_part):
+            yield from (write(sample_scene(generator, 4), generator) for _ in range(DRAWN))
     if data == "digits":
         yield from (digit_caption(k, i) for k in range(len(NAMES)) for i in range(len(PHRASES)))

@@ -27,7 +27,7 @@ from lightning_modules.common.checks import at_least, require, within
 from lightning_modules.common.interfaces import Geometry
 
 MAX_SEED = 2**32 - 1  # of torch's generators, which take no more bits
-HELDOUT = 1_000_000  # added to the seeds of held-out prompts, so that no two pictures share one
+APART = 1_000_000  # between the seeds of two splits, so that no two pictures share one
 ROOT = Path(__file__).parents[2]
 LPIPS_SCENES = ROOT / "eval" / "weights" / "lpips-32px-2objects.safetensors"
 
@@ -124,10 +124,13 @@ class EvalConfig:
     """Prompts (or images, for a first stage) of the val split that are scored."""
     heldout: int = 256
     """Prompts with attribute combinations that training never shows; 0 where there are none."""
+    partial: int = 256
+    """Prompts that leave something out, each asked 4 times; 0 where there are none."""
     batch_size: int = 64
     """Pictures that are encoded, made or scored at once; across sizes they agree up to rounding."""
     seed: int = 0
-    """Seed of the pictures: prompt i is drawn with seed + i, of the heldout with 1000000 more."""
+    """Seed of the pictures: prompt i is drawn with seed + i, of the heldout with 1000000 and of the
+    partial ones with 2000000 more."""
     bootstrap: int = 1000
     """Resamples behind each score's 95 % interval."""
     grid: int = 64
@@ -140,8 +143,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         at_least(self, 2, "prompts")
         at_least(self, 1, "batch_size", "bootstrap", "grid")
-        at_least(self, 0, "heldout", "traces", "edits")
-        within(self, 0, MAX_SEED - 2 * HELDOUT, "seed")
+        at_least(self, 0, "heldout", "partial", "traces", "edits")
+        within(self, 0, MAX_SEED - 3 * APART, "seed")
 
 
 @dataclass

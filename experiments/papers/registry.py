@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.corpora import corpora
 from experiments.papers.autoencoder import AutoencoderRun
 from experiments.papers.base import FirstStageKind, FirstStageSection, GeneratorRun, RunSettings
 from experiments.papers.improved_vqd import ImprovedVQDRun
@@ -74,13 +75,28 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     preset = []
     if issubclass(cls, GeneratorRun):
         preset = _first_stage_preset(cls.FIRST_STAGE, yaml, line)
-    config = fill(cls, [*preset, *yaml, *line])
+    config = fill(cls, [*preset, *_with_corpus(paper, yaml, line)])
     asked = dict(line).get("data.name", config.data.name)
     if asked != config.data.name:  # shards that are set win over any name
         shards = config.data.shards
         raise ConfigError(f"data={asked} and data.shards={shards} exclude each other; set one")
     _follow_launcher(config)
     return config
+
+
+def _with_corpus(
+    paper: str, yaml: Sequence[tuple[str, Any]], line: Sequence[tuple[str, Any]]
+) -> list[tuple[str, Any]]:
+    """Put what a corpus brings below the layer that names it, so that a user's words win."""
+    corpus = corpora().get(dict([*yaml, *line]).get("data.name", ""))
+    if corpus is None:
+        return [*yaml, *line]
+    brought = [(f"data.{name}", value) for name, value in corpus.settings(paper).items()]
+    if "data.name" not in dict(line):
+        return [*brought, *yaml, *line]
+    # neither the shards of the scale's own data
+    brought += [("data.shards", None), ("data.val_shards", None)]
+    return [*yaml, *brought, *line]
 
 
 def _follow_launcher(config: RunSettings) -> None:

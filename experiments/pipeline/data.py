@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.config import DataConfig
+from data.config import EMBEDDED, DataConfig
+from data.corpora import KINDS, corpora, index
+from data.corpora import shards as shards_of
 from data.files import write_json
 from data.view import Order, ShardList, View
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
@@ -50,20 +53,30 @@ class OwnShards:
     val: tuple[FileStamp, ...] | None
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A corpus of pictures in files of their own, known by the lists and folders that name them."""
+
+    name: str
+    root: str
+    index: tuple[FileStamp, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Shards(Stage):
     """The shards of one split: drawn here, or found."""
 
     NAME = "data-{split}"
+    VERSION = 2
 
-    source: Embedded | OwnShards
+    source: Embedded | OwnShards | Listed
     split: str
     size: int | None = None
     """Samples, at most."""
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
-        """Write the tars, or list the user's."""
-        from data.sources import find_shards, write_embedded
+        """Write the tars, or list the user's, or list pictures."""
+        from data.sources import find_shards, list_pictures, write_embedded
 
         source = self.source
         if isinstance(source, Embedded):
@@ -77,10 +90,22 @@ class Shards(Stage):
                 source.resolution,
                 source.max_objects,
             )
+        elif isinstance(source, Listed):
+            faults: Counter[str] = Counter()
+            root = Path(source.root)
+            shards = list_pictures(folder, source.name, root, self.split, self.size, faults)
+            for fault, number in sorted(faults.items()):
+                log.note(f"{source.name}: left out {number} times: {fault}")
         else:
             val = None if source.val is None else [stamp.path for stamp in source.val]
             train = [stamp.path for stamp in source.train]
-            shards = find_shards(train, val, self.split, self.size)
+            shards = find_shards(
+                train,
+                val,
+                self.split,
+                self.size,
+                allow_pipe=True,  # the settings allowed it
+            )
             shards.save(folder / "shards.json")
         return {"shards": len(shards.paths)}
 
@@ -101,6 +126,11 @@ class Captions(Stage):
     """Samples, at most."""
     first: int = 0
     """Samples that are passed over."""
+
+    @property
+    def split(self) -> str:
+        """The split that they are of."""
+        return self.shards.split
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Read them."""
@@ -132,6 +162,11 @@ class Pictures:
     """The pictures of some captions, decoded as validation sees them."""
 
     captions: Captions
+
+    @property
+    def name(self) -> str:
+        """What the stage of their features is called by."""
+        return self.captions.split
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what is known of the pictures, in order."""
@@ -195,6 +230,8 @@ class Data:
     """Captions of val that are asked; as many references are twice."""
     heldout: int
     """The same of heldout."""
+    partial: int
+    """Captions in part that are asked, which have a split of their own."""
 
     def shards(self, split: str, resolution: int | None = None) -> Shards:
         """Return the shards of train, val, heldout, or of the references of the last two."""
@@ -205,16 +242,37 @@ class Data:
             "heldout": c.heldout_size,
             "reference": 2 * self.prompts,
             "heldout_reference": 2 * self.heldout,
+            "partial": self.partial,
         }
-        if c.name != "shards":
+        if c.name in EMBEDDED:
             source = Embedded(c.name, resolution or c.resolution, c.seed, c.max_objects)
             return Shards(source, split, sizes[split])
-        return Shards(self._own(), split, None if split == "train" else sizes[split])
+        return Shards(self._source(), split, None if split == "train" else sizes[split])
 
-    def _own(self) -> OwnShards:
-        val = self.config.val_shards
-        train = _stamps("data.shards", self.config.shards or "")
-        return OwnShards(train, None if val is None else _stamps("data.val_shards", val))
+    def _source(self) -> OwnShards | Listed:
+        """Return the user's shards, or the corpus.
+
+        Raises:
+            ConfigError: nothing is there, or something of the corpus is missing.
+        """
+        c = self.config
+        train: str | list[str] | None = c.shards
+        val: str | list[str] | None = c.val_shards
+        if train is None:
+            assert c.root is not None
+            corpus = corpora()[c.name]
+            try:
+                if corpus.kind in KINDS:
+                    root = Path(os.path.abspath(c.root))
+                    found = index(c.name, root)
+                    return Listed(c.name, str(root), file_stamps(list(map(str, found))))
+                train, official = shards_of(c.name, c.root)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"data.root: {error}") from error
+            val = val or official
+        shards = stamps("data.shards", train, c.allow_pipe)
+        own = None if val is None else stamps("data.val_shards", val, c.allow_pipe)
+        return OwnShards(shards, own)
 
     def view(self, resolution: int | None = None) -> View:
         """Return how training sees a sample."""
@@ -227,7 +285,7 @@ class Data:
 
     def reference(self, split: str) -> Captions:
         """Return samples that share no caption with the first ones of a split."""
-        if self.config.name == "shards":
+        if self.config.name not in EMBEDDED:
             asked = self.prompts
             return Captions(self.shards(split), self.view(), 2 * asked, first=asked)
         name = "reference" if split == "val" else f"{split}_reference"
@@ -236,11 +294,27 @@ class Data:
         return Captions(shards, self.view(), shards.size)
 
 
-def _stamps(setting: str, pattern: str | list[str]) -> tuple[FileStamp, ...]:
+def stamps(
+    setting: str, pattern: str | list[str], allow_pipe: bool = False
+) -> tuple[FileStamp, ...]:
+    """Return the shards of a pattern, which a message calls by its setting.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or a remote shard that is not there.
+    """
     from data.patterns import expand_shards
+    from data.remote import is_remote
 
     try:
-        paths = [os.path.abspath(path) for path in expand_shards(pattern)]
-    except ValueError as error:
+        found = expand_shards(pattern, allow_pipe)
+        return file_stamps([p if is_remote(p) else os.path.abspath(p) for p in found])
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{setting}: {error}") from error
-    return tuple(FileStamp(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths)
+
+
+def file_stamps(paths: Sequence[str]) -> tuple[FileStamp, ...]:
+    """Return what files, local or remote, are known by."""
+    from data.remote import stamps_of
+
+    found = zip(paths, stamps_of(paths), strict=True)
+    return tuple(FileStamp(path, size, mark) for path, (size, mark) in found)

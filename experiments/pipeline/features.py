@@ -1,13 +1,15 @@
 """Rows per picture: what a classifier, a feature network or a first stage says of each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.files import write_json
 from experiments.pipeline.data import Asked, Pictures
 from experiments.pipeline.edit import Edits
+from experiments.pipeline.given import FolderPictures, Prepared
+from experiments.pipeline.reconstruct import Reconstruct
 from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitStage
 
@@ -16,7 +18,7 @@ from experiments.pipeline.stage import FileStage, Folders, Log, Machine, SplitSt
 class Features(SplitStage):
     """What an extractor of eval/ makes of pictures, batch by batch; no set is ever in memory."""
 
-    images: Sample | Pictures | Edits
+    images: Sample | Reconstruct | Pictures | FolderPictures | Prepared | Edits
     extractor: Any
     """A frozen dataclass of eval/, see `eval.rows.Extractor`."""
     first_stage: FileStage | None = None
@@ -25,9 +27,13 @@ class Features(SplitStage):
     @property
     def name(self) -> str:
         """Name of the stage."""
-        source = self.images
-        what = source.captions.shards.split if isinstance(source, Pictures) else source.name
-        return f"features-{what}"
+        return f"features-{self.images.name}"
+
+    @property
+    def follows(self) -> SplitStage | None:
+        """The pictures that are being made, batch by batch."""
+        source = self.images.source if isinstance(self.images, Prepared) else self.images
+        return source if isinstance(source, SplitStage) else None
 
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file of every batch."""
@@ -55,8 +61,9 @@ class Features(SplitStage):
         def make(i: int) -> None:
             images, asked = read(i * size, (i + 1) * size)
             measured = extract(images, asked, i * size)
-            measured.rows["index"] = np.array([row["index"] for row in asked], np.int64)
-            save_measured(folder / names[i], measured)
+            index = np.array([row["index"] for row in asked], np.int64)
+            rows = {**measured.rows, "index": index}
+            save_measured(folder / names[i], replace(measured, rows=rows))
 
         return make
 
@@ -76,3 +83,7 @@ class Features(SplitStage):
         found = load_measured([folder / n for n in json.loads((folder / "rows.json").read_text())])
         rows = self.images.rows(inputs)
         return found, [rows[i] for i in found.rows["index"].tolist()]
+
+    def count(self, inputs: Folders) -> int:
+        """Return how many pictures there are, or should be."""
+        return len(self.images.rows(inputs))

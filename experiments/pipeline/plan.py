@@ -14,7 +14,7 @@ from eval.extractors import (
     ReconstructionRows,
     SceneRows,
 )
-from experiments.papers.base import HELDOUT, Drawing, Materials, RunSettings
+from experiments.papers.base import APART, Drawing, Materials, RunSettings
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits
 from experiments.pipeline.features import Features
@@ -39,7 +39,24 @@ SCORINGS: dict[str, Scoring] = {
     "digits": Scoring("digits", lambda data: DigitRows(), reference=False),
     "shards": Scoring("features", lambda data: FeatureRows()),
 }
-SPLITS = {"val": "", "heldout": "/heldout"}  # what is asked -> end of its scores' prefix
+
+
+class Split(NamedTuple):
+    """Prompts that are asked."""
+
+    end: str
+    """Of the prefix of their scores."""
+    seed: int
+    """Added to the seed of their pictures."""
+    reference: bool = True
+    """Whether there are real pictures of other captions of the kind."""
+
+
+SPLITS: dict[str, Split] = {
+    "val": Split("", 0),
+    "heldout": Split("/heldout", APART),
+    "partial": Split("/partial", 2 * APART, reference=False),
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +102,9 @@ def plan(paper: str, run: RunSettings) -> Plan:
     Raises:
         ConfigError: a file that the settings name is not there.
     """
-    e, data = run.eval, Data(run.data, run.eval.prompts, run.eval.heldout)
-    scoring = SCORINGS[run.data.name]
+    e = run.eval
+    data = Data(run.data, e.prompts, e.heldout, e.partial)
+    scoring = SCORINGS.get(run.data.name, SCORINGS["shards"])
     extractor = scoring.extractor(run.data)
     first = run.first_stage_stage(data)
     drawing = run.drawing(Materials(paper, data, first))
@@ -107,15 +125,17 @@ def plan(paper: str, run: RunSettings) -> Plan:
         return Plan(first, Score((own,), e.bootstrap, e.seed), real)
     samples: dict[str, Sample] = {}
     sets: list[Scored] = []
-    asked = {"val": e.prompts, "heldout": e.heldout if run.data.name == "scenes" else 0}
-    for split, end in SPLITS.items():
-        if not asked[split]:
+    asked = {"val": e.prompts}
+    if run.data.name == "scenes":
+        asked |= {"heldout": e.heldout, "partial": e.partial}
+    for split, (end, seed, compared) in SPLITS.items():
+        if not asked.get(split):
             continue
         reference = None
-        if scoring.reference:
+        if scoring.reference and compared:
             reference = Features(Pictures(data.reference(split)), extractor)
-        seed, traces = (e.seed, e.traces) if split == "val" else (e.seed + HELDOUT, 0)
-        drawn = drawing.draw(data.captions(split, asked[split]), seed, traces)
+        traces = e.traces if split == "val" else 0
+        drawn = drawing.draw(data.captions(split, asked[split]), e.seed + seed, traces)
         for prefix, sample in drawn.items():
             samples[f"{prefix}{end}"] = sample
             about = {} if not sample.part else reduction(run.data.resolution)

@@ -84,7 +84,7 @@ def _checkpoint(plan: Plan, run: RunSettings, inputs: Folders, out: Path) -> Pat
 def _final(plan: Plan) -> Iterator[tuple[str, Sample]]:
     """The pictures of every split that a person is shown, with the prefix of their scores."""
     if plan.drawing is not None:
-        for end in SPLITS.values():
+        for end in (split.end for split in SPLITS.values()):
             prefix = f"{plan.drawing.shown}{end}"
             if prefix in plan.samples:
                 yield prefix, plan.samples[prefix]

@@ -4,7 +4,8 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def execute(
         UserError: something the user can put right, in one sentence.
     """
     store = Store(run.cache)
-    try:
+    with in_one_line():
         if store.leader:
             return _execute(titles, run, out, say, until, store)
         end_with_parent()
@@ -53,6 +54,13 @@ def execute(
         except Exception:
             time.sleep(3)  # where the leader was interrupted, this process ends here, quietly
             raise
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Turn what stages raise for a person to put right into a UserError of one line."""
+    try:
+        yield
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise UserError(f"{error.strerror or error}{where}") from error

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from data.files import atomic, write_json
 from experiments.pipeline.data import Asked, Captions
 from experiments.pipeline.generator import Generator
+from experiments.pipeline.given import GivenGenerator
+from experiments.pipeline.prompts import Prompts
 from experiments.pipeline.stage import Folders, Log, Machine, SplitStage
 
 if TYPE_CHECKING:
@@ -20,10 +22,13 @@ SHOWN_STEPS = 12  # of a trace, at most
 
 @dataclass(frozen=True, eq=False)
 class Sample(SplitStage):
-    """One picture per caption. Picture i has seed + i and stands in batch i // B."""
+    """One picture per caption. Picture i has seed + i and stands in batch i // B.
 
-    generator: Generator
-    captions: Captions
+    Rows that bring a number and a file of their own have seed + number, and that file.
+    """
+
+    generator: Generator | GivenGenerator
+    captions: Captions | Prompts
     sampling: Mapping[str, Any]
     """Settings that differ from the checkpoint's."""
     seed: int
@@ -35,28 +40,31 @@ class Sample(SplitStage):
     """The pictures whose tokens the part enlarges."""
     keep_tokens: bool = field(default=False)
     """Whether the tokens are kept beside the pictures."""
+    negative: str | None = None
+    """What guidance leads away from, in place of the null condition."""
 
     @property
     def name(self) -> str:
         """Name of the stage."""
-        return "-".join(["sample", *([self.part] if self.part else []), self.captions.shards.split])
+        return "-".join(["sample", *([self.part] if self.part else []), self.captions.split])
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what was asked, in order, with seed and file."""
         rows = self.captions.rows(inputs)
         return [
-            {**row, "seed": self.seed + i, "file": f"{i:05d}.png"} for i, row in enumerate(rows)
+            {"file": f"{i:05d}.png", **row, "seed": self.seed + row.get("number", i)}
+            for i, row in enumerate(rows)
         ]
 
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file of every batch."""
-        count, size = _batches(len(self.captions.rows(inputs)), machine)
+        count, size = batches(len(self.captions.rows(inputs)), machine)
         return [f"batch-{size}-{i:05d}.safetensors" for i in range(count)]
 
     def beside(self, i: int, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the pictures of a batch, and what the first one shows step by step."""
         rows = self.rows(inputs)
-        size = _batches(len(rows), machine)[1]
+        size = batches(len(rows), machine)[1]
         names = [row["file"] for row in rows[i * size : (i + 1) * size]]
         if i or not self.traces:
             return names
@@ -74,7 +82,7 @@ class Sample(SplitStage):
         module = whole.part(self.part)
         settings = module.settings(self.sampling)
         rows = self.rows(inputs)
-        size = _batches(len(rows), machine)[1]
+        size = batches(len(rows), machine)[1]
         names = self.parts(inputs, machine)
         lows = None if self.low is None else load_file(inputs[self.low] / "tokens.safetensors")
 
@@ -90,14 +98,19 @@ class Sample(SplitStage):
                 low = lows["tokens"].long()[[places[min(k, count - 1)] for k in range(size)]]
                 low = low.to(module.device)
             trace = Trace(min(self.traces, count) if i == 0 else 0)
-            request = make_request(module, asked, low)
-            tokens = module.sample_tokens(request, settings, trace.on_step)
-            images = to_uint8(module.first_stage.decode(tokens).cpu())[:count]
+            request = make_request(module, asked, low, self.negative)
+            tokens = torch.zeros(0)
+            if self.keep_tokens or low is not None:
+                tokens = module.sample_tokens(request, settings, trace.on_step)
+                pictures = module.first_stage.decode(tokens)
+            else:
+                pictures = module.sample(request, settings, trace.on_step)
+            images = to_uint8(pictures.cpu())[:count]
             for row, image in zip(asked, images, strict=False):
                 text = {"prompt": row["prompt"], "seed": str(row["seed"])}
                 save_png(folder / row["file"], image, text)
             trace.save(folder, module.first_stage, asked)
-            kept = tokens[:count].cpu().contiguous() if self.keep_tokens else torch.zeros(0)
+            kept = tokens[:count].cpu().contiguous() if self.keep_tokens else tokens[:0]
             with atomic(folder / names[i]) as temporary:
                 save_file({"tokens": kept}, temporary)
 
@@ -121,17 +134,23 @@ class Sample(SplitStage):
         self, inputs: Folders, machine: Machine
     ) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
         """Return what reads pictures [first, last): uint8 [B, 3, H, W], and what was asked."""
-        import torch
+        return png_reader(inputs[self], self.rows(inputs))
 
-        from experiments.report.pictures import load_png
 
-        rows, folder = self.rows(inputs), inputs[self]
+def png_reader(
+    folder: Path, rows: Sequence[Asked]
+) -> Callable[[int, int], tuple[Tensor, list[Asked]]]:
+    """Return what reads the PNGs of rows [first, last), those that there are, and these rows."""
+    import torch
 
-        def read(first: int, last: int) -> tuple[Tensor, list[Asked]]:
-            part = [{**row, "index": k} for k, row in enumerate(rows[first:last], first)]
-            return torch.stack([load_png(folder / row["file"])[0] for row in part]), part
+    from experiments.report.pictures import load_png
 
-        return read
+    def read(first: int, last: int) -> tuple[Tensor, list[Asked]]:
+        part = [{**row, "index": k} for k, row in enumerate(rows[first:last], first)]
+        there = [row for row in part if (folder / row["file"]).exists()]
+        return torch.stack([load_png(folder / row["file"])[0] for row in there]), there
+
+    return read
 
 
 class Trace:
@@ -186,7 +205,9 @@ class Trace:
         write_json(folder / "traces.json", told)
 
 
-def make_request(module: Any, asked: Sequence[Asked], low: Any = None) -> Any:
+def make_request(
+    module: Any, asked: Sequence[Asked], low: Any = None, negative: str | None = None
+) -> Any:
     """Return the request for the pictures of a batch."""
     from lightning_modules.common.request import Request
 
@@ -194,6 +215,7 @@ def make_request(module: Any, asked: Sequence[Asked], low: Any = None) -> Any:
         [row["prompt"] for row in asked],
         [row["seed"] for row in asked],
         labels=[row["label"] for row in asked] if module.labelled else None,
+        negative=None if negative is None else [negative] * len(asked),
         low=low,
     )
 
@@ -209,7 +231,7 @@ def decode_unfinished(first_stage: Any, states: Tensor) -> Tensor:
     return pictures.masked_fill(hidden[:, None], 0.0)
 
 
-def _batches(count: int, machine: Machine) -> tuple[int, int]:
-    """Number and size of the batches of `count` pictures."""
+def batches(count: int, machine: Machine) -> tuple[int, int]:
+    """Return number and size of the batches of `count` pictures."""
     size = max(1, min(machine.batch_size, count))
     return -(-count // size), size

@@ -9,6 +9,7 @@ from typing import Any
 
 from data.files import write_json
 from experiments.pipeline.features import Features
+from experiments.pipeline.given import GivenMoments
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
 
 LEAST = 4  # pictures of a reference, half of which give the floor
@@ -23,7 +24,7 @@ class Scored:
     prefix: str
     """Put before the names of its scores."""
     made: Features
-    reference: Features | None = None
+    reference: Features | GivenMoments | None = None
     """Real pictures that share no caption with them."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Stored beside every score."""
@@ -33,7 +34,7 @@ class Scored:
 class Score(Stage):
     """All scores of a run."""
 
-    VERSION = 2
+    VERSION = 3
 
     sets: tuple[Scored, ...]
     resamples: int
@@ -49,7 +50,8 @@ class Score(Stage):
         for one in self.sets:
             made, asked = one.made.measured(inputs)
             reference = None
-            if one.reference is not None and len(one.reference.images.rows(inputs)) >= LEAST:
+            count = None if one.reference is None else one.reference.count(inputs)
+            if one.reference is not None and (count is None or count >= LEAST):
                 reference = one.reference.measured(inputs)[0]
             elif one.reference is not None:
                 log.note(f"{one.prefix}: too few real pictures of other captions for a distance")

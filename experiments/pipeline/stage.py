@@ -64,13 +64,18 @@ class Log:
 
 
 class Folders:
-    """The folders of the stages that a stage builds on."""
+    """The folders of the stages that a stage builds on.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: holds them by name and key.
+        homes: folders of stages that lie elsewhere.
+    """
+
+    def __init__(self, root: Path, homes: Mapping["Stage", Path] | None = None) -> None:
+        self.root, self.homes = root, dict(homes or {})
 
     def __getitem__(self, stage: "Stage") -> Path:
-        return self.root / stage.folder
+        return self.homes.get(stage, self.root / stage.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +162,11 @@ class SplitStage(Stage):
     def beside(self, i: int, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the files that part i writes besides."""
         return []
+
+    @property
+    def follows(self) -> "SplitStage | None":
+        """The stage of as many parts whose part i is all that part i of this one waits for."""
+        return None
 
     def open(
         self, folder: Path, inputs: Folders, machine: Machine, log: Log

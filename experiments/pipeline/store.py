@@ -2,7 +2,8 @@
 
 Who works. The leader (rank 0) does the stages of RANKS `leader` and marks all; the other ranks
 wait for the marker, or take part as soon as their leader has begun: of `all` in one training,
-of `split` by claiming parts that nobody has claimed.
+of `split` by claiming parts that nobody has claimed. So does any other run, a task of an array
+say, that finds the stage in work.
 """
 
 import hashlib
@@ -10,11 +11,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -31,11 +33,17 @@ class Store:
     Args:
         root: the folder of all stage folders; nothing is written before the first stage runs.
         leader: whether this process decides; default: rank 0 does.
+        homes: folders of stages that lie elsewhere.
     """
 
-    def __init__(self, root: Path | str, leader: bool | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        leader: bool | None = None,
+        homes: Mapping[Stage, Path] | None = None,
+    ) -> None:
         self.root = Path(root)
-        self.folders = Folders(self.root)
+        self.folders = Folders(self.root, homes)
         self.leader = is_leader() if leader is None else leader
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
@@ -45,7 +53,7 @@ class Store:
         except (FileNotFoundError, ValueError):
             return None
         whole = isinstance(marker, dict) and marker.pop("sum", None) == _sum(marker)
-        return marker if whole else None
+        return marker if whole and marker["key"] == stage.key else None
 
     def damaged(self, stage: Stage, marker: dict[str, Any]) -> str | None:
         """Return the first file of a finished stage whose bytes are not those that it wrote."""
@@ -77,16 +85,16 @@ class Store:
         reused: set[Stage] = set()
         damaged = self._find_damaged(stages, read)
         if self.leader:
-            self._drop(damaged, log)
+            self._drop(damaged, machine, log)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage.name}"
             if not self.leader:
-                if self._follow(stage, damaged.get(stage)):
-                    self._work(stage, machine, log)
+                if self._follow(stage, machine, damaged.get(stage)):
+                    self._work(stage, machine, log, stages)
             elif self._reuse(stage, head, log):
                 reused.add(stage)
             else:
-                self._lead(stage, head, machine, log)
+                self._lead(stage, head, machine, log, stages)
         return reused
 
     def remember(self, out: Path, stages: Sequence[Stage]) -> None:
@@ -115,31 +123,52 @@ class Store:
                 needed |= {*_leaning(stage.inputs)}
         return found
 
-    def _drop(self, damaged: dict[Stage, tuple[str, dict[str, Any]]], log: Log) -> None:
-        """Take the marks off damaged results."""
-        for stage, (file, _) in damaged.items():
+    def _drop(
+        self, damaged: dict[Stage, tuple[str, dict[str, Any]]], machine: Machine, log: Log
+    ) -> None:
+        """Take the marks off damaged results; of a split one the sound parts stay."""
+        for stage, (file, marker) in damaged.items():
             log.note(f"{file} is damaged; {stage.name} is done again")
+            if isinstance(stage, SplitStage) and not self._keep_parts(stage, marker, machine):
+                shutil.rmtree(self.folders[stage])
+                continue
             (self.folders[stage] / "done.json").unlink(missing_ok=True)
             Path(file).unlink(missing_ok=True)
-            if isinstance(stage, SplitStage):  # whichever part the file was of
-                shutil.rmtree(self.folders[stage])
 
-    def _lead(self, stage: Stage, head: str, machine: Machine, log: Log) -> None:
+    def _keep_parts(self, stage: SplitStage, marker: dict[str, Any], machine: Machine) -> bool:
+        """Note again what every part of a finished result wrote; False where it had others."""
+        try:
+            parts = stage.parts(self.folders, machine)
+            files = [[*stage.beside(i, self.folders, machine), p] for i, p in enumerate(parts)]
+            sums = [{name: marker["files"][name][1] for name in part} for part in files]
+        except (OSError, KeyError, ValueError):  # made in batches of another size, or its input is
+            return False  # damaged, too
+        for name, part in zip(parts, sums, strict=True):
+            _Noted(part, marker["busy"] / len(parts)).write(self.folders[stage], name)
+        return True
+
+    def _lead(
+        self, stage: Stage, head: str, machine: Machine, log: Log, stages: Sequence[Stage]
+    ) -> None:
         folder = self.folders[stage]
-        with self.locked(stage, head, log):
+        with self.locked(stage, head, machine, log, stages):
             if self._reuse(stage, head, log):  # another run finished it while this one waited
                 return
             log.say(f"{head}: {'continues' if folder.exists() else 'runs'} in {folder}")
             folder.mkdir(parents=True, exist_ok=True)
             begun = time.monotonic()
-            write_json(folder / "running.json", {"pid": os.getpid(), "launch": launch()})
+            mark = {"pid": os.getpid(), "launch": launch(), "parts": self._parts(stage, machine)}
+            write_json(folder / "running.json", mark)
             try:
-                what = self._work(stage, machine, log)
+                what = self._work(stage, machine, log, stages)
             finally:
                 (folder / "running.json").unlink(missing_ok=True)
             seconds = round(time.monotonic() - begun, 2)
             when = datetime.now(UTC).isoformat(timespec="seconds")
             marker = {"name": stage.name, "key": stage.key, "seconds": seconds, "when": when}
+            if isinstance(stage, SplitStage):
+                parts = stage.parts(self.folders, machine)
+                marker["busy"] = round(sum(_Noted.of(folder, name).seconds for name in parts), 2)
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
             write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
@@ -148,57 +177,77 @@ class Store:
                 left.unlink(missing_ok=True)
             log.say(f"{head}: done in {duration(seconds)}")
 
-    def _work(self, stage: Stage, machine: Machine, log: Log) -> dict[str, Any]:
+    def _work(
+        self, stage: Stage, machine: Machine, log: Log, stages: Sequence[Stage]
+    ) -> dict[str, Any]:
         folder = self.folders[stage]
         if not isinstance(stage, SplitStage):
             return stage.run(folder, self.folders, machine, log)
-        self._share(stage, machine, log)
+        self._share(stage, machine, log, stages, self.leader)
         return stage.finish(folder, self.folders, machine, log) if self.leader else {}
 
-    def _share(self, stage: SplitStage, machine: Machine, log: Log) -> None:
-        """Make the parts that nobody else makes; the leader leaves when all are done."""
-        folder = self.folders[stage]
-        names = stage.parts(self.folders, machine)
-        missing = [i for i, name in enumerate(names) if not _whole(folder, name)]
-        for i in missing if self.leader else []:
-            if (folder / names[i]).exists() and (folder / f".{names[i]}.sum").exists():
-                log.note(f"{folder / names[i]} or a file beside it is damaged; it is made again")
-        counter = log.counter(stage.name, len(names), len(names) - len(missing))
-        make = stage.open(folder, self.folders, machine, log) if missing else None
+    def _share(
+        self,
+        stage: SplitStage,
+        machine: Machine,
+        log: Log,
+        stages: Sequence[Stage],
+        lead: bool,
+    ) -> None:
+        """Make the parts that nobody else makes; who leads leaves when all are done."""
+        work = _Parts(stage, self.folders, machine, log)
+        missing = [i for i in range(len(work.names)) if not work.stands(i)]
+        for i in missing if lead else []:
+            if work.is_damaged(i):
+                file = work.folder / work.names[i]
+                log.note(f"{file} or a file beside it is damaged; it is made again")
+        counter = log.counter(stage.name, len(work.names), len(work.names) - len(missing))
+        after = [t for t in stages if isinstance(t, SplitStage) and t.follows == stage]
+        followers = [
+            _Parts(t, self.folders, machine, log)
+            for t in after
+            if all(s == stage or self.done(s) for s in t.inputs)
+        ]
         try:
-            while missing and make is not None:
+            while missing:
                 made = 0
                 for i in missing:
-                    if _whole(folder, names[i]):
-                        continue
-                    # the lock belongs to the operating system, so that of a killed process is free
-                    lock = FileLock(folder / f".{names[i]}.lock")
-                    with suppress(Timeout), lock.acquire(timeout=0):
-                        if not _whole(folder, names[i]) and self.done(stage) is None:
-                            make(i)
-                            files = [*stage.beside(i, self.folders, machine), names[i]]
-                            sums = {name: file_hash(folder / name) for name in files}
-                            write_json(folder / f".{names[i]}.sum", sums)
-                            made += 1
-                            counter.update(counter.done + 1)
-                if not self.leader:
+                    if self.done(stage) is None and work.make(i):
+                        made += 1
+                        counter.update(counter.done + 1)
+                        for follower in followers:
+                            if self.done(follower.stage) is None:
+                                follower.make(i)
+                if not lead:
                     break
-                missing = [i for i in missing if not _whole(folder, names[i])]
+                missing = [i for i in missing if not work.stands(i)]
                 if missing and not made:
                     time.sleep(PAUSE)
         finally:
             counter.close()
 
     @contextmanager
-    def locked(self, stage: Stage, head: str, log: Log) -> Iterator[None]:
-        """Hold the stage's lock; another run that asks for it says that it waits."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f".{stage.folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.say(f"{head}: waits for another run that works on the same stage")
-            lock.acquire()
+    def locked(
+        self, stage: Stage, head: str, machine: Machine, log: Log, stages: Sequence[Stage]
+    ) -> Iterator[None]:
+        """Hold the stage's lock; who finds it taken makes parts of it, or says that it waits."""
+        folder = self.folders[stage]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        taken = joined = False
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=PAUSE if taken else 0)
+                continue
+            except Timeout:
+                pass
+            if isinstance(stage, SplitStage) and not joined and self._begun(stage, machine):
+                joined = taken = True
+                log.say(f"{head}: takes part in what another run has begun")
+                self._share(stage, machine, log, stages, lead=False)
+            elif not taken:
+                taken = True
+                log.say(f"{head}: waits for another run that works on the same stage")
         try:
             yield
         finally:
@@ -210,12 +259,16 @@ class Store:
             log.say(f"{head}: reused from {self.folders[stage]} ({marker['when']})")
         return marker is not None
 
-    def _follow(self, stage: Stage, damaged: tuple[str, dict[str, Any]] | None = None) -> bool:
+    def _follow(
+        self, stage: Stage, machine: Machine, damaged: tuple[str, dict[str, Any]] | None = None
+    ) -> bool:
         """Wait as a follower; True when the leader began work in which every rank takes part."""
         parent = os.getppid()
         stale = None if damaged is None else damaged[1]  # a mark that the leader will take off
         while self.done(stage) in (None, stale):
             if stage.RANKS != "leader" and self._begun_by_my_leader(stage):
+                return True
+            if isinstance(stage, SplitStage) and self._begun(stage, machine):
                 return True
             if os.getppid() != parent:
                 raise SystemExit(1)  # rank 0 ended, and said why
@@ -224,13 +277,98 @@ class Store:
 
     def _begun_by_my_leader(self, stage: Stage) -> bool:
         """Tell the leader's mark from one that a killed launch left behind."""
-        try:
-            mark = json.loads((self.folders[stage] / "running.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        mark = self._mark(stage)
+        if mark is None:
             return False
         # Lightning's own launcher starts the followers as children of the leader, in the middle of
         # its work; torchrun and Slurm start all ranks alike, with one launch id in the environment
         return mark["pid"] == os.getppid() or (bool(launch()) and mark["launch"] == launch())
+
+    def _begun(self, stage: SplitStage, machine: Machine) -> bool:
+        """Say whether anybody began to make the parts that this process would make."""
+        mark = self._mark(stage)
+        return mark is not None and mark["parts"] == self._parts(stage, machine)
+
+    def _mark(self, stage: Stage) -> dict[str, Any] | None:
+        """Read what a process that works on a stage notes in its folder."""
+        try:
+            return json.loads((self.folders[stage] / "running.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def _parts(self, stage: Stage, machine: Machine) -> str | None:
+        """Return what processes share that would make the same bytes of a stage's parts."""
+        if not isinstance(stage, SplitStage):
+            return None
+        kind = str(machine.device).partition(":")[0]
+        return _sum({"parts": [*stage.parts(self.folders, machine)], "device": kind})
+
+
+class _Parts:
+    """The parts of a split stage, as one process makes them."""
+
+    def __init__(self, stage: SplitStage, folders: Folders, machine: Machine, log: Log) -> None:
+        self.stage, self.folder = stage, folders[stage]
+        self.names = stage.parts(folders, machine)
+        self.use = (folders, machine, log)
+
+    @cached_property
+    def maker(self) -> Callable[[int], None]:
+        """What makes a part; loading it may take long."""
+        return self.stage.open(self.folder, *self.use)
+
+    def stands(self, i: int) -> bool:
+        """Say whether the files of part i are as they were written."""
+        try:
+            noted = _Noted.of(self.folder, self.names[i]).files
+            return bool(noted) and noted == {f: file_hash(self.folder / f) for f in noted}
+        except OSError:
+            return False
+
+    def is_damaged(self, i: int) -> bool:
+        """Say whether part i, which does not stand, was written once."""
+        name = self.names[i]
+        return (self.folder / name).exists() and (self.folder / f".{name}.sum").exists()
+
+    def make(self, i: int) -> bool:
+        """Make part i; False where it stands, or another process makes it."""
+        name, (folders, machine, _) = self.names[i], self.use
+        if self.stands(i):
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # the lock belongs to the operating system, so that of a killed process is free
+        lock = FileLock(self.folder / f".{name}.lock")
+        with suppress(Timeout), lock.acquire(timeout=0):
+            if not self.stands(i):
+                make, begun = self.maker, time.monotonic()
+                make(i)
+                seconds = time.monotonic() - begun
+                files = [*self.stage.beside(i, folders, machine), name]
+                sums = {file: file_hash(self.folder / file) for file in files}
+                _Noted(sums, seconds).write(self.folder, name)
+                return True
+        return False
+
+
+class _Noted(NamedTuple):
+    """What stands beside a finished part until the whole stage is done."""
+
+    files: dict[str, str]
+    """Name -> sha256 of all files that it wrote; empty where nothing whole is noted."""
+    seconds: float
+    """How long it took."""
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "_Noted":
+        try:
+            content = json.loads((folder / f".{name}.sum").read_text())
+            noted = cls({**content["files"]}, float(content["seconds"]))
+        except (OSError, ValueError, TypeError, KeyError):  # not there, no JSON, no mapping
+            return cls({}, 0.0)
+        return noted if name in noted.files else cls({}, 0.0)
+
+    def write(self, folder: Path, name: str) -> None:
+        write_json(folder / f".{name}.sum", self._asdict())
 
 
 def _sum(marker: dict[str, Any]) -> str:
@@ -245,15 +383,6 @@ def _leaning(stages: Iterable[Stage]) -> Iterator[Stage]:
         yield stage
         if not isinstance(stage, FileStage):
             yield from _leaning(stage.inputs)
-
-
-def _whole(folder: Path, name: str) -> bool:
-    """Say whether the files of a part, whose last one has this name, are as they were written."""
-    try:
-        sums = json.loads((folder / f".{name}.sum").read_text())
-        return name in sums and all(file_hash(folder / f) == sums[f] for f in sums)
-    except (OSError, ValueError, TypeError):  # not there, no JSON, no mapping
-        return False
 
 
 def written(folder: Path) -> dict[str, tuple[int, str]]:

@@ -29,6 +29,7 @@ FIRST = 6  # pictures of a split that are shown at once; the others on demand
 EXAMPLES = {
     "val": "Prompts",
     "heldout": "Prompts with combinations never seen (heldout)",
+    "partial": "Prompts that leave something out, each asked 4 times (partial)",
     "edit": "Edits: the picture, the half that was masked, and what a new caption made of it",
 }
 

@@ -18,9 +18,11 @@ COMPANIONS = {"_floor": "floor", "_real": "real pictures"}
 SPLITS = {
     "val": "Val",
     "heldout": "Heldout: combinations never seen in training",
+    "partial": "Partial: captions that leave something out, each asked 4 times",
     "edit": "Edits: half of a scene generated anew for a caption with another thing",
     "superres": "Super-resolution: val, reduced to the classifier's size",
     "superres heldout": "Super-resolution: heldout, reduced to the classifier's size",
+    "superres partial": "Super-resolution: partial, reduced to the classifier's size",
     "tokenizer": "Tokenizer: reconstructions of val",
     "autoencoder": "Autoencoder: reconstructions of val",
 }

@@ -16,6 +16,7 @@ from experiments.grid import Sweep, SweepRun, short_names
 from experiments.report import charts
 from experiments.report.document import boxes, code, document, html_table, paragraphs, section
 from experiments.report.published import Published
+from experiments.report.repeated import difference, over_seeds
 from experiments.report.scores import main_scores, notation, scans
 
 
@@ -45,6 +46,7 @@ def summarize(sweep: Sweep, runs: Sequence[SweepRun], published: Published) -> S
         runs: all of them, done or not.
         published: what was published of the same settings.
     """
+    runs = over_seeds(runs)
     names, same = columns(sweep, runs)
     tables = [_main_table(runs, names, published)]
     for (score, what), curves in _scanned(runs).items():
@@ -52,6 +54,7 @@ def summarize(sweep: Sweep, runs: Sequence[SweepRun], published: Published) -> S
         rows = [[label, *(notation(curve.get(x)) for x in xs)] for label, curve in curves.items()]
         heads = [_short(score), *(f"{x:g}" for x in xs)]
         tables.append(ScoreTable(f"{_short(score)} against {what}", heads, rows))
+    tables += _paired(runs)
     notes = [
         *best_line(sweep, runs),
         *(f"equal in all runs: {_short(n)} {notation(score)}" for n, score in same.items()),
@@ -109,6 +112,14 @@ def _scanned(runs: Sequence[SweepRun]) -> dict[tuple[str, str], dict[str, dict[f
             curve = {x: run.scores[name] for x, name in names.items()}
             found.setdefault(key, {})[run.label] = curve
     return found
+
+
+def _paired(runs: Sequence[SweepRun]) -> list[ScoreTable]:
+    """Compare every run with the first one, prompt by prompt; no table where that cannot be."""
+    found = [(run.label, difference(run, runs[0])) for run in runs[1:]] if runs else []
+    rows = [[label, notation(d), str(d["n"])] for label, d in found if d is not None]
+    title = f"Right more often than {runs[0].label}, on the same prompts" if rows else ""
+    return [ScoreTable(title, ["run", "difference", "prompts"], rows)] if rows else []
 
 
 def best_line(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:
@@ -193,6 +204,7 @@ def draw(sweep: Sweep, runs: Sequence[SweepRun]) -> dict[str, Figure]:
     Returns:
         {name of the PNG: chart}.
     """
+    runs = over_seeds(runs)
     figures: dict[str, Figure] = {}
     names, _ = columns(sweep, runs)
     metric = names[0] if names else ""

@@ -17,8 +17,9 @@ from lightning_modules.improved_vqd.config import (
     SamplingConfig,
     check_released,
 )
+from lightning_modules.samplers.kernel import Chance, Kernel
 from lightning_modules.vq_diffusion import process
-from lightning_modules.vq_diffusion.process import Chance, Draw, Head, Kernel, Schedule
+from lightning_modules.vq_diffusion.process import Draw, Head, Schedule
 
 
 def guidance_shares(scale: float) -> list[float]:

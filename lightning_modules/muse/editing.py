@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_modules.common.categorical import draw_rows
 from lightning_modules.common.request import OnStep
 from lightning_modules.muse.config import EditConfig
-from lightning_modules.muse.process import Head, Predict, draw_tokens, lowest
+from lightning_modules.muse.process import Head, Predict, draw_tokens
+from lightning_modules.samplers.loop import lowest
 
 
 def windows(hidden: Tensor, size: tuple[int, int], unit: int = 1) -> list[tuple[int, int]]:

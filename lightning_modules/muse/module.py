@@ -21,6 +21,7 @@ from lightning_modules.muse.editing import outpaint, rewrite
 from lightning_modules.muse.network import MaskedTransformer
 from lightning_modules.muse.superres import SuperRes
 from lightning_modules.muse.uvit import UViT
+from lightning_modules.samplers.ordered import halton_ranks
 
 AESTHETIC = 6.0  # the score that aMUSEd's pipeline asks for
 
@@ -156,7 +157,7 @@ class MaskedStage(GeneratorModule):
         loop = process.loop_settings(settings, unknown.cpu())
         loop["counts"] = loop["counts"].to(start.device)
         if settings.order == "halton":
-            ranks = process.halton_ranks(grid, seeds, settings.halton_roll)
+            ranks = halton_ranks(grid, seeds, settings.halton_roll)
             loop["ranks"] = ranks.to(start.device)
         for name, tensor in process.sample_noise(seeds, len(loop["counts"]), grid).items():
             loop[name] = tensor.to(start.device)

@@ -8,7 +8,6 @@ valeoai/Halton-MaskGIT.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw_rows, likeliest
-from lightning_modules.common.seeding import mix_seed
 from lightning_modules.muse.config import (
     Confidence,
     Counting,
@@ -24,6 +22,7 @@ from lightning_modules.muse.config import (
     Order,
     exponent,
 )
+from lightning_modules.samplers.loop import gumbel, lowest
 
 Predict = Callable[[Tensor, float, Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]
@@ -312,67 +311,6 @@ def sample_noise(seeds: Sequence[int], steps: int, grid: tuple[int, int]) -> dic
     return {"draws": torch.stack(draws, dim=1), "choice_noise": torch.stack(noise, dim=1)}
 
 
-def gumbel(uniforms: Tensor) -> Tensor:
-    """Gumbel noise -log(-log u), finite for every u in [0, 1)."""
-    tiny = torch.finfo(uniforms.dtype).tiny
-    return -(-uniforms.clamp(min=tiny).log()).log()
-
-
-def mirrored_cells(numbers: Tensor, base: int, cells: int) -> Tensor:
-    """Cell floor(cells Phi(n)) of each number, Phi the digits of n mirrored at the point.
-
-    Phi is the van der Corput sequence; all arithmetic is in integers, so that a cell whose border
-    no float can hold is not missed.
-    """
-    mirrored, rest, scale = torch.zeros_like(numbers), numbers, 1
-    while bool(rest.any()):
-        mirrored = mirrored * base + rest % base
-        rest = rest // base
-        scale *= base
-    return mirrored * cells // scale
-
-
-@lru_cache(maxsize=32)
-def halton_order(height: int, width: int) -> Tensor:
-    """Cells of a grid in the order in which the points of a Halton sequence first visit them.
-
-    Cell of point n: (floor(h Phi_2(n)), floor(w Phi_3(n))), Phi_b the radical inverse. As many
-    points are made as it takes to visit every cell; the released code stops at 10,000, which leave
-    out 6 cells of a 64x64 grid.
-
-    Returns:
-        [h w, 2] int64, row and column.
-    """
-    points = 4 * height * width
-    while True:
-        numbers = torch.arange(1, points)
-        cells = mirrored_cells(numbers, 2, height) * width + mirrored_cells(numbers, 3, width)
-        first = torch.full((height * width,), points)
-        first.scatter_reduce_(0, cells, numbers, "amin")
-        if bool((first < points).all()):
-            order = first.argsort()
-            return torch.stack([order // width, order % width], dim=1)
-        points *= 2
-
-
-def halton_ranks(grid: tuple[int, int], seeds: Sequence[int], roll: bool = True) -> Tensor:
-    """Place of every cell in the Halton order, shifted by a random offset per image if `roll`.
-
-    Returns:
-        [B, h, w] int64.
-    """
-    h, w = grid
-    order = halton_order(h, w)
-    ranks = torch.empty(h * w, dtype=torch.int64)
-    ranks[order[:, 0] * w + order[:, 1]] = torch.arange(h * w)
-    images = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(mix_seed(seed, 2))
-        down, right = (int(torch.randint(n, (), generator=generator)) for n in grid)
-        images.append(ranks.view(h, w).roll((down, right) if roll else (0, 0), dims=(0, 1)))
-    return torch.stack(images)
-
-
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
     """Keep the k largest logits of each row [n, K]; the others become -inf."""
     kept = logits.topk(min(k, logits.shape[1]), dim=1)
@@ -392,24 +330,6 @@ def confidence_of(logits: Tensor, tokens: Tensor, kind: Confidence, temperature:
     parts = logits.split(DRAWN_AT_ONCE)
     totals = [(part * scale if scale != 1 else part).logsumexp(1) for part in parts]
     return chosen * scale - torch.cat(totals)
-
-
-def lowest(scores: Tensor, candidates: Tensor, number: Tensor) -> Tensor:
-    """Mark the `number` candidates of lowest score in each picture; ties go by place.
-
-    Args:
-        scores: [B, h, w].
-        candidates: [B, h, w] bool.
-        number: [B] int64, at most the candidates.
-
-    Returns:
-        [B, h, w] bool.
-    """
-    ranked = (
-        scores.float().masked_fill(~candidates, torch.inf).flatten(1).argsort(dim=1, stable=True)
-    )
-    first = torch.arange(ranked.shape[1], device=ranked.device) < number[:, None]
-    return torch.zeros_like(first).scatter(1, ranked, first).view(scores.shape)
 
 
 def decode(
@@ -490,7 +410,7 @@ def decode(
         masked = x == mask_id
         opened = masked
         if planned:
-            plan = -ranks if ranks is not None and order == "halton" else choice_noise[i]  # type: ignore[index]
+            plan = -ranks.float() if ranks is not None and order == "halton" else choice_noise[i]  # type: ignore[index]
             opened = masked & ~lowest(plan, masked, counts[i])
         out = x.clone()
         if opened.any():

@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.labels import read_label
 from lightning_modules.common.request import OnStep, Request
+from lightning_modules.samplers.kernel import Kernel, corrupt
 from lightning_modules.vq_diffusion import autoregressive, process
 from lightning_modules.vq_diffusion.config import VQDiffusionConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Past, Side
-from lightning_modules.vq_diffusion.process import Kernel
 
 Guidance = tuple[Side, float, float] | None
 """A null condition, the weight of the others and its own."""
@@ -66,7 +66,7 @@ class VQDiffusionModule(GeneratorModule):
         t = process.draw_times(p_t, torch.rand(len(tokens), **rng))
         kernels, mask, replaced = self._numbers(tokens.device)
         uniforms = torch.rand(2, *tokens.shape, **rng)
-        x_t = process.corrupt(tokens, mask[t], replaced[t], codes, uniforms)
+        x_t = corrupt(tokens, mask[t], replaced[t], codes, uniforms)
         condition = self._training_condition(batch, generator)
         rows = self.network.mixed_rows(x_t, t, [condition], [1.0])
         logits = self.network.head(rows).float().unflatten(0, (len(tokens), -1))  # [B, N, K]
@@ -225,7 +225,7 @@ class VQDiffusionModule(GeneratorModule):
                 values[t].float().to(self.device).expand(len(start))
                 for values in (self.schedule.mask, self.schedule.replaced)
             )
-            noise = process.corrupt(start, masked, replaced, self.num_codes, uniforms)
+            noise = corrupt(start, masked, replaced, self.num_codes, uniforms)
         return noise if mask is None else torch.where(mask.bool(), noise, start)
 
     def _loop(self, predict: Any, steps: list[Any], settings: Any, **arguments: Any) -> Tensor:

@@ -9,15 +9,16 @@ clean tokens themselves.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw as draw_logits
 from lightning_modules.common.categorical import draw_rows
+from lightning_modules.samplers.kernel import Chance, Kernel, Level, MaskAndReplace, step_back
 from lightning_modules.vq_diffusion.config import SamplingConfig
 
 # alpha_schedule of the released code: A from the first to the last time, and C at the first
@@ -27,68 +28,6 @@ LEAST = 1e-30  # probabilities below are taken for this in logarithms, as in the
 
 
 # Forward process ----
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """Everything of q(x_s | x_t, x_0), s < t, that does not depend on the tokens.
-
-    All tensors have one shape: that of the times. The ratios stay finite for B_t = 0, where a
-    revealed token is known to be right and stays.
-    """
-
-    num_codes: int
-    replaces: bool
-    """Whether any code can have come by replacement at a time s, B_s > 0."""
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    keep: Tensor
-    """A_s."""
-    replace: Tensor
-    """B_s."""
-    mask: Tensor
-    """C_s."""
-    opens: Tensor
-    """1 - C_s / C_t: probability that a mask opens, whatever the network says."""
-    fresh: Tensor
-    """c / C_t, the factor of an opening mask."""
-    moved: Tensor
-    """b / B_t, the factor of a token that becomes another."""
-    back: Tensor
-    """B_s / B_t, or its limit 1 / (a + b) where nothing is ever replaced."""
-    kept: Tensor
-    """A_s / (A_t + B_t)."""
-    right: Tensor
-    """B_t / (A_t + B_t): share of right tokens that came by replacement."""
-
-    @property
-    def stays(self) -> Tensor:
-        """a + b, the probability that a real token is the same one step on."""
-        return self.a + self.b
-
-    @property
-    def stays_wrong(self) -> Tensor:
-        """q(x_s = j | x_t = j, x_0 other than j) = (a + b) B_s / B_t."""
-        return self.stays * self.back
-
-    @property
-    def stays_right(self) -> Tensor:
-        """q(x_s = j | x_t = j, x_0 = j) = (a + b) (A_s + B_s) / (A_t + B_t)."""
-        return self.stays * (self.kept + self.back * self.right)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Kernel":
-        """The same with every tensor changed: picked out by time, viewed, or moved to a device."""
-        changed: dict[str, Any] = {
-            k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        return replace(self, **changed)
-
-
-def _ratio(over: Tensor, under: Tensor, empty: Tensor) -> Tensor:
-    """over / under, and `empty` where under is 0."""
-    nothing = under == 0
-    return torch.where(nothing, empty, over / torch.where(nothing, torch.ones_like(under), under))
 
 
 @dataclass(frozen=True)
@@ -116,7 +55,7 @@ class Schedule:
     def replaced(self) -> Tensor:
         """[T + 1] float64, K B / (1 - C): share of replaced tokens among those not masked."""
         shown = 1 - self.mask
-        return _ratio(self.num_codes * self.replace, shown, torch.zeros_like(shown))
+        return self.num_codes * self.replace / torch.where(shown > 0, shown, 1)
 
     def kernel(self, t: Tensor | int, s: Tensor | int | None = None) -> Kernel:
         """The kernel from time s (default t - 1) to time t, exact for any stride.
@@ -129,20 +68,15 @@ class Schedule:
         """
         t = torch.as_tensor(t)
         s = t - 1 if s is None else torch.as_tensor(s)
-        keep_s, replace_s, mask_s = self.keep[s], self.replace[s], self.mask[s]
-        keep_t, replace_t, mask_t = self.keep[t], self.replace[t], self.mask[t]
-        a, shown = keep_t / keep_s, (1 - mask_t) / (1 - mask_s)
-        none = torch.zeros_like(a)
-        b = torch.where(replace_t == 0, none, ((shown - a) / self.num_codes).clamp_min(0))
-        return Kernel(
-            self.num_codes, bool((replace_s > 0).any()), a, b, 1 - shown, keep_s, replace_s, mask_s,
-            opens=1 - _ratio(mask_s, mask_t, none),
-            fresh=_ratio(1 - shown, mask_t, none),
-            moved=_ratio(b, replace_t, none),
-            back=_ratio(replace_s, replace_t, 1 / (a + b)),
-            kept=keep_s / (keep_t + replace_t),
-            right=replace_t / (keep_t + replace_t),
-        )  # fmt: skip
+        return Kernel.between(self.num_codes, self._level(t), self._level(s))
+
+    def _level(self, t: Tensor) -> Level:
+        return Level(self.keep[t], self.replace[t], self.mask[t])
+
+    def corruption(self) -> MaskAndReplace:
+        """The same with the clean tokens first, as the samplers take it."""
+        order = [-1, *range(self.steps)]
+        return MaskAndReplace(self.num_codes, self._level(torch.tensor(order)))
 
 
 def linear_schedule(
@@ -219,66 +153,6 @@ def forward_law(tokens: Tensor, keep: Tensor, replace: Tensor, mask: Tensor, cod
     law[..., codes] = mask.expand(tokens.shape)
     only_mask = torch.arange(codes + 1, device=tokens.device) == codes
     return torch.where(masked, only_mask.to(law.dtype), law)
-
-
-def corrupt(tokens: Tensor, mask: Tensor, replaced: Tensor, codes: int, uniforms: Tensor) -> Tensor:
-    """Draw x_t of q(x_t | x_0), whose law is `forward_law` with A_t, B_t and C_t.
-
-    Args:
-        tokens: [B, h, w] int64 clean tokens.
-        mask: [B] float32, C_t.
-        replaced: [B] float32, `Schedule.replaced` at t.
-        codes: K.
-        uniforms: [2, B, h, w] in [0, 1).
-
-    Returns:
-        [B, h, w] int64, K = mask.
-    """
-    swapped, code = _swap(uniforms[1], replaced[:, None, None], torch.full_like(tokens, codes))
-    shown = torch.where(swapped, code, tokens)
-    return torch.where(uniforms[0] < mask[:, None, None], codes, shown)
-
-
-def _swap(uniforms: Tensor, probability: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """With some probability a uniform code 0..codes-1, both from the same uniforms."""
-    swapped = uniforms < probability
-    share = uniforms / probability.clamp_min(torch.finfo(uniforms.dtype).tiny)
-    code = (share.clamp_max(1) * codes).long()
-    return swapped, torch.minimum(code, codes - 1)
-
-
-# Posterior ----
-
-
-def posterior(p0: Tensor, x_t: Tensor, kernel: Kernel) -> Tensor:
-    """p(x_s | x_t) = sum over k of q(x_s | x_t, x_0 = k) p0_k, in O(K) per position.
-
-    x_t = mask: prob(i) = c / C_t (A_s p_i + B_s S0), prob(mask) = S0 C_s / C_t with S0 = sum p.
-    x_t = j: with S = S0 - p_j + p_j B_t / (A_t + B_t),
-    prob(i) = b / B_t (A_s p_i + B_s S) for i other than j,
-    prob(j) = (a + b) (A_s p_j / (A_t + B_t) + B_s S / B_t), prob(mask) = 0.
-    At s = -1 both are p itself. With B = 0 a revealed token stays for certain.
-
-    Args:
-        p0: [..., K] probabilities of the clean token; a smaller sum only scales the result.
-        x_t: [...] int64 in 0..K.
-        kernel: numbers that broadcast to [...].
-
-    Returns:
-        [..., K + 1], the mask last.
-    """
-    n, codes = kernel.map(lambda v: v.to(p0)), kernel.num_codes
-    masked = x_t == codes
-    j = x_t.clamp_max(codes - 1)[..., None]
-    total, own = p0.sum(-1), p0.gather(-1, j).squeeze(-1)
-    others = (total - own) + n.right * own
-    scale = torch.where(masked, n.fresh, n.moved)
-    base = n.replace * torch.where(masked, total, others)
-    law = scale[..., None] * (n.keep[..., None] * p0 + base[..., None])
-    stays = n.stays * (n.kept * own + n.back * others)
-    law = torch.where(masked[..., None], law, law.scatter(-1, j, stays[..., None]))
-    closed = torch.where(masked, total * (1 - n.opens), torch.zeros_like(total))
-    return torch.cat([law, closed[..., None]], dim=-1)
 
 
 # Loss ----
@@ -509,17 +383,6 @@ def truncate(logits: Tensor, rate: float) -> Tensor:
     return kept
 
 
-class Chance(NamedTuple):
-    """Uniforms in [0, 1) of one step, each [B, h, w]."""
-
-    opens: Tensor
-    """Which positions change."""
-    draws: Tensor
-    """What the clean token is."""
-    swaps: Tensor
-    """Whether and by what it is replaced."""
-
-
 Head = Callable[[Tensor], Tensor]
 Draw = Callable[..., Tensor]
 
@@ -533,45 +396,8 @@ def transition(
     generate: Tensor,
     draw: Draw = draw_rows,
 ) -> Tensor:
-    """Draw x_s of p(x_s | x_t), asking the network's output only where a token may change.
-
-    A mask opens with probability 1 - C_s / C_t whatever the prediction is, and a revealed token
-    stays with at least (a + b) B_s / B_t; the others are candidates. For them the clean token k is
-    drawn from the prediction and x_s from q(x_s | x_t, x_0 = k). This is the posterior exactly.
-
-    Args:
-        x: [B, h, w] int64, x_t.
-        step: the step.
-        rows: keep [B, h, w] bool -> features [keep.sum(), C].
-        head: features [m, C] -> logits [m, K].
-        chance: the uniforms of this step.
-        generate: [B, h, w] bool, where tokens may change.
-        draw: like `draw_rows`.
-
-    Returns:
-        [B, h, w] int64.
-    """
-    kernel, codes = step.kernel, step.kernel.num_codes
-    opens = float(kernel.opens)
-    change, change_right = (1 - float(v) for v in (kernel.stays_wrong, kernel.stays_right))
-    candidate = generate & (chance.opens < torch.where(x == codes, opens, change))
-    if not bool(candidate.any()):
-        return x
-    clean = draw(rows(candidate), chance.draws[candidate], head)  # [n], k
-    now, u, v = x[candidate], chance.opens[candidate], chance.swaps[candidate]
-    masked, same = now == codes, now == clean
-    opened = codes * kernel.replace / (1 - kernel.mask)  # share that is not k but any code
-    others = (codes - 1) * kernel.replace
-    changed = others / (kernel.keep + others)  # the same of tokens that become another
-    probability = torch.where(same, 1.0, torch.full_like(v, float(changed)))
-    probability = torch.where(masked, float(opened), probability)
-    swapped, code = _swap(v, probability, torch.where(masked, codes, codes - 1))
-    code = code + (~masked & (code >= now))  # any code but x_t itself
-    out = torch.where(swapped, code, clean)
-    stays = same & (u >= change_right)
-    result = x.clone()
-    result[candidate] = torch.where(stays, now, out)
-    return result
+    """Make one step of the posterior; arguments as of `step_back`, the kernel in a step."""
+    return step_back(x, step.kernel, rows, head, chance, generate, draw)
 
 
 def start_tokens(schedule: Schedule, uniforms: Tensor) -> Tensor:
@@ -584,11 +410,7 @@ def start_tokens(schedule: Schedule, uniforms: Tensor) -> Tensor:
     Returns:
         [B, h, w] int64.
     """
-    codes = schedule.num_codes
-    noise = 1 - schedule.keep[-2]
-    replaced = float(codes * schedule.replace[-2] / noise)
-    code = (uniforms[1] * codes).long().clamp_max(codes - 1)
-    return torch.where(uniforms[0] < replaced, code, codes)
+    return schedule.corruption().noise(uniforms)
 
 
 def sample_noise(seeds: Sequence[int], calls: int, grid: tuple[int, int]) -> dict[str, Tensor]:

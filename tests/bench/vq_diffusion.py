@@ -10,7 +10,7 @@ Before timing, both sides draw from the same uniforms in float64, where rounding
 decision, and must give the same tokens: a mask opens by one uniform and its code comes by inverse
 CDF from another, on the plain side of the dense posterior over K + 1 classes. The released draw
 needs K + 1 uniforms per position in place of two, so that under its own noise the two sides are
-equal in distribution only. The dense posterior must also be that of process.posterior.
+equal in distribution only. The dense posterior must also be that of posterior.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_modules.samplers.kernel import posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import MODELS, ScheduleConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Side
@@ -116,7 +117,7 @@ def check_tokens(ours: Denoiser, plain: PlainDenoiser, steps: int) -> tuple[int,
         calls[0] += 1
         law, x = log_law.exp().transpose(1, 2)[0], log_x.argmax(1)[0]  # [N, K + 1], [N]
         start = log_start.exp().transpose(1, 2)[0, :, :-1]
-        lean = process.posterior(start, x, kernel)
+        lean = posterior(start, x, kernel)
         worst[0] = max(worst[0], float((law - lean).abs().max()))
         opens, draws = (noise[k][i].flatten().double() for k in ("opens", "draws"))
         masked = x == CONFIG.num_codes

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.images import decode_image
 from data.patterns import expand_shards
+from data.readers import tar_keys
 from data.select import decoded, selected
 from data.shards import (
     LOST,
@@ -23,7 +24,6 @@ from data.shards import (
     ShardStream,
     SkipCounter,
     apply,
-    image_keys,
     parse,
     read_samples,
     write_shards,
@@ -111,8 +111,8 @@ def test_a_path_may_hold_a_comma(tmp_path: Path) -> None:
         ("{at}/00000.tar,{at}/none.tar", "no shard matches .*none.tar"),
         ("{at}/{{0,none}}*.tar", "no shard matches .*none"),
         ("{at}/{{00000..00002}}.tar", "00001.tar does not exist"),
-        ("pipe:cat x.tar", "not a local path"),
-        ("https://host/x.tar", "not a local path"),
+        ("pipe:cat x.tar", "add data.allow_pipe=true"),
+        ("nope://host/*.tar", "nope://host/\\*.tar cannot be read here"),
     ],
 )
 def test_a_wrong_pattern_is_named(tmp_path: Path, pattern: str, says: str) -> None:
@@ -384,7 +384,7 @@ def test_names_that_begin_with_a_dot_are_no_members(tmp_path: Path) -> None:
             members |= {f"train/._{i}.{suffix}": b"\0\5\x16\7", f"train/{i}.{suffix}": b"x"}
     captions, counts = parsed(tmp_path, members)
     assert list(captions) == ["train/0", "train/1", "train/2"] and counts == {"seen": 3}
-    assert list(image_keys(str(tmp_path / "0.tar"))) == list(captions)
+    assert list(tar_keys(str(tmp_path / "0.tar"))) == list(captions)
 
 
 def test_a_dot_within_a_name_is_named(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_dot_within_a_name_is_named(tmp_path: Path) -> None:
     captions, counts = parsed(tmp_path, members)
     assert captions == {}
     assert counts == {"seen": 3, "no image (a key ends at the first dot of a name)": 3}
-    assert list(image_keys(str(tmp_path / "0.tar"))) == ["photo v0", "photo v1", "photo v2"]
+    assert list(tar_keys(str(tmp_path / "0.tar"))) == ["photo v0", "photo v1", "photo v2"]
 
 
 @pytest.mark.parametrize("where", ["content", "header", "border", "middle"])
@@ -463,7 +463,7 @@ def test_whatever_a_tar_holds_every_image_is_kept_or_counted(tmp_path_factory, f
             content = picture_of if is_png else data or b"text"
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    images = list(image_keys(str(path)))
+    images = list(tar_keys(str(path)))
     samples = [s["__key__"] for s in read_samples([str(path)], SkipCounter())]
     skips = SkipCounter(max_skipped=0.99, window=10**6)
     view = View(8, min_size=1, max_punsafe=None if good else 1.0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.scenes import Scene, draw_scene, scenes
+from data.scene_drawing import Scene, draw_scene
+from data.scenes import scenes
 from eval.edits import edit_tasks, half_mask, score_edits
 from eval.extractors import EditRows, SceneRows
 from eval.rows import Measured

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.scenes import Scene, draw_scene, place, scenes
+from data.scene_drawing import Scene, draw_scene, place
+from data.scenes import scenes
 from eval.extractors import FeatureRows
 from eval.features import frechet_scores, score_features
 from eval.rows import Measured

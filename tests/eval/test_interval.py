@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eval.interval import mean_score, normal_score
+from eval.interval import error_score, mean_score
 
 
 @pytest.mark.parametrize("low", [0.0, 0.3])  # Wilson, bootstrap
@@ -42,8 +42,7 @@ def test_other_means_keep_the_bootstrap() -> None:
     assert still["low"] == still["high"] == 0.5
 
 
-def test_normal_interval_has_the_width_of_the_standard_error() -> None:
-    values = np.random.default_rng(1).standard_normal(400)
-    score = normal_score(float(values.mean()), 400, lambda i: float(values[i].mean()))
-    assert (score["high"] - score["low"]) / 2 == pytest.approx(1.96 / 20, rel=0.15)
-    assert score["value"] == pytest.approx((score["high"] + score["low"]) / 2)
+def test_a_standard_error_makes_an_interval() -> None:
+    score = error_score(2.0, 0.5, 40, model="m", resamples=9, seed=0)
+    assert (score["low"], score["high"]) == pytest.approx((2 - 0.98, 2 + 0.98), rel=1e-4)
+    assert score["n"] == 40 and score["model"] == "m" and "resamples" not in score

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.scenes import Scene, draw_scene, place, scenes
+from data.scene_drawing import Scene, draw_scene, place
+from data.scenes import scenes
 from eval import perceptual
 from eval.classifier_config import WEIGHTS, ClassifierConfig
 from lightning_modules.common.perceptual import load_lpips

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data.scenes import Scene, Thing, caption, draw_scene, place, sample_scene
+from data.scene_captions import caption, caption_in_part
+from data.scene_drawing import Scene, Thing, draw_scene, place, sample_scene
 from eval import scenes as module
 from eval.classifier import load_classifier, reading_accuracy, train_classifier
 from eval.classifier_config import WEIGHTS, ClassifierConfig
-from eval.classifier_data import broken_sample, fresh_scenes, to_tensor, wear
+from eval.classifier_data import IGNORE, broken_sample, fresh_scenes, to_tensor, wear
 from eval.classifier_network import (
     Classifier,
     decode,
@@ -32,6 +33,7 @@ from eval.scene_clip import (
     read_clip,
     retrieval_accuracy,
     save_clip,
+    text_labels,
     tokenize,
     training_caption,
     variant,
@@ -232,11 +234,13 @@ def test_real_pictures_score_at_the_floor() -> None:
 
 
 def test_without_real_pictures_there_is_no_score_that_needs_them() -> None:
-    prompts = [{"attributes": asdict(s), "prompt": ""} for s in [Scene((RED, BLUE), "row", "grey")]]
-    made = measure()(pictures([Scene((RED, BLUE), "row", "grey")]), prompts, 0)
+    shown = Scene((RED, BLUE), "row", "grey")
+    prompts = [{"prompt": "a small red circle left of a large blue square"}]
+    made = measure()(pictures([shown]), prompts, 0)
     options = {"prefix": "eval", "resamples": 5, "seed": 0}
     scores, verdicts = score_scenes(made, prompts, None, **options)
-    names = ["scene_accuracy", *(f"scene_accuracy/{p}" for p in PARTS), "clip_scenes"]
+    names = ["scene_accuracy", *(f"scene_accuracy/{p}" for p in PARTS), "scene_atoms"]
+    names += ["scene_coverage", "clip_scenes"]
     assert list(scores) == [f"eval/{n}" for n in names] and verdicts[0]["right"]
 
 
@@ -265,6 +269,16 @@ def test_scores_refuse_lists_that_do_not_belong_together() -> None:
 
 def test_clip_finds_the_own_caption(clip: SceneClip) -> None:
     assert retrieval_accuracy(clip, 600) >= 0.95
+
+
+def test_labels_that_a_caption_tells() -> None:
+    config = ClassifierConfig()
+    whole = text_labels("a small red circle above a large blue square on white", config)
+    assert whole == [1, 2, 0, 0, 0, 2, 1, 1]
+    part = text_labels("a red circle above a large square", config)
+    assert part == [1, IGNORE, 0, 0, IGNORE, IGNORE, 1, 1]
+    listed = text_labels("a red circle and a large square on white", config)
+    assert listed == [IGNORE, 2, *[IGNORE] * 6]
 
 
 def test_clip_prefers_the_true_caption_to_a_variant(clip: SceneClip) -> None:
@@ -300,7 +314,8 @@ def test_training_captions_name_the_second_thing_first_as_often_as_told() -> Non
 def test_clip_knows_every_word_of_every_caption(clip: SceneClip) -> None:
     rng = np.random.default_rng(14)
     for most in (2, 3, 4):
-        texts = [caption(sample_scene(rng, most), rng) for _ in range(300)]
+        shown = [sample_scene(rng, most) for _ in range(300)]
+        texts = [write(scene, rng) for scene in shown for write in (caption, caption_in_part)]
         context = replace(clip.config, max_objects=most).context
         tokens = tokenize(texts, context)
         assert not (tokens == UNKNOWN).any()

@@ -9,18 +9,45 @@ import torch
 
 from data.scenes import scenes
 from eval.edits import edit_tasks
-from eval.extractors import DigitRows, EditRows, FeatureRows, ReconstructionRows, SceneRows
+from eval.extractors import (
+    ClipRows,
+    DigitRows,
+    EditRows,
+    FeatureRows,
+    InceptionRows,
+    ReconstructionRows,
+    SceneRows,
+    SeveralRows,
+)
 from eval.rows import Extractor
 from eval.scorers import METRICS, SCORERS
+from tests.tiny_networks import clip_file, inception_file
 
 SCENES = SceneRows.of(32, 2)
 EXTRACTORS: dict[str, Extractor] = {
     "scenes": SCENES,
+    "clip_scenes": SCENES,
     "digits": DigitRows(),
     "features": FeatureRows(),
     "reconstruction": ReconstructionRows(scenes=SCENES, levels=(0.0, 0.2), compress=True),
     "edits": EditRows(SCENES),
+    **dict.fromkeys(("fid", "kid", "cmmd", "prdc", "giqa"), FeatureRows()),
 }
+
+
+@pytest.fixture(scope="module")
+def extractors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All of the above, and those whose weights are no part of the project."""
+    folder = tmp_path_factory.mktemp("networks")
+    inception = InceptionRows(inception_file(folder), spatial=True, classes=True)
+    model, file = clip_file(folder)
+    kinds = ("clip", "hpsv2", "pickscore")
+    clips = SeveralRows(tuple(ClipRows(model, file, kind) for kind in kinds))
+    return {
+        **EXTRACTORS,
+        **dict.fromkeys(("sfid", "inception_score"), inception),
+        **dict.fromkeys(("clip_score", "preference"), clips),
+    }
 
 
 class Same:
@@ -31,14 +58,14 @@ class Same:
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_every_score_can_be_shown(name: str) -> None:
+def test_every_score_can_be_shown(name: str, extractors: dict[str, Any]) -> None:
     samples = list(scenes("val", 12))
     images = torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)
     asked: list[dict[str, Any]] = [{**s, "label": i % 10} for i, s in enumerate(samples)]
     if name == "edits":
         tasks = edit_tasks(samples, 12)
         asked = [{**t, "original": image} for t, image in zip(tasks, images, strict=True)]
-    measure = EXTRACTORS[name].load("cpu", folder=Path("unused"), first_stage=Same())
+    measure = extractors[name].load("cpu", folder=Path("unused"), first_stage=Same())
     made = measure(images, asked, 0)
     assert all(len(rows) == 12 for rows in made.rows.values())
     scores, verdicts = SCORERS[name](

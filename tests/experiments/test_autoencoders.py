@@ -229,7 +229,8 @@ def test_published_ldmae() -> None:
 
 # Keys ----
 
-DRAWN = {f"{what}sample-{split}" for what in ("", "features-") for split in ("val", "heldout")}
+SPLITS = ("val", "heldout", "partial")
+DRAWN = {f"{what}sample-{split}" for what in ("", "features-") for split in SPLITS}
 TRAINED = {"train", "generator", "score", *DRAWN}
 AUTOENCODER = {"autoencoder", "statistics", "features-val"}
 CHANGES: list[tuple[str, str, set[str]]] = [

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from experiments.cli import command
+from data.corpora import corpora
+from experiments.cli import command, parse_run
 from experiments.papers.registry import PAPERS, load, scales
 from experiments.pipeline.plan import plan
 from experiments.pipeline.publish import Outcome
-from experiments.run import parse, run
+from experiments.run import run
 from experiments.settings import UserError
 
 MICRO = ["--paper", "paella", "--scale", "micro"]
@@ -93,6 +94,7 @@ def test_help_says_what_exists(capsys):
     assert main(["--paper", "help"]) == 0
     listed = capsys.readouterr().out
     assert listed.strip() in out
+    assert all(f"  {name} " in listed for name in corpora())
     assert "micro  Smallest Paella that runs every stage" in listed
 
 
@@ -196,8 +198,8 @@ def test_a_run_gets_its_config_and_folder(runs, capsys):
 
 
 def test_default_scale_is_tiny():
-    assert parse(["--paper", "paella"])[0].scale == "tiny"
-    args, words = parse(["a=1", "--paper=paella", "--b.c=2", "--dry-run"])
+    assert parse_run(["--paper", "paella"])[0].scale == "tiny"
+    args, words = parse_run(["a=1", "--paper=paella", "--b.c=2", "--dry-run"])
     assert (args.paper, args.dry_run, words) == ("paella", True, ["a=1", "--b.c=2"])
 
 

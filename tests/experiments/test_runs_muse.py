@@ -24,9 +24,10 @@ from tests.micro_runs import QUIET, Run, refused
 
 pytestmark = pytest.mark.filterwarnings(*QUIET)
 names, changed = partial(micro_runs.names, "muse"), partial(micro_runs.changed, "muse")
-ENLARGED = {f"{what}sample-superres-{s}" for what in ("", "features-") for s in ("val", "heldout")}
+SPLITS = ("val", "heldout", "partial")
+ENLARGED = {f"{what}sample-superres-{split}" for what in ("", "features-") for split in SPLITS}
 FINAL = ENLARGED | {"edits", "features-edits", "score"}
-BASE = {f"{what}sample-{split}" for what in ("", "features-") for split in ("val", "heldout")}
+BASE = {f"{what}sample-{split}" for what in ("", "features-") for split in SPLITS}
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,15 @@ import contextlib
 import csv
 import itertools
 import json
+import random
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -16,12 +20,12 @@ from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.sdk.lib import config_util
 
-from experiments import sweep
+from experiments import points, sweep
 from experiments.agent import MACROS, PARAMETERS, with_parameters
-from experiments.cli import command
+from experiments.cli import command, parse_run
+from experiments.distributions import draw, listed, named
 from experiments.grid import KNOWN, PROGRAM, folder_name, make_runs, read_sweep
 from experiments.papers.registry import load
-from experiments.run import parse
 from experiments.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -73,11 +77,11 @@ def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
     # an agent reads with PyYAML, where 1e-5 is a text; it sorts by name and writes --key=value
     raw = yaml.safe_load(path.read_text())
     values = {k: v.get("values", [v.get("value")]) for k, v in raw["parameters"].items()}
-    assert values == read.values
+    assert values == {n: listed(f) for n, f in read.forms.items()}
     assert raw["command"][-1] == "${args}" and raw["command"][2:4] == ["-m", PROGRAM]
     assert set(raw) <= KNOWN
     for run in runs:
-        args, words = parse(sorted(run.argv, key=lambda word: word.partition("=")[0]))
+        args, words = parse_run(sorted(run.argv, key=lambda word: word.partition("=")[0]))
         own = [] if "logger" in values else ["logger=csv"]
         assert load(args.paper, args.scale, [*own, *words]) == run.config
     head = path.read_text().split("program:")[0]
@@ -92,19 +96,21 @@ def test_every_sweep_makes_runs_here_and_with_an_agent(path: Path) -> None:
     ("text", "said"),
     [
         ("parameters: {seed: {value: 1}}\nearly_terminate: {type: hyperband}", "early_terminate"),
-        ("parameters: {seed: {min: 0, max: 3}}", "seed needs `value: x` or `values: [x, y]`"),
-        ("parameters: {seed: {values: []}}", "seed.values must be a list"),
-        ("parameters: {seed: {values: 3}}", "seed.values must be a list"),
+        ("parameters: {seed: {min: 0}}", "seed needs `value: x` or `values: [x, y]`"),
+        ("parameters: {seed: {min: 0.0, max: 3}}", "drawn from uniform, which no grid can list"),
+        ("parameters: {seed: {min: 4, max: 3}}", "seed needs min (4) not above max (3)"),
+        ("parameters: {seed: {values: []}}", "seed needs values with something in the list"),
+        ("parameters: {seed: {values: 3}}", "seed needs values with something in the list"),
         ("parameters: [1]", "a sweep has `parameters`"),
         ("parameters: {seed: {value: 1}}", "names no paper"),
         ("parameters: {paper: {value: paela}}", "did you mean paella?"),
         ("parameters: {paper: {value: paella}, sampling.step: {value: 1}}", "sampling.steps?"),
         ("parameters: {paper: {value: paella}, seed: {values: [0, -1]}}", "seed must be from 0"),
         ("parameters: [", "no readable YAML"),
-        ("parameters: {seed: {distribution: categorical, value: 1}}", "seed needs `value: x`"),
+        ("parameters: {seed: {distribution: categorical, value: 1}}", "categorical with values"),
         ("parameters: {a: {parameters: {b: {max: 3}}}}", "a.b needs `value: x`"),
         ("parameters: {a.b: {value: 1}, a: {parameters: {b: {value: 2}}}}", "a.b is given twice"),
-        ("parameters: {seed: {value: 1}}\nrun_cap: 2", "run_cap is for a W&B server"),
+        ("parameters: {seed: {value: 1}}\nrun_cap: 0", "run_cap must be a whole number above 0"),
         ("parameters: {seed: {value: 1}}\n3: 2", "3 is for a W&B server"),
         ("parameters: {seed: {value: 1}}\nmetric: eval/a", "metric is {name: NAME, goal: minimize"),
         (
@@ -128,7 +134,7 @@ def test_other_mistakes(tmp_path: Path, capsys) -> None:
     other = tmp_path / "b.yaml"
     other.write_text("method: grid\nparameters: {paper: {value: paella}}\n")
     for argv, said in [
-        ([str(path)], "method must be grid, got bayes"),
+        ([str(path)], "method must be one of grid, random, got bayes"),
         ([str(other)], "command must run experiments.run"),
         ([str(tmp_path / "none.yaml")], "there is no sweep file"),
         ([], "name a sweep file"),
@@ -170,10 +176,11 @@ def test_one_point_of_an_array(tmp_path: Path, monkeypatch) -> None:
         done.append(out.name)
 
     monkeypatch.setattr("experiments.pipeline.runner.execute", execute)
-    monkeypatch.setattr(sweep, "finished", lambda run: (run.out / "metrics.json").is_file())
+    monkeypatch.setattr(points, "finished", lambda run: (run.out / "metrics.json").is_file())
     for index, count in ((2, 1), (0, 2)):
         _, runs = make_runs(read_sweep(small(tmp_path / "a.yaml")), [], tmp_path)
-        sweep.do_runs(read_sweep(small(tmp_path / "a.yaml")), runs, lambda line: None, index)
+        points.do_runs(read_sweep(small(tmp_path / "a.yaml")), runs, lambda line: None, index)
+        points.collect(runs)
         assert sum(bool(p.scores) for p in runs) == count and bool(runs[index].scores)
     assert done == ["steps=2,guidance_end=1.0", "steps=1,guidance_end=1.0"]
 
@@ -281,7 +288,7 @@ def test_an_agent_makes_the_same_runs(text: str, macro: str, tmp_path: Path, mon
         made = create_sweep_command_args({"args": args})
         made["args_json_file"] = [str(tmp_path / "config-1.json")]
         environment = {PARAMETERS: str(tmp_path / "config-1.yaml")}
-        named, words = parse(with_parameters(made[macro], environment))
+        named, words = parse_run(with_parameters(made[macro], environment))
         own = [] if "logger" in answer else ["logger=csv"]
         assert load(named.paper, named.scale, [*own, *words]) == run.config
 
@@ -304,6 +311,108 @@ def test_words_stay_without_an_agent_and_a_lost_file_is_named(tmp_path: Path) ->
             (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"c\.yaml, which holds no parameters"):
             with_parameters([], {PARAMETERS: str(tmp_path / "c.yaml")})
+
+
+# Draws, seeds and several processes ----
+
+
+def test_a_random_sweep_draws_the_same_runs_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        HEAD.replace("grid", "random")
+        + "run_cap: 5\nparameters:\n  paper: {value: paella}\n  scale: {value: micro}\n"
+        "  sampling.steps: {min: 2, max: 9}\n"
+        "  sampling.guidance_end: {distribution: log_uniform_values, min: 1, max: 8}\n"
+        "  seed: {values: [0, 7], probabilities: [0.0, 1.0]}\n"
+    )
+    drawn = [[r.settings for r in make_runs(read_sweep(path), [], None)[1]] for _ in range(2)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 5
+    for settings_ in drawn[0]:
+        assert 2 <= settings_["sampling.steps"] <= 9 and settings_["seed"] == 7
+        assert 1 <= settings_["sampling.guidance_end"] <= 8
+    other = make_runs(read_sweep(path), [], None, count=3, draw_seed=1)[1]
+    assert len(other) == 3 and other[0].settings != drawn[0][0]
+    path.write_text(path.read_text().replace("run_cap: 5\n", ""))
+    with pytest.raises(ConfigError, match="needs a number of points: --runs N"):
+        make_runs(read_sweep(path), [], None)
+
+
+def test_a_grid_lists_what_can_be_listed(tmp_path: Path) -> None:
+    path = small(tmp_path / "a.yaml")
+    path.write_text(
+        path.read_text().replace("{values: [1, 2]}", "{min: 2, max: 4}")
+        .replace("{values: [1.0, 2.0]}", "{distribution: q_uniform, min: 1, max: 2, q: 0.5}")
+    )  # fmt: skip
+    _, runs = make_runs(read_sweep(path), [], None)
+    found = [(r.settings["sampling.steps"], r.settings["sampling.guidance_end"]) for r in runs]
+    assert found == list(itertools.product([2, 3, 4], [1, 1.5, 2]))
+
+
+CASES = {
+    "uniform": ({"min": -1.0, "max": 3.0}, 1.0, 4 / 12**0.5),
+    "normal": ({"mu": 2.0, "sigma": 0.5}, 2.0, 0.5),
+    "beta": ({"a": 2.0, "b": 3.0}, 0.4, 0.2),
+    "log_uniform": (
+        {"min": 0.0, "max": 1.0},
+        np.e - 1,
+        ((np.e**2 - 1) / 2 - (np.e - 1) ** 2) ** 0.5,
+    ),
+    "inv_log_uniform": ({"min": 0.0, "max": 1.0}, 1 - 1 / np.e, 0.181),
+    "log_normal": ({"mu": 0.0, "sigma": 0.5}, np.exp(0.125), 0.604),
+    "int_uniform": ({"min": 1, "max": 6}, 3.5, 1.708),
+    "q_uniform": ({"min": 0.0, "max": 10.0, "q": 2.5}, 5.0, 3.062),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draws_have_the_mean_and_spread_of_their_law(name: str) -> None:
+    form, mean, spread = CASES[name]
+    form = named({"distribution": name, **form})
+    rng = random.Random(0)
+    found = np.array([draw(form, rng) for _ in range(40_000)], float)
+    assert abs(found.mean() - mean) < 4 * spread / 200
+    assert found.std() == pytest.approx(spread, rel=0.02)
+
+
+def test_the_log_uniform_of_values_is_uniform_in_the_logarithm() -> None:
+    for name in ("log_uniform_values", "inv_log_uniform_values"):
+        form = named({"distribution": name, "min": 1e-5, "max": 1e-1})
+        logs = np.log10([draw(form, random.Random(i)) for i in range(4000)])
+        assert logs.min() > -5.01 and logs.max() < -0.99 and abs(logs.mean() + 3) < 0.08
+
+
+def test_seeds_repeat_every_point_with_other_trainings_and_pictures(tmp_path: Path) -> None:
+    read = read_sweep(small(tmp_path / "a.yaml"))
+    _, runs = make_runs(read, ["seed=5"], None, seeds=3)
+    assert len(runs) == 12 and len({r.out for r in runs}) == 12
+    assert [r.config.seed for r in runs[:3]] == [5, 6, 7]
+    assert [r.config.eval.seed for r in runs[:3]] == [0, 10_000_000, 20_000_000]
+    assert [r.settings["seed"] for r in runs[:4]] == [5, 6, 7, 5]
+    assert len({t.key for r in runs for t in r.plan.trainings}) == 3 * len(runs[0].plan.trainings)
+
+
+def test_processes_share_a_sweep_and_a_killed_one_is_made_good(tmp_path: Path, capsys) -> None:
+    """Every point is done once; trainings are waited for, and what a kill left is done again."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    path = small(tmp_path / "s.yaml")
+    words = [str(path), f"cache={cache}", f"--out={out}"]
+    _, runs = make_runs(read_sweep(path), [f"cache={cache}"], out)
+    with points.claimed(runs[0]) as mine, points.claimed(runs[0]) as twice:
+        assert mine and not twice
+        with points.claimed(runs[1]) as other:  # which waits for the same training
+            assert not other
+    first = subprocess.Popen(
+        [sys.executable, "-m", "experiments.sweep", *words], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    next(line for line in first.stdout if "] train: runs" in line)
+    first.kill()
+    first.wait()
+    assert main([*words, "--jobs=2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(": done") == 4 and "best eval/scene_accuracy" in said
+    assert len(list(out.glob("*/metrics.json"))) == 4
+    assert len([p for p in cache.glob("train-*") if p.is_dir()]) == 1
 
 
 # A whole sweep ----

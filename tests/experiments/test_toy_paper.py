@@ -134,7 +134,8 @@ tokenizer: {preset: micro, ckpt: null}
 text: {name: bytes, width: 16, buckets: 64, max_length: 32}
 optim: {lr: 0.01, warmup_steps: 1}
 trainer: {max_steps: 8, epoch_steps: 4, batch_size: 8, val_batches: 1, log_every: 1}
-eval: {prompts: 16, heldout: 16, batch_size: 16, bootstrap: 20, grid: 4, traces: 1, edits: 2}
+eval: {prompts: 16, heldout: 16, partial: 8, batch_size: 16, bootstrap: 20, grid: 4, traces: 1,
+       edits: 2}
 """
 
 

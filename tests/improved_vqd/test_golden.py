@@ -13,11 +13,12 @@ from lightning_modules.common.settings import build
 from lightning_modules.common.text import ClipTextEncoder, openai_clip_text
 from lightning_modules.improved_vqd import process as improved
 from lightning_modules.improved_vqd.process import Call
+from lightning_modules.samplers.kernel import Chance, posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.convert import convert
 from lightning_modules.vq_diffusion.network import Denoiser
-from lightning_modules.vq_diffusion.process import Chance, Schedule
+from lightning_modules.vq_diffusion.process import Schedule
 
 pytestmark = pytest.mark.golden
 FAR = -25  # the released tensors are clamped somewhere below
@@ -74,7 +75,7 @@ def whole_posterior(x, step, rows, head, chance: Chance, generate, draw) -> Tens
     """A step of the reference: the posterior of every position, then Gumbel argmax over K + 1."""
     assert generate.all()
     p0 = head(rows(generate)).unflatten(0, x.shape).softmax(-1)
-    law = process.posterior(p0, x, step.kernel)
+    law = posterior(p0, x, step.kernel)
     return (law.clamp_min(1e-30).log() + chance.draws).argmax(-1)
 
 
@@ -95,7 +96,7 @@ def test_reverse_step(golden):
         times = [int(k.rpartition("_t")[2]) for k in settings if k.startswith("argmax_margin_t")]
         assert times
         for t in times:
-            law = process.posterior(p0, x, schedule.kernel(t))
+            law = posterior(p0, x, schedule.kernel(t))
             check_law(case, law, io[f"{name}_t{t}_log_prob"].transpose(1, 2), rate)
             noise = gumbel(io[f"{name}_t{t}_u"]).transpose(1, 2)
             drawn = (law.clamp_min(1e-30).log() + noise).argmax(-1)
@@ -104,7 +105,7 @@ def test_reverse_step(golden):
             t = config["fast_t"]
             fast = {s.t: s for s in process.released_steps(schedule, skip + 1)}
             kernel = fast[t].kernel if t in fast else schedule.kernel(t - skip)
-            law = process.posterior(p0, x, kernel)
+            law = posterior(p0, x, kernel)
             expected = io[f"{name}_fast_t{t}_skip{skip}_log_prob"].transpose(1, 2)
             check_law(case, law, expected, rate)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_modules.muse import process
 from lightning_modules.muse.config import DecodeConfig
+from lightning_modules.samplers import ordered
 
 pytestmark = pytest.mark.golden
 
@@ -50,7 +51,7 @@ def test_counts_of_every_reference(golden):
     for key, expected in io.items():
         if found := re.fullmatch(r"halton_order_(\d+)", key):
             side = int(found[1])
-            assert torch.equal(process.halton_order(side, side), expected), key
+            assert torch.equal(ordered.halton_order(side, side), expected), key
             orders += 1
             continue
         name, n, steps = re.fullmatch(r"(\S+)_N(\d+)_T(\d+)", key).groups()

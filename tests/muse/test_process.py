@@ -20,6 +20,8 @@ from lightning_modules.muse.config import (
     DecodeConfig,
     ObjectiveConfig,
 )
+from lightning_modules.samplers import ordered
+from lightning_modules.samplers.loop import gumbel
 
 K, MASK = 6, 6
 GRID = (3, 4)
@@ -56,7 +58,7 @@ def decode(network: Network, start: Tensor, config: DecodeConfig, **more: Any) -
     unknown = (start == MASK).flatten(1).sum(1)
     names = seeds(len(start))
     if config.order == "halton":
-        more["ranks"] = process.halton_ranks(GRID, names)
+        more["ranks"] = ordered.halton_ranks(GRID, names)
     if config.order == "critic":
         more.setdefault("critic", lambda x: torch.sin(x.float() * 7))
     noise = process.sample_noise(names, config.steps - config.first_step, GRID)
@@ -359,7 +361,7 @@ def test_images_do_not_depend_on_their_batch():
 
 
 def test_gumbel_is_finite_and_gumbel():
-    assert bool(process.gumbel(torch.tensor([0.0, 1e-30, 1 - 2**-24])).isfinite().all())
+    assert bool(gumbel(torch.tensor([0.0, 1e-30, 1 - 2**-24])).isfinite().all())
     noise = process.sample_noise([0], 4000, GRID)["choice_noise"]
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.03)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.06)
@@ -386,16 +388,16 @@ def test_top_k():
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 3), (9, 9), (27, 16), (64, 64)])
 def test_halton_visits_every_cell_once(grid):
-    order = process.halton_order(*grid)
+    order = ordered.halton_order(*grid)
     assert len({tuple(cell) for cell in order.tolist()}) == grid[0] * grid[1] == len(order)
 
 
 def test_halton_ranks_are_rolled_by_the_seed_alone():
-    ranks = process.halton_ranks((6, 5), [3, 4, 3])
+    ranks = ordered.halton_ranks((6, 5), [3, 4, 3])
     assert torch.equal(ranks[0], ranks[2]) and not torch.equal(ranks[0], ranks[1])
-    still = process.halton_ranks((6, 5), [3, 4], roll=False)
+    still = ordered.halton_ranks((6, 5), [3, 4], roll=False)
     assert torch.equal(still[0], still[1])
-    order = process.halton_order(6, 5)
+    order = ordered.halton_order(6, 5)
     assert torch.equal(still[0][order[:, 0], order[:, 1]], torch.arange(30))
     rolled = {tuple(still[0].roll((i, j), (0, 1)).flatten().tolist())
               for i in range(6) for j in range(5)}  # fmt: skip
@@ -406,7 +408,7 @@ def test_halton_opens_in_its_order():
     states = [masks(2)]
     setting = config(order="halton", counting="halton", schedule="arccos", steps=7)
     decode(Network(), states[0], setting, on_step=lambda i, a, b: states.append(b))
-    ranks = process.halton_ranks(GRID, seeds(2))
+    ranks = ordered.halton_ranks(GRID, seeds(2))
     for state in states:
         for image in range(2):
             known = ranks[image][state[image] != MASK]
@@ -434,7 +436,7 @@ def test_one_token_per_step_is_exact(order):
     names = list(range(n))
     start = torch.full((n, *grid), codes)
     setting = DecodeConfig(steps=places, order=order)
-    more = {"ranks": process.halton_ranks(grid, names)} if order == "halton" else {}
+    more = {"ranks": ordered.halton_ranks(grid, names)} if order == "halton" else {}
     tokens = process.decode(
         predict, lambda rows: rows, start=start, mask_id=codes,
         **process.loop_settings(setting, torch.full((n,), places)),

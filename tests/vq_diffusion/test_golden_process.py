@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.settings import build
+from lightning_modules.samplers.kernel import Kernel, posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.convert import convert
 from lightning_modules.vq_diffusion.network import Denoiser
-from lightning_modules.vq_diffusion.process import Kernel, Schedule, TokenLosses
+from lightning_modules.vq_diffusion.process import Schedule, TokenLosses
 
 pytestmark = pytest.mark.golden
 MATHS = ["maths_T100", "maths_small_T", "maths_mask_and_replace"]
@@ -111,9 +112,9 @@ def test_posterior(golden, name):
     kernel = kernel_at(schedule_of(case.config), io["t"])
     p0 = io["logits"].transpose(1, 2).softmax(-1)  # [B, N, K]
     check_law(case, p0, "log_x0_recon")
-    check_law(case, process.posterior(p0, io["x_t"], kernel), "log_model_prob")
+    check_law(case, posterior(p0, io["x_t"], kernel), "log_model_prob")
     clean = torch.nn.functional.one_hot(io["x0"], codes).to(p0)
-    check_law(case, process.posterior(clean, io["x_t"], kernel), "log_true_prob")
+    check_law(case, posterior(clean, io["x_t"], kernel), "log_true_prob")
 
 
 def losses_of(case) -> TokenLosses:
@@ -192,7 +193,7 @@ def test_loss_and_gradients_of_the_full_model(golden):
     rows = network.mixed_rows(x_t, io["t"], [network.prepare(text)], [1.0])
     logits = network.head(rows).unflatten(0, drawn.shape)  # [B, N, K]
     kernel = kernel_at(schedule, io["t"])
-    check_law(case, process.posterior(logits.softmax(-1), drawn, kernel), "log_model_prob")
+    check_law(case, posterior(logits.softmax(-1), drawn, kernel), "log_model_prob")
     losses, _ = process.image_losses(
         process.token_losses(logits, io["x0"], drawn, kernel),
         drawn == codes,

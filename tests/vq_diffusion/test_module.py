@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_modules.common.categorical import draw_rows
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.labels import read_label
+from lightning_modules.samplers.kernel import corrupt, posterior
 from lightning_modules.vq_diffusion import autoregressive, process
 from lightning_modules.vq_diffusion.module import VQDiffusionModule
 from tests.tiny_generators import CAPTIONS, GRID, LABELS, K, batch, draw, exact, source, tiny
@@ -44,13 +45,13 @@ def test_the_loss_is_the_papers(rate: float, times: str) -> None:
     schedule = process.mask_schedule(T, K, rate)
     uniforms = torch.rand(2, *tokens.shape, generator=rng)
     numbers = (schedule.mask[t].float(), schedule.replaced[t].float())
-    x_t = process.corrupt(tokens, *numbers, K, uniforms)
+    x_t = corrupt(tokens, *numbers, K, uniforms)
     text = module.encode_text(given["caption"])
     logits = module.network(x_t, t, text.tokens, text.mask).double()  # [B, N, K]
     kernel = schedule.kernel(t).map(lambda v: v[:, None])
     flat, x_0 = x_t.flatten(1), tokens.flatten(1)
-    true = process.posterior(F.one_hot(x_0, K).double(), flat, kernel)
-    model = process.posterior(logits.softmax(-1), flat, kernel)
+    true = posterior(F.one_hot(x_0, K).double(), flat, kernel)
+    model = posterior(logits.softmax(-1), flat, kernel)
     kl = (torch.xlogy(true, true) - true * model.clamp_min(1e-30).log()).sum(-1)
     nll = -model.gather(-1, x_0[..., None]).squeeze(-1).log()
     ce = F.cross_entropy(logits.flatten(0, 1), x_0.flatten(), reduction="none").view(x_0.shape)

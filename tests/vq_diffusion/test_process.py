@@ -10,9 +10,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw as draw_logits
+from lightning_modules.samplers.kernel import Chance, corrupt, posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import PRESETS, SCHEDULES, SamplingConfig
-from lightning_modules.vq_diffusion.process import Chance, Schedule, Step
+from lightning_modules.vq_diffusion.process import Schedule, Step
 
 quick = settings(max_examples=25, deadline=None)
 rates = st.sampled_from([0.0, 0.3, 0.9, 0.99999, 1.0])
@@ -123,7 +124,7 @@ def test_corruption_follows_its_law(rate):
     for t in (0, 2, 5):
         uniforms = torch.rand(2, *tokens.shape, generator=seeded(t))
         numbers = [n[t].float().expand(len(tokens)) for n in (schedule.mask, schedule.replaced)]
-        drawn = process.corrupt(tokens, *numbers, 4, uniforms)
+        drawn = corrupt(tokens, *numbers, 4, uniforms)
         law = process.forward_law(
             tokens[0, 0], schedule.keep[t], schedule.replace[t], schedule.mask[t], 4
         )
@@ -156,7 +157,7 @@ def test_posterior_equals_dense_matrices(case):
     p0 /= p0.sum()
     possible = between(schedule, -1, t)[:, :codes].sum(1) > 0
     for j in range(codes + 1):
-        law = process.posterior(p0, torch.tensor(j), kernel)
+        law = posterior(p0, torch.tensor(j), kernel)
         assert law.min() >= 0
         assert float(law.sum()) == pytest.approx(1 if possible[j] else float(law.sum()), abs=1e-9)
         if schedule.replace[t] > 0 or j == codes:
@@ -174,8 +175,8 @@ def test_posterior_is_linear_in_the_prediction(case, scale):
     p0 = torch.rand(6, schedule.num_codes, generator=seeded(seed), dtype=torch.float64)
     x = torch.randint(schedule.num_codes + 1, (6,), generator=seeded(seed))
     kernel = schedule.kernel(t, s)
-    law = process.posterior(p0, x, kernel)
-    torch.testing.assert_close(process.posterior(scale * p0, x, kernel), scale * law)
+    law = posterior(p0, x, kernel)
+    torch.testing.assert_close(posterior(scale * p0, x, kernel), scale * law)
 
 
 @quick
@@ -192,8 +193,8 @@ def test_a_stride_is_its_single_steps(case):
         p0 = clean[k].expand(codes + 1, -1)
         walk = torch.eye(codes + 1, dtype=torch.float64)  # [x_t, x_now]
         for u in range(t, s, -1):
-            walk = walk @ process.posterior(p0, states, schedule.kernel(u))
-        strided = process.posterior(p0, states, schedule.kernel(t, s))
+            walk = walk @ posterior(p0, states, schedule.kernel(u))
+        strided = posterior(p0, states, schedule.kernel(t, s))
         there = between(schedule, -1, t)[:, k] > 0
         torch.testing.assert_close(walk[there], strided[there], rtol=1e-6, atol=1e-9)
 
@@ -208,8 +209,8 @@ def test_float32_is_safe(codes, rate):
             logits = torch.randn(4, codes, generator=seeded(t))
             logits[:, 1] += peak
             x_0, x_t = torch.tensor([1, 1, 1, 0]), torch.tensor([codes, 1, 0, 1])
-            law = process.posterior(logits.softmax(-1), x_t, kernel)
-            exact = process.posterior(logits.double().softmax(-1), x_t, kernel)
+            law = posterior(logits.softmax(-1), x_t, kernel)
+            exact = posterior(logits.double().softmax(-1), x_t, kernel)
             assert law.isfinite().all()
             torch.testing.assert_close(law, exact.float(), atol=2e-6, rtol=1e-3)
             torch.testing.assert_close(law.sum(1), torch.ones(4), atol=1e-4, rtol=0)
@@ -235,8 +236,8 @@ def test_loss_equals_the_dense_posteriors(case):
     logits = 2 * torch.randn(n, codes, generator=seeded(seed), dtype=torch.float64)
     found = process.token_losses(logits, x_0, x_t, kernel)
     clean = torch.nn.functional.one_hot(x_0, codes).double()
-    true = process.posterior(clean, x_t, kernel)
-    model = process.posterior(logits.softmax(-1), x_t, kernel)
+    true = posterior(clean, x_t, kernel)
+    model = posterior(logits.softmax(-1), x_t, kernel)
     kl = (torch.xlogy(true, true) - true * model.clamp_min(1e-30).log()).sum(1)
     torch.testing.assert_close(found.kl, kl, rtol=1e-6, atol=1e-9)
     nll = -model.gather(1, x_0[:, None]).squeeze(1).log()
@@ -403,7 +404,7 @@ def test_one_step_follows_the_posterior(rate, t, s):
                 lambda rows, logits=logits: logits.expand(len(rows), -1),
                 Chance(*noise), generate, draw_at_once,
             )  # fmt: skip
-            law = process.posterior(kept, torch.tensor(j), kernel)
+            law = posterior(kept, torch.tensor(j), kernel)
             check_shares(drawn.flatten(), law)
 
 

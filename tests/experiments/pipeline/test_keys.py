@@ -39,18 +39,21 @@ def changes(before: Stages, after: Stages) -> set[str]:
     return {name for name, key in after if (name, key) not in before}
 
 
-DRAWN = {"sample-val", "features-sample-val", "sample-heldout", "features-sample-heldout", "score"}
+SPLITS = ("val", "heldout", "partial")
+DRAWN = {f"{what}sample-{split}" for what in ("", "features-") for split in SPLITS} | {"score"}
 TRAINED = {"train", "generator", *DRAWN}
 FIRST = {"tokenizer", "encode", "features-val", *TRAINED}
 ASKED = {"captions-val", "sample-val", "features-sample-val", "features-val", "score"}
 OTHERS = {"data-reference", "captions-reference", "features-reference"}
 HELDOUT = {"captions-heldout", "sample-heldout", "features-sample-heldout", "score"}
 HELDOUT_OTHERS = {f"{k}-heldout_reference" for k in ("data", "captions", "features")}
+PARTIAL = {f"{k}-partial" for k in ("data", "captions", "sample", "features-sample")} | {"score"}
 TABLE: list[tuple[str, str, set[str]]] = [
     ("paella", "sampling.steps=2", DRAWN),
     ("paella", "eval.seed=1", {*DRAWN, "features-val"}),
     ("paella", "eval.prompts=8", ASKED | OTHERS),
     ("paella", "eval.heldout=8", HELDOUT | HELDOUT_OTHERS),
+    ("paella", "eval.partial=8", PARTIAL),
     ("paella", "eval.traces=1", {"sample-val", "features-sample-val", "score"}),
     ("paella", "eval.bootstrap=30", {"score"}),
     ("paella", "eval.grid=8", {"features-val", "score"}),
@@ -94,7 +97,8 @@ OF_TRAINERS = ("accelerator", "strategy", "compile", "checkpoint_activations",
                "keep_every", "val_batches", "log_every",
                "progress")  # fmt: skip
 MACHINE = {"logger", "cache", "data.max_skipped", "eval.batch_size"}
-WITHOUT_PICTURES = {"data.cache", "data.heldout_size", "eval.heldout", "eval.traces", "eval.edits"}
+WITHOUT_PICTURES = {"data.cache", "data.heldout_size", "eval.heldout", "eval.partial"}
+WITHOUT_PICTURES |= {"eval.traces", "eval.edits"}
 
 
 def machine(paper: str) -> set[str]:
@@ -112,7 +116,7 @@ def machine(paper: str) -> set[str]:
 
 def idle(paper: str) -> set[str]:
     """Settings that nothing reads at scale micro."""
-    found = {"data.val_shards"}  # of shards that are not drawn
+    found = {"data.root", "data.val_shards", "data.allow_pipe"}  # of shards that are not drawn
     if PAPERS[paper].FIRST_STAGE.paper == paper:
         return found | WITHOUT_PICTURES
     read = ("name", "width", "layers", "buckets", "max_length")  # by the encoder `bytes`

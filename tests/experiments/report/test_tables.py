@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiments.distributions import listed
 from experiments.grid import Sweep, SweepRun, read_sweep
 from experiments.papers.registry import PAPERS, load
 from experiments.pipeline.plan import plan
@@ -21,8 +22,8 @@ from experiments.report.published import (
 )
 
 SWEEPS = {p.stem: p for p in (Path(__file__).parents[3] / "sweeps").glob("*.yaml")}
-KINDS = Sweep("s", "eval/a", False, [], {"kind": ["x", "y"]})
-LOWEST = Sweep("s", "eval/a", True, [], {})
+KINDS = Sweep("s", "eval/a", False, [], "grid", {})
+LOWEST = Sweep("s", "eval/a", True, [], "grid", {})
 NOTHING = Published()
 
 
@@ -95,7 +96,7 @@ def test_the_best_point_is_named_and_so_is_a_tie(sweep: Sweep, half: float, said
     values = {"x": 1.0, "y": 3.0, "z": 4.0}
     runs = [sweep_run({"eval/a": score(v, half)}, kind=kind) for kind, v in values.items()]
     assert tables.best_line(sweep, runs) == [said]
-    assert tables.best_line(Sweep("s", "eval/none", True, [], {}), runs) == []
+    assert tables.best_line(Sweep("s", "eval/none", True, [], "grid", {}), runs) == []
 
 
 def test_equal_values_without_intervals_are_a_tie() -> None:
@@ -111,7 +112,7 @@ def test_points_that_failed_are_told(tmp_path: Path) -> None:
     assert main.rows == [["x", "failed"], ["y", "1.0 (0.0 to 2.0)"]]
     assert notes == ["failed: kind=x: no file <none.pth>"]
     lone = [sweep_run({})]
-    tables.write_sweep(Sweep("s", None, True, [], {}), lone, tmp_path, "command", NOTHING)
+    tables.write_sweep(Sweep("s", None, True, [], "grid", {}), lone, tmp_path, "command", NOTHING)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["table.csv", "table.html"]
     assert "no file &lt;none.pth&gt;" in tables.as_html(KINDS, runs, "c", {}, NOTHING)
 
@@ -158,8 +159,8 @@ def test_published_rows_are_points_of_their_sweep() -> None:
     ]
     assert measured
     for name, table in measured:
-        values = read_sweep(SWEEPS[table.sweep or ""]).values[table.setting or ""]
-        assert {str(v) for v in values} >= table.rows.keys(), name
+        form = read_sweep(SWEEPS[table.sweep or ""]).forms[table.setting or ""]
+        assert {str(v) for v in listed(form) or []} >= table.rows.keys(), name
 
 
 def test_wrong_published_numbers_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.scenes import scenes
 from eval.extractors import ReconstructionRows, SceneRows
 from eval.perceptual import SHIPPED
-from eval.reconstruction import codebook_use, lpips_name, psnr, score_reconstruction, ssim
+from eval.reconstruction_scores import codebook_use, lpips_name, psnr, score_reconstruction, ssim
 from eval.rows import Measured, joined
 from lightning_modules.common.perceptual import LPIPS
 
@@ -176,7 +176,7 @@ def test_every_score_of_an_autoencoder_of_scenes() -> None:
     )
     names = ["psnr", "ssim", "l1", "mse", "scene_accuracy"]
     names += [f"scene_accuracy/{p}" for p in ("color", "shape", "size", "relation", "background")]
-    names += ["rfd_scenes", "rfd_scenes/noise=0.1", "psnr/noise=0.1"]
+    names += ["scene_atoms", "rfd_scenes", "rfd_scenes/noise=0.1", "psnr/noise=0.1"]
     names += ["sigma2_object", "rho_object", "sigma2_part", "rho_part"]
     assert list(scores) == [f"eval/{n}" for n in names]
     assert scores["eval/psnr"]["value"] == 100 and scores["eval/scene_accuracy"]["value"] == 1

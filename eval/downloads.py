@@ -1,0 +1,193 @@
+"""The files of weights that scores need: where they lie, where they come from, how they are known.
+
+Light to import, so that a file that cannot be had is named before any work.
+"""
+
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from data.files import atomic, file_hash
+
+CHUNK = 1 << 20
+TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A published file of weights."""
+
+    what: str
+    """The network in a few words."""
+    name: str
+    """Name of the file."""
+    url: str
+    """Where it is published."""
+    sha256: str = ""
+    """Its checksum; empty where none is published."""
+    repository: str = ""
+    """Repository of the Hugging Face hub that holds it, whose cache is looked into."""
+
+    def find(self, given: Path | str | None = None) -> Path:
+        """Return the file: the given one, one of the usual caches, or a download.
+
+        A file of a cache, or a download, counts only with the right checksum. One process
+        downloads while others wait, and nothing half-written is ever left.
+
+        Raises:
+            ValueError: the given file is not there, or there is none and none can be downloaded.
+        """
+        if given is not None:
+            path = Path(given).expanduser()
+            if not path.exists():
+                raise ValueError(f"there is no file {path} with the weights of {self.what}")
+            return path
+        for path in self.places():
+            if path.is_file() and self.fits(path):
+                return path.resolve()
+        return self.download(checkpoints() / self.name)
+
+    def places(self) -> list[Path]:
+        """Return where the file may lie: caches of torch, of clean-fid, of the hub."""
+        places = [checkpoints() / self.name, Path(tempfile.gettempdir()) / self.name]
+        places.append(Path.home() / ".cache" / "clip" / self.name)
+        if self.repository:
+            folder = hub() / f"models--{self.repository.replace('/', '--')}" / "snapshots"
+            places += sorted(folder.glob(f"*/{self.name}"))
+        return places
+
+    def fits(self, path: Path) -> bool:
+        """Return whether a file has the checksum; the hub names large files by theirs."""
+        known = self.sha256
+        if not known and len(path.resolve().name) == 64:
+            known = path.resolve().name
+        return not known or file_hash(path) == known
+
+    def download(self, path: Path) -> Path:
+        """Download to `path`, whole or not at all.
+
+        Raises:
+            ValueError: it cannot be had, or is another file.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not (path.is_file() and self.fits(path)):
+                    self._download(path)
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise ValueError(
+                f"{self.what} is not here and cannot be downloaded: put {self.name} from "
+                f"{self.url} at {path}, or name the file"
+            ) from error
+        return path
+
+    def _download(self, path: Path) -> None:
+        print(f"downloading {self.what}: {self.url}", flush=True)
+        request = urllib.request.Request(self.url, headers={"User-Agent": "tokengrid"})
+        with atomic(path) as temporary:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                total = int(answer.headers.get("Content-Length") or 0)
+                done, shown = 0, 0
+                with open(temporary, "wb") as file:
+                    while part := answer.read(CHUNK):
+                        file.write(part)
+                        done += len(part)
+                        if total and done * 10 // total > shown:
+                            shown = done * 10 // total
+                            print(f"  {shown * 10} % of {total / 1e6:.0f} MB", flush=True)
+            if total and done != total:
+                raise urllib.error.URLError("the connection ended early")
+            if self.sha256 and file_hash(temporary) != self.sha256:
+                raise ValueError(
+                    f"{self.url} is another file than expected (its sha256 does not begin "
+                    f"{self.sha256[:12]}); name a file of your own"
+                )
+
+
+def checkpoints() -> Path:
+    """Return torch's folder of downloaded weights."""
+    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("TORCH_HOME", Path(cache) / "torch")) / "hub" / "checkpoints"
+
+
+def hub() -> Path:
+    """Return the cache of the Hugging Face hub."""
+    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    home = os.environ.get("HF_HOME", Path(cache) / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub"))
+
+
+INCEPTION = WeightFile(
+    "Inception-v3 of FID (TorchScript)",
+    "inception-2015-12-05.pt",
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+    "inception-2015-12-05.pt",
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)
+INCEPTION_PT = WeightFile(
+    "Inception-v3 of pytorch-fid",
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
+DINOV2 = WeightFile(
+    "DINOv2 ViT-L/14",
+    "dinov2_vitl14_pretrain.pth",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+)
+HPSV2 = WeightFile(
+    "HPSv2.1",
+    "HPS_v2.1_compressed.pt",
+    "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt",
+    repository="xswu/HPSv2",
+)
+PICKSCORE = WeightFile(
+    "PickScore v1",
+    "model.safetensors",
+    "https://huggingface.co/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
+    repository="yuvalkirstain/PickScore_v1",
+)
+
+
+def _openai(what: str, name: str, sha256: str) -> WeightFile:
+    url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}"
+    return WeightFile(what, name, url, sha256)
+
+
+def _laion(what: str, repository: str) -> WeightFile:
+    name = "open_clip_pytorch_model.bin"
+    url = f"https://huggingface.co/{repository}/resolve/main/{name}"
+    return WeightFile(what, name, url, repository=repository)
+
+
+# model of open_clip and tag of its weights; weights of OpenAI need quick GELU
+CLIPS: dict[tuple[str, str], WeightFile] = {
+    ("ViT-B-32-quickgelu", "openai"): _openai(
+        "CLIP ViT-B/32",
+        "ViT-B-32.pt",
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    ),
+    ("ViT-L-14-quickgelu", "openai"): _openai(
+        "CLIP ViT-L/14",
+        "ViT-L-14.pt",
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    ),
+    ("ViT-L-14-336-quickgelu", "openai"): _openai(
+        "CLIP ViT-L/14 of 336 px",
+        "ViT-L-14-336px.pt",
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+    ),
+    ("ViT-H-14", "laion2b_s32b_b79k"): _laion(
+        "CLIP ViT-H/14 of LAION", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    ),
+    ("ViT-g-14", "laion2b_s12b_b42k"): _laion(
+        "CLIP ViT-g/14 of LAION", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+    ),
+}

@@ -1,0 +1,160 @@
+"""What a result says of itself: enough to make it again, and to see what it compares with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.files import write_json
+from eval.choices import MODES, Wanted, described
+from experiments.cli import counted
+from experiments.evaluation.options import Options
+from experiments.evaluation.sources import Source
+from experiments.pipeline.prompts import list_hash
+from experiments.pipeline.stage import Stage
+from experiments.pipeline.store import Store
+from experiments.settings import ConfigError
+
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "pillow",
+    "numpy",
+    "scipy",
+    "clean-fid",
+    "transformers",
+    "open_clip_torch",
+)
+STAGES = "stages.json"
+FORMAT = 1
+
+
+def guard(out: Path, pictures: Stage | None) -> None:
+    """Refuse a folder that holds pictures of other settings.
+
+    Raises:
+        ConfigError: it does; names what differs.
+    """
+    if pictures is None:
+        return
+    try:
+        before = json.loads((out / STAGES).read_text())["pictures"]
+    except (OSError, ValueError, KeyError):
+        before = None
+    if before is None:
+        if (out / "images").exists():
+            raise ConfigError(
+                f"--out {out} holds images/ that no evaluation made; choose another --out, or "
+                "score them with --images"
+            )
+        return
+    if before["key"] != pictures.key:
+        differ = differences(before["fields"], dict(pictures.content))
+        some = "; ".join(f"{name} is {a} there and {b} here" for name, a, b in differ[:3])
+        raise ConfigError(f"--out {out} holds other pictures: {some}; choose another --out")
+
+
+def remember(out: Path, stages: Sequence[Stage], pictures: Stage | None, cache: Path) -> None:
+    """Note what the folder is made of, before any work."""
+    rows = [{"name": s.name, "key": s.key, "folder": s.folder} for s in stages]
+    own = None if pictures is None else {"key": pictures.key, "fields": pictures.content}
+    write_json(out / STAGES, {"cache": str(cache), "stages": rows, "pictures": own})
+
+
+def result(
+    options: Options,
+    store: Store,
+    scores: Mapping[str, Any],
+    made: Source,
+    real: Source | None,
+    measured: Sequence[Wanted],
+    pictures: Stage | None,
+    prompts: Any,
+    command: str,
+) -> dict[str, Any]:
+    """Return the content of result.json.
+
+    `protocol` holds all in which two results must agree to be compared.
+    """
+    n = len(made.images.rows(store.folders))
+    asked = None
+    if prompts is not None:
+        rows = prompts.rows(store.folders)
+        keyed = [{**row, "id": row.get("id", row.get("key"))} for row in rows]
+        name = getattr(getattr(prompts, "source", None), "name", None) or f"data, {prompts.split}"
+        asked = {"name": name, "sha256": list_hash(keyed), "n": len(rows)}
+    against = None
+    if real is not None:
+        against = dict(real.told)
+        if hasattr(real.images, "rows"):
+            against["n"] = len(real.images.rows(store.folders))
+    one = options.protocol
+    return {
+        "format": FORMAT,
+        "command": command,
+        "scores": dict(scores),
+        "protocol": {
+            "name": None if one is None else one.name,
+            "changed": options.changed(),
+            "unknown": [] if one is None else [k for k, v in one.known.items() if v == "unknown"],
+            "n": n,
+            "list": asked,
+            "reference": against,
+            "pictures": {
+                "format": made.told.get("format"),
+                "prepared": made.told.get("prepared", "as they are"),
+                "sizes": made.told["sizes"][:5],
+            },
+            "mode": {n: MODES[n] for n in options.features if n in MODES},
+            "features": {w.score: [] for w in measured}
+            | {
+                score: [described(w.extractor) for w in measured if w.score == score]
+                for score in {w.score: None for w in measured}
+            },
+        },
+        "pictures": {k: v for k, v in made.told.items() if k != "sizes"},
+        "speed": speed(store, pictures, n),
+        "versions": versions(),
+    }
+
+
+def speed(store: Store, pictures: Stage | None, n: int) -> dict[str, Any]:
+    """Return how fast pictures were made: by one process, whatever the number of them."""
+    marker = None if pictures is None else store.done(pictures)
+    if not marker or not marker.get("busy"):
+        return {}
+    rate = n / marker["busy"]
+    return {"images_per_second_and_process": float(f"{rate:.4g}"), "made": counted(n, "picture")}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of all libraries that move scores."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def differences(one: Any, other: Any) -> list[tuple[str, Any, Any]]:
+    """List in which dotted keys two plain containers differ, with both values."""
+    a, b = dict(_flat(one)), dict(_flat(other))
+    keys = [*a, *(key for key in b if key not in a)]
+    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def _flat(plain: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(plain, Mapping):
+        for key, value in plain.items():
+            yield from _flat(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(plain, (list, tuple)) and any(isinstance(v, (Mapping, list)) for v in plain):
+        for number, value in enumerate(plain):
+            yield from _flat(value, f"{at}.{number}")
+    else:
+        yield at, plain

@@ -1,0 +1,263 @@
+"""What all samplers share: what they ask of a network, their chances, and the loop around them.
+
+A sampler is a frozen dataclass of settings. It says how one step turns the tokens of some pictures
+into others; the loop calls it until each picture is finished, and finished pictures leave the
+batch. Tokens stand in one row per picture, [n, N], whatever the grid is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.seeding import mix_seed
+from lightning_modules.samplers.kernel import Corruption
+
+State = dict[str, Tensor]
+"""Of n pictures: x [n, N] int64, generate [n, N] bool, and what a sampler remembers, [n, ...]."""
+CHANCES = 6  # stream of the seeds
+COLDEST = 1e-6  # temperature 0 is the limit, in which the likeliest token has everything
+AT_ONCE = 256  # rows that pass the head together
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a network says of n places: features in front of its head, never all logits at once."""
+
+    features: Tensor
+    """[n, C]."""
+    head: Callable[[Tensor], Tensor]
+    """[m, C] -> logits [m, K]."""
+    heat: Tensor
+    """[n] temperature of the draw, at least 0."""
+    narrow: Callable[[Tensor], Tensor] | None = None
+    """logits [m, K] at temperature 1 -> the same with excluded codes at -inf."""
+
+    def __getitem__(self, keep: Tensor) -> "Rows":
+        return replace(self, features=self.features[keep], heat=self.heat[keep])
+
+    def at(self, temperature: float) -> "Rows":
+        """Return the same at another temperature."""
+        return replace(self, heat=torch.full_like(self.heat, temperature))
+
+    def map(self, measure: Callable[..., tuple[Tensor, ...]], *beside: Tensor) -> list[Tensor]:
+        """Measure the logits that tokens are drawn from, few rows at a time.
+
+        Args:
+            measure: (logits [m, K] float, *others [m, ...]) -> tensors [m, ...].
+            beside: [n, ...] what belongs to the rows.
+        """
+        parts = []
+        pieces = [tensor.split(AT_ONCE) for tensor in (self.features, self.heat, *beside)]
+        for features, heat, *others in zip(*pieces, strict=True):
+            logits = self.head(features)
+            logits = logits.float() if logits.element_size() < 4 else logits
+            if self.narrow is not None:
+                logits = self.narrow(logits)
+            logits = logits / heat.clamp_min(COLDEST).to(logits)[:, None]
+            parts.append(measure(logits, *others))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def draw(self, uniforms: Tensor) -> Tensor:
+        """Draw a token per row with uniforms [n]: [n] int64."""
+        return self.map(lambda logits, u: (draw(logits, u),), uniforms)[0]
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a token per row of logits [m, K] with uniforms [m], by the draw of the suite."""
+    return draw_rows(logits, uniforms, lambda rows: rows)
+
+
+def log_p(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p of tokens [m] under logits [m, K]: [m]."""
+    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits [m, K]) in nats: [m]."""
+    log = logits.log_softmax(1)
+    return -(log.exp() * log).nansum(1)
+
+
+def gumbel(uniforms: Tensor) -> Tensor:
+    """Gumbel noise -log(-log u), finite for every u in [0, 1)."""
+    tiny = torch.finfo(uniforms.dtype).tiny
+    return -(-uniforms.clamp(min=tiny).log()).log()
+
+
+def lowest(scores: Tensor, candidates: Tensor, number: Tensor) -> Tensor:
+    """Mark the `number` candidates of lowest score in each picture; ties go by place.
+
+    Args:
+        scores: [n, ...].
+        candidates: [n, ...] bool.
+        number: [n] int64, at most the candidates.
+
+    Returns:
+        [n, ...] bool.
+    """
+    scored = scores.masked_fill(~candidates, torch.inf).flatten(1)
+    ranked = scored.argsort(dim=1, stable=True)
+    first = torch.arange(ranked.shape[1], device=ranked.device) < number[:, None]
+    chosen = torch.zeros_like(first).scatter(1, ranked, first)
+    return chosen.view(scores.shape) & candidates
+
+
+def spread(values: Tensor, keep: Tensor, empty: float) -> Tensor:
+    """Put values [keep.sum()] where keep [n, N] is true, `empty` elsewhere: [n, N]."""
+    return torch.full(keep.shape, empty, dtype=values.dtype, device=keep.device).masked_scatter(
+        keep, values
+    )
+
+
+class Ask(Protocol):
+    """What a step may ask of the network; pictures without a kept place make no call."""
+
+    def __call__(self, x: Tensor, time: Tensor | float, done: Tensor | float, keep: Tensor) -> Rows:
+        """Ask about tokens.
+
+        Args:
+            x: [n, N] int64 tokens, K = mask.
+            time: [n] or one: noise that the network is told of, 1 = pure noise.
+            done: [n] or one, share of the way in [0, 1]: guidance and temperature follow it.
+            keep: [n, N] bool, not all false.
+
+        Returns:
+            The rows of the kept places, in the order of keep.nonzero().
+        """
+        ...
+
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Rows]
+"""(pictures [n] int64, x [n, N], time [n], done [n], keep [n, N] bool) -> Rows."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way of sampling; a subclass has its settings as further fields."""
+
+    STREAMS: ClassVar[int] = 1
+    """Uniforms that a step needs at each place."""
+
+    kernel: Corruption
+
+    def memory(self, x: Tensor, generate: Tensor) -> State:
+        """Return what the first step remembers of tokens [B, N]."""
+        return {}
+
+    def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
+        """Make one step.
+
+        Args:
+            i: its number.
+            state: of n pictures.
+            ask: the network.
+            u: [STREAMS, n, N] in [0, 1).
+
+        Returns:
+            The state after it, and which pictures [n] are finished.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Stepped(Sampler):
+    """A sampler of a fixed number of steps, in even times from 1 to 0."""
+
+    steps: int = 12
+
+    def times(self, i: int) -> tuple[float, float]:
+        """Return the times before and after step i."""
+        return 1 - i / self.steps, 1 - (i + 1) / self.steps
+
+    def done(self, i: int) -> float:
+        """Return the share of the way at step i: 0 at the first, 1 at the last."""
+        return i / max(1, self.steps - 1)
+
+    def ends(self, i: int, x: Tensor) -> Tensor:
+        """Return which of the pictures x [n, N] are finished after step i."""
+        return torch.full((len(x),), i >= self.steps - 1, device=x.device)
+
+
+class Chances:
+    """Uniforms of B pictures; those of picture i depend on seed i and its own steps alone.
+
+    Args:
+        seeds: one per picture.
+        places: tokens per picture N.
+        device: where they are needed; they are drawn on the CPU.
+    """
+
+    def __init__(self, seeds: Sequence[int], places: int, device: Any = "cpu") -> None:
+        self.generators = [torch.Generator().manual_seed(mix_seed(seed, CHANCES)) for seed in seeds]
+        self.places, self.device = places, device
+
+    def __call__(self, pictures: Tensor, streams: int) -> Tensor:
+        """Draw the next uniforms [streams, n, N] of some pictures [n]."""
+        shape = (streams, self.places)
+        rows = [torch.rand(shape, generator=self.generators[p]) for p in pictures.tolist()]
+        return torch.stack(rows, dim=1).to(self.device)
+
+
+class Sampled(NamedTuple):
+    """What a loop made."""
+
+    tokens: Tensor
+    """[B, N] int64."""
+    calls: Tensor
+    """[B] int64, network calls for each picture."""
+
+
+def run(
+    sampler: Sampler,
+    predict: Predict,
+    start: Tensor,
+    generate: Tensor,
+    chances: Callable[[Tensor, int], Tensor],
+    *,
+    first: int = 0,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Sampled:
+    """Sample until every picture is finished.
+
+    Args:
+        sampler: makes the steps.
+        predict: the network.
+        start: [B, N] int64 noise, and given tokens where nothing is generated; those never change.
+        generate: [B, N] bool.
+        chances: (pictures [n], streams) -> uniforms [streams, n, N].
+        first: number of the first step.
+        on_step: called with the step's number, its input and its result [B, N].
+    """
+    state = {"x": start, "generate": generate, **sampler.memory(start, generate)}
+    calls = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+    pictures = generate.any(1).nonzero().squeeze(1)
+    i = first
+    while len(pictures):
+        ask = _asking(predict, pictures, calls)
+        now = {name: value[pictures] for name, value in state.items()}
+        after, finished = sampler.step(i, now, ask, chances(pictures, sampler.STREAMS))
+        before = state["x"]
+        state = {k: v.index_copy(0, pictures, after[k].to(v)) for k, v in state.items()}
+        if on_step is not None:
+            on_step(i, before, state["x"])
+        pictures, i = pictures[~finished], i + 1
+    return Sampled(state["x"], calls)
+
+
+def _asking(predict: Predict, pictures: Tensor, calls: Tensor) -> Ask:
+    """What the pictures of one step ask by; every call is counted."""
+
+    def ask(x: Tensor, time: Tensor | float, done: Tensor | float, keep: Tensor) -> Rows:
+        asking = keep.any(1)
+        told = [
+            torch.as_tensor(value, dtype=torch.float32, device=x.device).expand(len(x))[asking]
+            for value in (time, done)
+        ]
+        calls.index_add_(0, pictures, asking.to(calls))
+        return predict(pictures[asking], x[asking], told[0], told[1], keep[asking])
+
+    return ask

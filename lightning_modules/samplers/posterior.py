@@ -1,0 +1,142 @@
+"""The exact posterior of any kernel at any stride, with a leave-one-out Gibbs corrector.
+
+Sources: arXiv 2107.03006 (D3PM), 2605.22765 (leave-one-out corrector of uniform noise).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_modules.samplers.kernel import Chance, Kernel, step_back
+from lightning_modules.samplers.loop import Ask, State, Stepped, draw, gumbel, lowest, spread
+
+
+@dataclass(frozen=True)
+class Posterior(Stepped):
+    """Ancestral sampling: p(x_s | x_t) in even strides of time."""
+
+    STREAMS: ClassVar[int] = 3
+
+    def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
+        """Go from time t to s."""
+        late, early = self.times(i)
+        kernel = self.kernel.kernel(late, early)
+        x = posterior_step(state, kernel, ask, u, late, self.done(i))
+        return {**state, "x": x}, self.ends(i, x)
+
+
+def posterior_step(
+    state: State, kernel: Kernel, ask: Ask, u: Tensor, time: float, done: float
+) -> Tensor:
+    """Draw x_s of p(x_s | x_t) for the tokens of a state: [n, N].
+
+    Args:
+        state: of n pictures.
+        kernel: the step.
+        ask: the network.
+        u: [3, n, N] in [0, 1), as `Chance` names them.
+        time: t.
+        done: share of the way.
+    """
+    asked = []
+
+    def rows(keep: Tensor) -> Tensor:
+        asked.append(ask(state["x"], time, done, keep))
+        return torch.arange(int(keep.sum()), device=keep.device)
+
+    def drawn(places: Tensor, uniforms: Tensor, head: object) -> Tensor:
+        return asked[0].draw(uniforms)
+
+    # the rows bring their own head and temperature, and are drawn where `step_back` wants tokens
+    chance = Chance(u[0], u[1], u[2])
+    return step_back(state["x"], kernel, rows, lambda r: r, chance, state["generate"], drawn)
+
+
+def leave_one_out(logits: Tensor, own: Tensor, odds: float) -> Tensor:
+    """log p(x_0 | all other tokens) from log p(x_0 | all tokens).
+
+    The token x at the place itself multiplies the probability of x_0 = x by
+    q(x | x) / q(x | other) = (A + B) / B = 1 + A / B, which is taken away.
+
+    Args:
+        logits: [m, K].
+        own: [m] int64, the place's token.
+        odds: A / B.
+
+    Returns:
+        [m, K] log probabilities.
+    """
+    less = torch.zeros_like(logits).scatter(1, own[:, None], math.log1p(odds))
+    return (logits - less).log_softmax(1)
+
+
+@dataclass(frozen=True)
+class Gibbs(Posterior):
+    """The exact posterior, and after each step but the last some places drawn anew.
+
+    At time s the law of a real token given all others is C(k) = A p_loo(k) + B over its sum. The
+    places that are drawn of it are those whose tokens it finds least likely: Gumbel top-k of
+    -(log C(x) - max over others of log C) / tau. Chosen at random (tau None), one at a time, the
+    corrector leaves the noisy law as it is.
+    """
+
+    STREAMS: ClassVar[int] = 5
+
+    corrections: int = 1
+    """Corrector calls after each step but the last."""
+    places: int = 1
+    """Tokens drawn anew in one of them."""
+    tau: float | None = 1.0
+    """Temperature of the choice; None chooses at random."""
+
+    def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
+        """Go from time t to s and correct there; the corrections are steps of their own."""
+        stride, at = divmod(i, 1 + self.corrections)
+        late, early = self.times(stride)
+        done = self.done(stride)
+        if at == 0:
+            kernel = self.kernel.kernel(late, early)
+            x = posterior_step(state, kernel, ask, u, late, done)
+        else:
+            x = self.corrected(state, ask, u[3:], early, done)
+        return {**state, "x": x}, self.ends(stride, x)
+
+    def corrected(self, state: State, ask: Ask, u: Tensor, time: float, done: float) -> Tensor:
+        """Draw some places anew at a time, with u [2, n, N]: [n, N]."""
+        x, codes = state["x"], self.kernel.codes
+        candidates = state["generate"] & (x != codes)
+        if not bool(candidates.any()):
+            return x
+        keep, replaced, _ = (
+            float(v) for v in self.kernel.level(torch.tensor(time, dtype=torch.float64))
+        )
+        rows = ask(x, time, done, candidates)
+
+        def measure(logits: Tensor, own: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            law = conditional(logits.double(), own, keep, replaced)
+            at = law.gather(1, own[:, None]).squeeze(1)
+            others = law.scatter(1, own[:, None], -torch.inf).amax(1)
+            return at - others, draw(law, u)
+
+        surplus, tokens = rows.map(measure, x[candidates], u[0][candidates])
+        key = gumbel(u[1].double())
+        if self.tau is not None:
+            key = key - spread(surplus, candidates, 0.0) / self.tau
+        count = candidates.sum(1)
+        chosen = candidates & ~lowest(key, candidates, (count - self.places).clamp(min=0))
+        return torch.where(chosen, x.masked_scatter(candidates, tokens), x)
+
+
+def conditional(logits: Tensor, own: Tensor, keep: float, replaced: float) -> Tensor:
+    """log of A p_loo(k) + B, the law of a real token given all others up to its sum: [m, K].
+
+    Args:
+        logits: [m, K] of the clean token given all tokens.
+        own: [m] int64 present tokens.
+        keep: A.
+        replaced: B, above 0.
+    """
+    return (keep * leave_one_out(logits, own, keep / replaced).exp() + replaced).log()
