@@ -6,7 +6,7 @@ comes before. A picture that cannot be decoded leaves a gap.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from data.images import decode_image, open_image
