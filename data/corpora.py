@@ -1,5 +1,6 @@
 """The corpora by name: what is known of each, where it lies below a root, and what it holds."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,16 +11,13 @@ from typing import Any, NamedTuple
 from data import coco, folders, ten_captions
 from data.listing import Row
 from data.names import corpora_yaml, split_of
-from data.patterns import expand_shards
+from data.remote import is_remote, listed
 
 FILTERS = (
-    "min_size",
-    "min_aesthetic",
-    "max_pwatermark",
-    "max_punsafe",
-    "min_caption",
-    "max_caption",
+    *("min_size", "min_aesthetic", "max_pwatermark", "max_punsafe"),
+    *("min_caption", "max_caption"),
 )
+BROUGHT = (*FILTERS, "caption")  # settings of data that a corpus brings
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Corpus:
     def settings(self, paper: str) -> dict[str, Any]:
         """Return the settings of data that the corpus brings, for a paper."""
         own = self.filters.get(paper, self.filters.get("any", {}))
-        return {**dict.fromkeys(FILTERS), **own, "caption": self.caption}
+        return {**dict.fromkeys(BROUGHT), **own, "caption": self.caption}
 
 
 class Kind(NamedTuple):
@@ -80,15 +78,17 @@ def corpora() -> dict[str, Corpus]:
     }
 
 
-def index(name: str, root: Path) -> list[Path]:
+def index(name: str, root: str) -> list[Path]:
     """Return the files and folders that say what a corpus of pictures in files of their own holds.
 
     Raises:
         ValueError: no such folder, or something of the corpus is missing in it.
     """
-    _check_root(name, root)
-    found = corpora()[name]
-    return KINDS[found.kind].find(found, root)
+    if is_remote(root):
+        raise ValueError(f"{name} is read from a local folder, not from {root}")
+    folder, found = Path(os.path.abspath(root)), corpora()[name]
+    _check_root(name, folder)
+    return KINDS[found.kind].find(found, folder)
 
 
 def rows(name: str, root: Path, split: str, faults: Counter[str]) -> tuple[list[Row], bool]:
@@ -122,36 +122,36 @@ def shards(name: str, root: str) -> tuple[list[str], list[str] | None]:
         ValueError: no such folder, or nothing of the corpus in it.
     """
     found = corpora()[name]
-    if found.kind == "parquet":
-        return _parquet(Path(root))
-    if "://" not in root:
+    if not is_remote(root):
         _check_root(name, Path(root))
+    if found.kind == "parquet":
+        return _parquet(root)
     for pair in found.splits:
-        listed = {split: _expanded(f"{root}/{pattern}") for split, pattern in pair.items()}
-        if all(listed.values()):
-            return listed["train"], listed.get("val")
+        files = {split: _matching(root, pattern) for split, pattern in pair.items()}
+        if all(files.values()):
+            return files["train"], files.get("val")
     looked = " or ".join(dict.fromkeys(pair["train"] for pair in found.splits))
     raise ValueError(f"no shard of {name} in {root}: there is no {looked}")
 
 
 def _check_root(name: str, root: Path) -> None:
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root} with {name}")
+        raise ValueError(f"there is no folder {root} to read {name} from")
 
 
-def _expanded(pattern: str) -> list[str]:
-    try:
-        return expand_shards(pattern)
-    except ValueError:
-        return []
+def _matching(root: str, pattern: str) -> list[str]:
+    """Return the files below a root that match a glob, sorted."""
+    if is_remote(root):
+        return listed(f"{root.rstrip('/')}/{pattern}")
+    return sorted(map(str, Path(root).glob(pattern)))
 
 
-def _parquet(root: Path) -> tuple[list[str], list[str] | None]:
+def _parquet(root: str) -> tuple[list[str], list[str] | None]:
     """Return the parquet files of a folder by split, as `datasets` names them."""
-    _check_root("parquet", root)
     found: dict[str, list[str]] = {}
-    for path in sorted(root.rglob("*.parquet")):
-        found.setdefault(split_of(path.relative_to(root).parts), []).append(str(path))
+    for path in _matching(root, "**/*.parquet"):
+        below = path.rpartition(root.rstrip("/").rpartition("://")[2])[2].split("/")
+        found.setdefault(split_of(below), []).append(path)
     train, val = found.get("train") or found.get("", []), found.get("val") or found.get("test")
     if not train:
         have = ", ".join(sorted(filter(None, found))) or "no *.parquet"

@@ -75,12 +75,17 @@ def rows(
     if tables:
         yield from _described(files, tables, faults)
         return
-    inner = {file: _inner(file) for file in files}
+    splits = {file: split_of(Path(file).parts[:-1]) for file in files}
+    if not {"train"} < {*splits.values()} - {""}:  # a class may be called train, too
+        splits = dict.fromkeys(files, "")
+    if first_val is not None:
+        _check_once(root, files)
+    inner = {file: _inner(file) if splits[file] else Path(file).parts[:-1] for file in files}
     names = sorted({parts[-1] for parts in inner.values() if parts})
     # as `datasets`: folders are classes where there are several, all pictures at one depth
     classes = names if len(names) > 1 and len({len(p) for p in inner.values()}) == 1 else []
     for file in files:
-        split = split_of(Path(file).parts[:-1])
+        split = splits[file]
         if first_val is not None and not split and (stem := Path(file).stem).isdecimal():
             split = "val" if int(stem) >= first_val else "train"
         label, captions = None, tuple[str, ...]()
@@ -88,6 +93,19 @@ def rows(
             label = classes.index(inner[file][-1])
             captions = (inner[file][-1].replace("_", " "),)
         yield Row(_key(file), file, captions, split, label)
+
+
+def _check_once(root: Path, files: Sequence[str]) -> None:
+    """Refuse a corpus that lies in a folder in several sizes."""
+    known: dict[str, str] = {}
+    for file in files:
+        stem = Path(file).stem
+        if stem in known:
+            raise ValueError(
+                f"{root} holds the picture {stem} more than once, as {known[stem]} and {file}: "
+                "name the folder of one size"
+            )
+        known[stem] = file
 
 
 def _key(file: str) -> str:

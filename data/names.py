@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def aliases(what: str) -> tuple[str, ...]:
 def aliased(what: str, row: Mapping[str, Any]) -> Any:
     """Return the value of a row under the first of its names that says something, else None."""
     return next((v for name in aliases(what) if (v := row.get(name)) not in (None, "", [])), None)
+
+
+def number(what: str, row: Mapping[str, Any]) -> float:
+    """Return the first number that a row holds under the names of something, else nan."""
+    for name in aliases(what):
+        with suppress(KeyError, TypeError, ValueError, OverflowError):
+            return float(row[name])
+    return float("nan")
 
 
 def texts(value: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from data.listing import inside, is_picture
 from data.names import aliased, aliases, texts
+from data.remote import is_remote, open_shard
 
 BATCH = 64  # rows that are in memory at once
 
@@ -67,7 +68,7 @@ def read_parquet(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
         ValueError: no column holds pictures.
         pyarrow.ArrowException: no parquet, or a damaged one.
     """
-    with pyarrow.parquet.ParquetFile(url) as file:
+    with open_shard(url) as source, pyarrow.parquet.ParquetFile(source) as file:
         columns = Columns.of(file.schema_arrow, url)
         names = [columns.image, *columns.others]
         for number, row in _rows(file, names, first):
@@ -100,14 +101,18 @@ def _key(url: str, number: int, row: dict[str, Any]) -> str:
 
 def count_parquet(url: str) -> int:
     """Return how many rows a parquet file has, 0 where it cannot be read."""
-    with suppress(OSError, pyarrow.ArrowException):
-        return pyarrow.parquet.read_metadata(url).num_rows
+    with suppress(OSError, pyarrow.ArrowException), open_shard(url) as source:
+        return pyarrow.parquet.read_metadata(source).num_rows
     return 0
 
 
 def parquet_keys(url: str) -> Iterator[str]:
     """Yield the key of every picture without reading any, as far as the file can be read."""
-    with suppress(OSError, pyarrow.ArrowException), pyarrow.parquet.ParquetFile(url) as file:
+    with (
+        suppress(OSError, pyarrow.ArrowException),
+        open_shard(url) as source,
+        pyarrow.parquet.ParquetFile(source) as file,
+    ):
         names = [name for name in aliases("key") if name in file.schema_arrow.names]
         if not names:
             yield from (_key(url, number, {}) for number in range(file.metadata.num_rows))
@@ -120,7 +125,7 @@ def _picture(image: Any, url: str) -> dict[str, bytes]:
     data, path = (
         (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     )
-    if data is None and path:
+    if data is None and path and not is_remote(url):
         file = inside(os.path.dirname(url), path)
         if file is not None and os.path.isfile(file):
             with open(file, "rb") as opened:

@@ -7,11 +7,10 @@ comes before. A picture that cannot be decoded leaves a gap.
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import islice
-from typing import Any
 
 from data.images import decode_image, open_image
+from data.names import number
 from data.shards import (
     FILTERED,
     OTHER_SPLIT,
@@ -22,42 +21,57 @@ from data.shards import (
     parse,
     read_samples,
 )
-from data.view import MAX_SKIPPED, ShardList, View
-
-AESTHETIC = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")
-
-
-def number(meta: dict[str, Any], names: Sequence[str]) -> float:
-    """Return the first number that metadata hold under one of several names, else nan."""
-    for name in names:
-        with suppress(KeyError, TypeError, ValueError, OverflowError):
-            return float(meta[name])
-    return float("nan")
+from data.view import MAX_SKIPPED, Crop, ShardList, View
 
 
 def check_metadata(sample: Sample, view: View) -> Sample:
     """Let a sample pass, or raise SampleError with the metadata filter that stops it."""
     meta = sample["meta"]
     if view.min_size is not None:
-        size = [number(meta, [f"original_{side}"]) for side in ("width", "height")]
+        size = [number("width", meta), number("height", meta)]
         if any(value != value for value in size):  # nan: img2dataset was not the source
             size = [float(value) for value in open_image(sample["data"]).size]
         if min(size) < view.min_size:
             raise SampleError(f"{FILTERED}min_size")
     # "not >=" and "not <=", so that a score that is missing does not pass
     least, watermark, unsafe = view.min_aesthetic, view.max_pwatermark, view.max_punsafe
-    if least is not None and not number(meta, AESTHETIC) >= least:
+    if least is not None and not number("aesthetic", meta) >= least:
         raise SampleError(f"{FILTERED}min_aesthetic")
-    if watermark is not None and not number(meta, ["pwatermark"]) <= watermark:
+    if watermark is not None and not number("pwatermark", meta) <= watermark:
         raise SampleError(f"{FILTERED}max_pwatermark")
-    if unsafe is not None and not number(meta, ["punsafe"]) <= unsafe:
+    if unsafe is not None and not number("punsafe", meta) <= unsafe:
         raise SampleError(f"{FILTERED}max_punsafe")
     return sample
 
 
-def described(sample: Sample) -> Sample:
+def drawn(draw: str, what: str) -> random.Random:
+    """Return the generator of one choice about a sample.
+
+    Args:
+        draw: says of which sample, and at which visit where every visit draws anew.
+        what: the choice: caption, crop or mirror.
+    """
+    return random.Random(f"{draw}/{what}")
+
+
+def mirrored(draw: str) -> bool:
+    """Say whether a sample is mirrored where half of them are."""
+    return drawn(draw, "mirror").random() < 0.5
+
+
+def caption_of(captions: Sequence[str], draw: str) -> str:
+    """Return one of the captions of a sample."""
+    return captions[0] if len(captions) == 1 else drawn(draw, "caption").choice(captions)
+
+
+def frozen(view: View, key: str) -> str:
+    """Return the draw of a sample that looks the same at every visit."""
+    return f"{view.seed}/{key}"
+
+
+def described(sample: Sample, draw: str) -> Sample:
     """Return "key" and "caption" of an encoded sample, "label" and "attributes" if given."""
-    result = {"key": sample["key"], "caption": sample["caption"]}
+    result = {"key": sample["key"], "caption": caption_of(sample["captions"], draw)}
     label, attributes = (sample["meta"].get(name) for name in ("label", "attributes"))
     if type(label) is int and 0 <= label < 2**63:
         result["label"] = label
@@ -66,29 +80,57 @@ def described(sample: Sample) -> Sample:
     return result
 
 
-def decoded(
-    sample: Sample, view: View, rng: random.Random | None = None, flip: bool = False
-) -> Sample:
-    """Return what `described` does, with "pixels" uint8 [H, W, 3].
+def decoded(sample: Sample, view: View) -> Sample:
+    """Return an encoded sample as validation sees it: cut in the centre, its caption frozen.
+
+    Returns:
+        What `described` does, with "pixels" uint8 [H, W, 3].
+    """
+    crop: Crop = "adm" if view.crop == "adm" else "center"
+    pixels = decode_image(sample["data"], view.resolution, crop=crop)
+    return {"pixels": pixels, **described(sample, frozen(view, sample["key"]))}
+
+
+def visited(sample: Sample, view: View, draw: str, flip: bool) -> Sample:
+    """Return an encoded sample as training sees it: crop, mirror and caption follow the draw.
 
     Args:
         sample: encoded, as `data.shards.parse` returns it.
         view: resolution and crop.
-        rng: draws a random crop and the mirror; without it the square is cut in the centre.
+        draw: what is drawn depends on it, and on nothing else.
         flip: mirror half of the pictures.
+
+    Returns:
+        What `described` does, with "pixels" uint8 [H, W, 3].
     """
-    crop = view.crop if rng or view.crop == "adm" else "center"
-    pixels = decode_image(sample["data"], view.resolution, crop=crop, flip=flip, rng=rng)
-    return {"pixels": pixels, **described(sample)}
+    pixels = decode_image(
+        sample["data"],
+        view.resolution,
+        crop=view.crop,
+        rng=drawn(draw, "crop"),
+        mirror=flip and mirrored(draw),
+    )
+    return {"pixels": pixels, **described(sample, draw)}
+
+
+def select(raw: Sample, shards: ShardList, view: View) -> Sample:
+    """Return what `parse` makes of a raw sample, chosen by key and filtered by metadata.
+
+    Raises:
+        SampleError: it belongs to another split, is bad, or a filter stops it.
+    """
+    if not shards.holds(raw["__key__"]):
+        raise SampleError(OTHER_SPLIT)
+    return check_metadata(parse(raw), view)
 
 
 def selected(
     urls: Iterable[str], shards: ShardList, view: View, skips: SkipCounter
 ) -> Iterator[Sample]:
-    """Yield what `parse` makes of samples: read, chosen by key, filtered by metadata.
+    """Yield what `select` makes of the samples of files.
 
     Args:
-        urls: files, possibly without end.
+        urls: the files.
         shards: which keys belong to the split.
         view: the metadata filters.
         skips: counts what is left out.
@@ -96,15 +138,8 @@ def selected(
     Raises:
         ValueError: too many bad samples, or 20,000 in a row left out.
     """
-
-    def choose(raw: Sample) -> Sample:
-        if not shards.holds(raw["__key__"]):
-            raise SampleError(OTHER_SPLIT)
-        return raw
-
-    chosen = apply(choose, read_samples(urls, skips, shards.paths), skips)
-    parsed = apply(lambda raw: parse(raw, view.seed), chosen, skips)
-    for sample in apply(lambda s: check_metadata(s, view), parsed, skips):
+    raws = read_samples(urls, skips, shards.paths)
+    for sample in apply(lambda raw: select(raw, shards, view), raws, skips):
         skips.in_a_row = 0
         yield sample
 
@@ -153,7 +188,8 @@ def captions(
         limit: at most so many positions.
         skips: counts what is left out.
     """
-    return map(described, encoded(shards, view, skips or SkipCounter(), first, limit))
+    samples = encoded(shards, view, skips or SkipCounter(), first, limit)
+    return (described(sample, frozen(view, sample["key"])) for sample in samples)
 
 
 def pictures(

@@ -82,8 +82,8 @@ def flowers(root: Path, faults: Counter[str]) -> Iterator[Row]:
     folder, texts = _flower_pictures(root), _texts(root, "oxford102")
     split, _ = _split(root, _flower_splits(root), "oxford102")
     told = {path.stem: path for path in sorted(texts.rglob("*.txt")) if path.stem[:6] == "image_"}
-    labels = root / "imagelabels.mat"
-    numbers = _matlab(labels)["labels"].ravel() if labels.is_file() else None
+    labels = _beside(root, "imagelabels.mat")
+    numbers = None if labels is None else _matlab(labels)["labels"].ravel()
     below = folder.relative_to(root).as_posix()
     for file in sorted(filter(is_picture, os.listdir(folder))):
         name = Path(file).stem
@@ -170,13 +170,17 @@ def _bird_splits(root: Path) -> tuple[Split, list[Path]] | None:
 
 def _flower_splits(root: Path) -> tuple[Split, list[Path]] | None:
     """Return the split that Oxford-102 came with, by pictures: 1,020, 1,020 and 6,149."""
-    path = root / "setid.mat"
-    if not path.is_file():
+    path = _beside(root, "setid.mat")
+    if path is None:
         return None
     content = _matlab(path)
     names = {"trnid": "train", "valid": "val", "tstid": "test"}
     split = {int(i): s for name, s in names.items() for i in content[name].ravel()}
     return (lambda kind, name: split.get(_number(name) or 0, "")), [path]
+
+
+def _beside(root: Path, name: str) -> Path | None:
+    return next((f / name for f in (root, root / FLOWERS) if (f / name).is_file()), None)
 
 
 def _matlab(path: Path) -> dict:

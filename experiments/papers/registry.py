@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpora import corpora
+from data.corpora import BROUGHT, corpora
 from experiments.papers.autoencoder import AutoencoderRun
 from experiments.papers.base import FirstStageKind, FirstStageSection, GeneratorRun, RunSettings
 from experiments.papers.improved_vqd import ImprovedVQDRun
@@ -87,16 +87,18 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
 def _with_corpus(
     paper: str, yaml: Sequence[tuple[str, Any]], line: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Put what a corpus brings below the layer that names it, so that a user's words win."""
-    corpus = corpora().get(dict([*yaml, *line]).get("data.name", ""))
-    if corpus is None:
-        return [*yaml, *line]
-    brought = [(f"data.{name}", value) for name, value in corpus.settings(paper).items()]
-    if "data.name" not in dict(line):
+    """Put what a corpus brings below the layer that names it, so that a user's words win.
+
+    Where the line names other data than the scale, what the scale says of its own gives way.
+    """
+    asked, own = dict(line).get("data.name"), dict(yaml).get("data.name")
+    corpus = corpora().get(asked or own or "")
+    settings = {} if corpus is None else corpus.settings(paper)
+    brought = [(f"data.{name}", value) for name, value in settings.items()]
+    if asked in (None, own):
         return [*brought, *yaml, *line]
-    # neither the shards of the scale's own data
-    brought += [("data.shards", None), ("data.val_shards", None)]
-    return [*yaml, *brought, *line]
+    given_way = [(f"data.{name}", None) for name in ("root", "shards", "val_shards", *BROUGHT)]
+    return [*yaml, *given_way, *brought, *line]
 
 
 def _follow_launcher(config: RunSettings) -> None:

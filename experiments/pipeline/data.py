@@ -263,9 +263,8 @@ class Data:
             corpus = corpora()[c.name]
             try:
                 if corpus.kind in KINDS:
-                    root = Path(os.path.abspath(c.root))
-                    found = index(c.name, root)
-                    return Listed(c.name, str(root), file_stamps(list(map(str, found))))
+                    found = file_stamps(list(map(str, index(c.name, c.root))))
+                    return Listed(c.name, os.path.abspath(c.root), found)
                 train, official = shards_of(c.name, c.root)
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.root: {error}") from error

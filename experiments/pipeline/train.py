@@ -107,6 +107,7 @@ class Train(FileStage):
     """One Lightning training, by all ranks."""
 
     NAME = "{what}"
+    VERSION = 2
     RANKS: ClassVar[Any] = "all"
 
     what: str

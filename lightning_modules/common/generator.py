@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -56,6 +56,7 @@ class GeneratorModule(SeededModule):
         self.text_encoder = encoder if isinstance(encoder, nn.Module) else None
         self._attached: dict[str, Any] = {"first_stage": None, "text": encoder}
         self.average: WeightAverage | None = None
+        self.calls: Tensor | None = None
 
     @classmethod
     def assemble(
@@ -189,6 +190,19 @@ class GeneratorModule(SeededModule):
             if asked and request.start is None:
                 raise ValueError(f"{what} needs a picture to start from (start)")
 
+    def counting(self, predict: Callable[..., Tensor], count: int) -> Callable[..., Tensor]:
+        """The same function, with a network call counted for each of `count` pictures."""
+
+        def counted(*arguments: Any) -> Tensor:
+            self.count_calls(torch.ones(count, dtype=torch.int64))
+            return predict(*arguments)
+
+        return counted
+
+    def count_calls(self, calls: Tensor) -> None:
+        """Add network calls [B] to those of the pictures that are being drawn."""
+        self.calls = calls.cpu() if self.calls is None else self.calls + calls.cpu()
+
     @abstractmethod
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
@@ -200,6 +214,9 @@ class GeneratorModule(SeededModule):
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw tokens [B, h, w] (or latents [B, C, h, w]); row i depends on prompt and seed i.
+
+        Afterwards `calls` [B] int64 says how often the network was called for each picture, guided
+        or not; None where a paper does not count.
 
         Args:
             request: what is asked.

@@ -44,6 +44,10 @@ class KeysValues(NamedTuple):
     keys: Tensor  # [B, heads, L, d]
     values: Tensor  # [B, heads, L, d]
 
+    def take(self, images: Tensor) -> "KeysValues":
+        """The same of some images [n]."""
+        return KeysValues(self.keys[images], self.values[images])
+
 
 @dataclass(frozen=True)
 class Side:
@@ -62,6 +66,13 @@ class Side:
     mask: Tensor | None = None
     shown: Tensor | None = None
     placed: Tensor | None = None
+
+    def take(self, images: Tensor) -> "Side":
+        """The same of some images [n]; what serves any number stays."""
+        if self.batch == 1:
+            return self
+        others = (t if t is None else t[images] for t in (self.mask, self.shown, self.placed))
+        return Side([block.take(images) for block in self.blocks], len(images), *others)
 
 
 @dataclass(frozen=True)

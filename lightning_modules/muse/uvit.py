@@ -90,6 +90,14 @@ class UViTSide:
     batch: int
     mask: Tensor | None
 
+    def take(self, images: Tensor) -> "UViTSide":
+        """The same of some images [n]; what serves any number stays."""
+        if self.batch == 1:
+            return self
+        mask = None if self.mask is None else self.mask[images]
+        reads = [read.take(images) for read in self.reads]
+        return UViTSide([s[:, images] for s in self.scales], reads, len(images), mask)
+
 
 class Joint:
     """One pass of some images under several conditions, one after the other in the batch.

@@ -249,6 +249,13 @@ class KeysValues:
     values: Tensor  # [B, heads, S, d]
     mask: Tensor | None  # [B, S] bool, True = real
 
+    def take(self, images: Tensor) -> "KeysValues":
+        """The same of some images [n]; what serves all images stays."""
+        if len(self.keys) == 1:
+            return self
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[images]
+        return KeysValues(self.keys[images], self.values[images], mask)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -261,6 +268,11 @@ class Prepared:
         """Both conditions over the same tokens, for one forward pass of guidance."""
         blocks = [mine + its for mine, its in zip(self.blocks, other.blocks, strict=True)]
         return Prepared(blocks, self.conditions + other.conditions)
+
+    def take(self, images: Tensor) -> "Prepared":
+        """The same of some images [n]."""
+        blocks = [[read.take(images) for read in block] for block in self.blocks]
+        return Prepared(blocks, self.conditions)
 
 
 class Paella(nn.Module):

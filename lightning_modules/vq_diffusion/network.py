@@ -117,6 +117,13 @@ class KeysValues(NamedTuple):
     values: Tensor  # [B, heads, L, d]
     mask: Tensor | None  # [B, L] bool, True = real; None = all are
 
+    def take(self, images: Tensor) -> "KeysValues":
+        """The same of some images [n]; what serves all images stays."""
+        if len(self.keys) == 1:
+            return self
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[images]
+        return KeysValues(self.keys[images], self.values[images], mask)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -126,6 +133,16 @@ class Side:
     """
 
     blocks: list[Any]
+
+    def take(self, images: Tensor) -> "Side":
+        """The same of some images [n]; what serves all images stays."""
+
+        def some(read: Any) -> Any:
+            if isinstance(read, Tensor):
+                return read if len(read) == 1 else read[images]
+            return read if read is None else read.take(images)
+
+        return Side([some(read) for read in self.blocks])
 
 
 @dataclass

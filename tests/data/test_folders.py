@@ -80,6 +80,21 @@ def test_classes_of_an_imagefolder(tmp_path: Path) -> None:
     assert rows[0].key == "train/cat/000" and rows[0].file == "train/cat/000.png"
 
 
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for i, name in enumerate(["train", "car", "train", "car"]):
+        planted.picture(tmp_path / name / f"{i}.png")
+    rows, official = corpus_rows("imagefolder", tmp_path, "train", Counter())
+    assert not official and {(r.label, *r.captions) for r in rows} == {(0, "car"), (1, "train")}
+
+
+def test_faces_in_several_sizes_are_refused(tmp_path: Path) -> None:
+    for folder in ("images1024x1024", "thumbnails128x128"):
+        planted.faces(tmp_path / folder)
+    with pytest.raises(ValueError, match="more than once, as images1024x1024/59000/59990"):
+        corpus_rows("ffhq", tmp_path, "train", Counter())
+    assert len(corpus_rows("ffhq", tmp_path / "images1024x1024", "val", Counter())[0]) == 10
+
+
 @pytest.mark.parametrize("table", ["csv", "jsonl"])
 def test_metadata_say_captions_and_labels(tmp_path: Path, table: str) -> None:
     planted.imagefolder(tmp_path, table)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -33,6 +34,16 @@ def test_samples(tmp_path: Path, struct: bool) -> None:
         "caption": ["train 1 3"],
     }
     assert found[3]["png" if struct else "jpg"] == planted.encoded(103, suffix=".png")
+
+
+def test_a_remote_file_is_read_alike(tmp_path: Path) -> None:
+    planted.parquet(tmp_path)
+    path = tmp_path / "data" / "train-00001-of-00002.parquet"
+    fsspec.filesystem("memory").pipe("/hub/train-00001-of-00002.parquet", path.read_bytes())
+    url = "memory://hub/train-00001-of-00002.parquet"
+    there = [{**sample, "__url__": ""} for sample in read_parquet(url)]
+    assert there == [{**sample, "__url__": ""} for sample in read_parquet(str(path))]
+    assert count_parquet(url) == 20 and list(parquet_keys(url)) == [s["__key__"] for s in there]
 
 
 def test_reading_begins_anywhere(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_birds(tmp_path: Path, split: str, train: int) -> None:
     row = found[0]
     assert (tmp_path / row.file).is_file() and len(row.captions) == 10
     assert row.captions[3].endswith("said in way 3 .")
-    assert all(path.exists() for path in index("cub200", tmp_path))
+    assert all(path.exists() for path in index("cub200", str(tmp_path)))
 
 
 def test_classes_win_over_pictures(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_flowers_split_as_they_came(tmp_path: Path) -> None:
     for name in ("trainvalclasses.txt", "testclasses.txt"):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=r"oxford102 says nowhere .* nor setid\.mat"):
-        index("oxford102", tmp_path)
+        index("oxford102", str(tmp_path))
     splits = {"trnid": [[1, 2, 3]], "valid": [[4, 5]], "tstid": [list(range(6, 25))]}
     savemat(tmp_path / "setid.mat", splits)
     savemat(tmp_path / "imagelabels.mat", {"labels": [[i % 5 + 1 for i in range(24)]]})
@@ -60,7 +60,7 @@ def test_flowers_split_as_they_came(tmp_path: Path) -> None:
     assert [row.label for row in found] == [0, 1, 2] and [row.label for row in val] == [3, 4]
     (tmp_path / "setid.mat").write_text("MATLAB")
     with pytest.raises(ValueError, match=r"setid\.mat is no MATLAB file"):
-        index("oxford102", tmp_path)
+        index("oxford102", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_is_missing_is_named(tmp_path: Path, gone: str, says: str) -> None:
     planted.birds(tmp_path)
     (tmp_path / gone).rename(tmp_path / "aside")
     with pytest.raises(ValueError, match=says):
-        index("cub200", tmp_path)
+        index("cub200", str(tmp_path))
 
 
 def test_a_picture_without_captions_stays_to_be_counted(tmp_path: Path) -> None:

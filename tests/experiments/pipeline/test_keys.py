@@ -20,6 +20,7 @@ from experiments.pipeline.runner import execute
 from experiments.pipeline.stage import Stage
 from experiments.settings import UserError, describe
 from lightning_modules.common.checkpoint import load_weights
+from tests import planted
 
 PIPELINE = Path(__file__).parents[3] / "experiments" / "pipeline"
 Stages = list[tuple[str, str]]  # name and key
@@ -116,7 +117,7 @@ def machine(paper: str) -> set[str]:
 
 def idle(paper: str) -> set[str]:
     """Settings that nothing reads at scale micro."""
-    found = {"data.root", "data.val_shards", "data.allow_pipe"}  # of shards that are not drawn
+    found = {"data.val_shards", "data.allow_pipe"}  # of shards that are not drawn
     if PAPERS[paper].FIRST_STAGE.paper == paper:
         return found | WITHOUT_PICTURES
     read = ("name", "width", "layers", "buckets", "max_length")  # by the encoder `bytes`
@@ -161,7 +162,7 @@ def test_every_setting_is_in_a_key_or_of_the_machine_or_idle(paper: str, tmp_pat
     file.write_bytes(b"other")
     before, unkeyed = keys(paper, run), set()
     for setting in describe(run):
-        if setting.key in ("data.name", "data.shards"):  # see below
+        if setting.key in ("data.name", "data.shards", "data.root"):  # see below
             continue
         results = []
         for value in others(setting.default, setting.type, file):
@@ -249,6 +250,22 @@ def test_shards_are_known_by_their_files(tmp_path: Path) -> None:
     assert own_val != before
     (tmp_path / "1.tar").write_bytes(b"1" * 2048)
     assert tokenizer(spelled[0]) != before
+
+
+def test_a_corpus_is_known_by_its_lists_and_folders(tmp_path: Path) -> None:
+    planted.coco(tmp_path / "coco", train=2, val=2)
+
+    def made() -> dict[str, str]:
+        words = ["data=coco2014", f"data.root={tmp_path / 'coco'}"]
+        return dict(keys("vqgan", load("vqgan", "micro", words)))
+
+    before = made()
+    assert made() == before
+    planted.picture(tmp_path / "coco" / "train2014" / "COCO_train2014_000000000099.jpg")
+    between = made()
+    assert between["data-train"] != before["data-train"]
+    (tmp_path / "coco" / "annotations" / "captions_val2014.json").touch()
+    assert made()["data-val"] != between["data-val"]
 
 
 # What a stage is ----
