@@ -96,7 +96,8 @@ def test_papers_share_a_first_stage() -> None:
 # Every setting ----
 
 FURTHER = ("eval.scores", "eval.features", "eval.weights")
-OF_TRAINERS = ("accelerator", "strategy", "compile", "keep_every", "val_batches", "log_every",
+OF_TRAINERS = ("accelerator", "strategy", "compile", "checkpoint_activations",
+               "keep_every", "val_batches", "log_every",
                "progress")  # fmt: skip
 MACHINE = {"logger", "cache", "data.max_skipped", "eval.batch_size"}
 WITHOUT_PICTURES = {"data.cache", "data.heldout_size", "eval.heldout", "eval.partial"}
