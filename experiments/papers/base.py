@@ -139,12 +139,23 @@ class EvalConfig:
     """Prompts whose tokens are shown step by step in the report."""
     edits: int = 0
     """Scenes of which one half is generated anew for a changed caption, and scored; 0 for none."""
+    scores: list[str] = field(default_factory=list)
+    """Further scores of the val prompts' pictures, such as fid,kid,clip_score; python -m eval.fid
+    --help lists them."""
+    features: list[str] = field(default_factory=list)
+    """Features of the further scores; empty takes the usual ones of each, scenes the embedded
+    classifier."""
+    weights: list[str] = field(default_factory=list)
+    """NAME=FILE: weights of further features and scores, where they are in no usual cache."""
 
     def __post_init__(self) -> None:
         at_least(self, 2, "prompts")
         at_least(self, 1, "batch_size", "bootstrap", "grid")
         at_least(self, 0, "heldout", "partial", "traces", "edits")
         within(self, 0, MAX_SEED - 3 * APART, "seed")
+        for name in ("features", "weights"):
+            if getattr(self, name) and not self.scores:
+                raise ValueError(f"{name} must be empty without scores, which they are for")
 
 
 @dataclass
