@@ -497,7 +497,9 @@ class GeneratorRun(RunSettings):
         if not self.data.cache:
             return self.source(data, resolution)
         if self.data.path is not None and resolution is None:
-            return Cached(Path(self.data.path) / INDEX, data.view(), self.known_text())
+            index = existing("data.path", f"{self.data.path}/{INDEX}")
+            assert index is not None
+            return Cached(index, data.view(), self.known_text())
         shards, file = data.shards("train", resolution), self.first_stage_file()
         about = {"data": resolved(self.data), "tokenizer": file}
         return Encode(shards, data.view(resolution), views, self.data.crops, about=about)

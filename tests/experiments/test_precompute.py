@@ -360,6 +360,8 @@ def test_captions_states_reach_the_training_without_the_encoder(
     (without / "cache.json").write_text(json.dumps(index))
     encoded = Run("paella", tmp_path, store, [*more, "data=cache", f"data.path={without}"])
     known = Run("paella", tmp_path, store, [*more, *given])
+    train = [dict((s.name, s.key) for s in run.plan.stages)["train"] for run in (encoded, known)]
+    assert train[0] != train[1]  # a cache is known by what it says of its files
     losses = []
     for run in (encoded, known):
         if run is known:  # both are the run's only encoder
