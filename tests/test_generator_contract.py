@@ -51,6 +51,14 @@ def ways() -> list[Any]:
         (paper, changes) for paper, more in tiny_generators.SAMPLERS.items() for changes in more
     ]
     found += [("muse critic", {"order": "critic", "frozen": False})]
+    found += [("muse critic", {"sampler": {"name": name}}) for name in ("critic", "p2_critic")]
+    found += [("muse learned", {"sampler": {"name": "p2"}})]
+    found += [("muse uvit", {"sampler": {"name": "eb", "gamma": 1.0}})]
+    found += [
+        ("vq_diffusion replacing", {"sampler": {"name": name, "corrections": 2}})
+        for name in ("gibbs", "gidd")
+    ]
+    found += [("vq_diffusion class", {"sampler": {"name": "klass"}})]
     return [pytest.param(*way, id=f"{way[0]} {way[1] or ''}") for way in found]
 
 

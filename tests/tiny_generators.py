@@ -63,25 +63,40 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "muse": {"steps": 4, "guidance_start": 1.0, "guidance_end": 3.0},
     "ldmae": {"steps": 5, "guidance": 3.0, "guidance_channels": None, "timestep_shift": 0.7},
 }
+MASKS = [
+    "confidence", "max_p", "margin", "entropy", "random", "halton", "moment", "eb", "klass", "mdlm",
+    "remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop", "posterior", "flow",
+]  # fmt: skip
+RANDOM = [
+    "eb", "posterior", "gibbs", "gidd", "flow", "renoise_start", "renoise_prev", "renoise_rand",
+]  # fmt: skip
 # what further ways of sampling a checkpoint has, by paper
 SAMPLERS: dict[str, list[dict[str, Any]]] = {
     "paella": [
         {"mode": "quant", "quant_steps": 2},
         {"mode": "argmax", "renoise_mode": "prev"},
         {"typical_mass": 0.5, "renoise_mode": "rand"},
+        *({"sampler": {"name": name}} for name in RANDOM),
     ],
     "vq_diffusion": [
         {"steps": 10, "truncation": 1.0},
         {"steps": 4, "rule": "released"},
         {"steps": 1},
+        *({"sampler": {"name": name}} for name in MASKS),
     ],
     "improved_vqd": [
         {"order": "diffusion", "guidance": 2.0, "truncation": 0.8},
         {"order": "diffusion", "rule": "released"},
         {"order": "random", "tokens_per_call": 2, "guidance": 1.0},
         {"reveal": "constant", "tokens_per_call": 3, "purity_weight": 0.5},
+        {"order": "diffusion", "guidance_law": "up", "guidance_first": 0.4},
+        {"sampler": {"name": "eb", "gamma": 1.0}, "guidance_law": "down"},
     ],
-    "muse": [{"order": "halton"}, {"frozen": False}],
+    "muse": [
+        {"order": "halton"},
+        {"frozen": False},
+        *({"sampler": {"name": name}} for name in MASKS),
+    ],
     "ldmae": [{"solver": "heun"}, {"solver": "dopri5"}],
 }
 # kind -> sections; its first word is the paper
@@ -92,6 +107,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "vq_diffusion none": {
         "model": {**VQD, "condition": "none", "timestep_type": "adalayernorm_abs"}
     },
+    "vq_diffusion replacing": {"model": VQD, "schedule": {"mask_rate": 0.9}},
     "vq_diffusion causal": {"model": {**VQD, "causal": True}},
     "improved_vqd": {"model": VQD, "null_condition": {"length": 3}},
     "improved_vqd empty": {"model": VQD, "null_condition": {"name": "empty"}},
@@ -100,7 +116,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "improved_vqd none": {"model": {**VQD, "condition": "none"}},
     "improved_vqd causal": {"model": {**VQD, "causal": True}, "null_condition": {"length": 3}},
     "muse": {"model": MUSE},
-    "muse learned": {"model": {**MUSE, "null_text": "learned"}},
+    "muse learned": {
+        "model": {**MUSE, "null_text": "learned"}, "objective": {"visible_weight": 1.0},
+    },
     "muse critic": {"model": MUSE, "critic": {"layers": 1}},
     "muse uvit": {"network": "uvit", "uvit": UVIT},
     "ldmae": {"model": DIT},

@@ -2,12 +2,13 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import shard, whole
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.ema import WeightAverage
@@ -55,6 +56,7 @@ class GeneratorModule(SeededModule):
         self.text_encoder = encoder if isinstance(encoder, nn.Module) else None
         self._attached: dict[str, Any] = {"first_stage": None, "text": encoder}
         self.average: WeightAverage | None = None
+        self.calls: Tensor | None = None
 
     @classmethod
     def assemble(
@@ -188,6 +190,19 @@ class GeneratorModule(SeededModule):
             if asked and request.start is None:
                 raise ValueError(f"{what} needs a picture to start from (start)")
 
+    def counting(self, predict: Callable[..., Tensor], count: int) -> Callable[..., Tensor]:
+        """The same function, with a network call counted for each of `count` pictures."""
+
+        def counted(*arguments: Any) -> Tensor:
+            self.count_calls(torch.ones(count, dtype=torch.int64))
+            return predict(*arguments)
+
+        return counted
+
+    def count_calls(self, calls: Tensor) -> None:
+        """Add network calls [B] to those of the pictures that are being drawn."""
+        self.calls = calls.cpu() if self.calls is None else self.calls + calls.cpu()
+
     @abstractmethod
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
@@ -199,6 +214,9 @@ class GeneratorModule(SeededModule):
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw tokens [B, h, w] (or latents [B, C, h, w]); row i depends on prompt and seed i.
+
+        Afterwards `calls` [B] int64 says how often the network was called for each picture, guided
+        or not; None where a paper does not count.
 
         Args:
             request: what is asked.
@@ -239,9 +257,20 @@ class GeneratorModule(SeededModule):
         loss, scalars = self.loss(batch, generator)
         self.log_scalars("val", {"loss": loss, **scalars}, batch["caption"])
 
+    def configure_model(self) -> None:
+        """Spread the parameters over the devices, where the trainer's strategy has a mesh."""
+        if self.device_mesh is not None:
+            mixed = self.trainer.precision == "bf16-mixed"
+            shard(
+                self,
+                self.device_mesh["data_parallel"],
+                ("training_step", "validation_step"),
+                torch.bfloat16 if mixed else None,
+            )
+
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up over everything trainable."""
-        optimizer = adamw(self.optim, [self])
+        optimizer = adamw(self.optim, [self], precision=str(self.trainer.precision))
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(self.optim, total))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -279,7 +308,8 @@ class GeneratorModule(SeededModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the average under its own key."""
         if self.average is not None:
-            checkpoint["ema"] = self.average.state_dict()
+            shadow = whole(self.average.shadow, self.global_rank == 0)
+            checkpoint["ema"] = {**self.average.state_dict(), "shadow": shadow}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the average back."""
@@ -288,6 +318,9 @@ class GeneratorModule(SeededModule):
             self.average.load_state_dict(checkpoint["ema"])
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the weights to sample with (the average where there is one) and the settings."""
+        """Return the weights to sample with (the average where there is one) and the settings.
+
+        Where they are sharded, all ranks call this together.
+        """
         state = self.average.shadow if self.average is not None else self.state_dict()
-        return dict(state), dict(self.hparams["config"])
+        return whole(state), dict(self.hparams["config"])

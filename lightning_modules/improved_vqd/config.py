@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lightning_modules.common.checks import at_least, require, within
 from lightning_modules.common.interfaces import Geometry
+from lightning_modules.samplers.settings import SamplerConfig
 from lightning_modules.vq_diffusion import config as plain
 
 
@@ -54,6 +55,12 @@ class SamplingConfig(plain.SamplingConfig):
     """Truncation rate: draw from the likeliest codes that sum to it; 1 keeps all."""
     guidance: float = 3.0
     """Guidance scale s of the released code: log p_null + s (log p - log p_null); 1 is none."""
+    guidance_law: Literal["constant", "up", "down"] = "constant"
+    """The scale along the way: constant, from 1 up to it, or from it down to 1."""
+    guidance_first: float = 0.0
+    """Share of the way before which there is no guidance."""
+    guidance_last: float = 1.0
+    """Share of the way after which there is no guidance."""
     order: Literal["diffusion", "random", "purity"] = "purity"
     """Which masks open: any (the posterior of VQ-Diffusion), or a fixed number per call, at random
     or by purity, the probability of the likeliest code."""
@@ -72,6 +79,7 @@ class SamplingConfig(plain.SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "purity_weight")
+        within(self, 0, 1, "guidance_first", "guidance_last")
         at_least(self, 1, "tokens_per_call")
         rate, order, rule = self.compare_truncation, self.order, self.rule
         require(0 < rate <= 1, f"compare_truncation must be in (0, 1], got {rate}")
@@ -83,6 +91,7 @@ class SamplingConfig(plain.SamplingConfig):
     def plain(self) -> "SamplingConfig":
         """Return those of VQ-Diffusion's own loop, with which `compare` samples the weights."""
         opened: Any = {"order": "diffusion", "reveal": "schedule", "tokens_per_call": None}
+        opened["sampler"] = SamplerConfig()
         return replace(self, guidance=1.0, truncation=self.compare_truncation, **opened)
 
 

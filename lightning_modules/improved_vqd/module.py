@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from lightning_modules.common.checkpoint import load_strict, load_weights
 from lightning_modules.common.checks import require
+from lightning_modules.common.guidance import Guidance
 from lightning_modules.common.request import Request
 from lightning_modules.improved_vqd import process as improved
 from lightning_modules.improved_vqd.config import ImprovedVQDConfig, SamplingConfig
-from lightning_modules.vq_diffusion.module import Guidance, VQDiffusionModule
+from lightning_modules.vq_diffusion.module import VQDiffusionModule
 from lightning_modules.vq_diffusion.network import Side
 
 TABLE = "ln2.emb.weight"  # the class table of every block
@@ -119,12 +120,10 @@ class ImprovedVQDModule(VQDiffusionModule):
             return self.network.prepare(self.null[None])
         return self._condition([""])
 
-    def _guidance(self, settings: Any, negative: Sequence[str] | None) -> Guidance:
-        """The null condition, and the weights of the own and of the null."""
-        if settings.guidance == 1 or self.config.model.condition == "none":
-            return None
-        own, other = improved.guidance_shares(settings.guidance)
-        return self._null_condition(negative), own, other
+    def guidance_of(self, settings: Any) -> Guidance:
+        """The guidance of the settings; a model without a condition has none."""
+        none = self.config.model.condition == "none"
+        return Guidance() if none else improved.guidance_of(settings)
 
     def _steps(self, settings: Any, tokens: int) -> list[Any]:
         """The network calls that the settings ask for."""

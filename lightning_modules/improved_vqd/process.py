@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.guidance import Guidance
 from lightning_modules.improved_vqd.config import (
     RELEASED_SLOW_TABLE,
     RELEASED_TABLES,
@@ -22,13 +23,15 @@ from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.process import Draw, Head, Schedule
 
 
-def guidance_shares(scale: float) -> list[float]:
-    """Weights [s, 1 - s] of features under condition and null.
+def guidance_of(config: SamplingConfig) -> Guidance:
+    """Guidance of the settings, with weights [s, 1 - s] of features under condition and null.
 
     log p_null + s (log p - log p_null), normalised again, is the softmax of the logits mixed with
     these weights; and the logits are affine in the features, so that the features can be mixed.
     """
-    return [scale, 1 - scale]
+    scale, law = config.guidance, config.guidance_law
+    start, end = (1.0 if law == "up" else scale), (1.0 if law == "down" else scale)
+    return Guidance(start, end, first=config.guidance_first, last=config.guidance_last)
 
 
 class Call(NamedTuple):

@@ -20,6 +20,7 @@ from lightning_modules.common.checks import (
 )
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
+from lightning_modules.samplers.settings import SamplerConfig, check_sampler
 
 POWERS = {"linear": 1.0, "square": 2.0, "cubic": 3.0, "sqrt": 0.5}
 SCHEDULES = ("cosine", *POWERS, "exp", "log", "arccos")
@@ -247,6 +248,12 @@ class ObjectiveConfig:
         below_one(self, "label_smoothing")
         check_schedule("mask_law", self.mask_law)
 
+    def check_sampler(self, sampler: SamplerConfig, at: str, critic: bool = False) -> None:
+        """Check that a network that was trained so fits a sampler, the setting `at`."""
+        untrained = "" if self.visible_weight > 0 else "objective.visible_weight=0"
+        own = {"untrained": untrained, "critic": critic, "at": at}
+        check_sampler(sampler, masks=True, replaces=False, **own)  # type: ignore[arg-type]
+
 
 @dataclass
 class DecodeConfig:
@@ -286,10 +293,16 @@ class DecodeConfig:
     """From start to end: linear by s/(T-1), linear by s/T, or cosine by (s/T)^guidance_power."""
     guidance_power: float = 1.0
     """Exponent of the cosine law."""
+    guidance_first: float = 0.0
+    """Share of the steps before which there is no guidance."""
+    guidance_last: float = 1.0
+    """Share of the steps after which there is no guidance."""
     halton_roll: bool = True
     """Shift the Halton order by a random offset per image."""
     first_step: int = 0
     """Skip this many steps: the loop then starts from given tokens, masked as they would be."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Another way of sampling than the paper's loop."""
 
     def __post_init__(self) -> None:
         check_schedule("schedule", self.schedule)
@@ -298,6 +311,7 @@ class DecodeConfig:
         at_least(self, 0, "temperature_start", "temperature_end")
         within(self, 0, self.steps - 1, "first_step")
         positive(self, "guidance_power")
+        within(self, 0, 1, "guidance_first", "guidance_last")
         once = f"frozen must be true with order={self.order}, which opens every token once"
         require(self.frozen or self.order in ("confidence", "critic"), once)
 
@@ -424,6 +438,14 @@ class MuseConfig:
             _longest("model.max_side", self.model.max_side, max(first.grid))
         if self.superres.enabled:
             self.superres.check(first, text)
+
+    def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:
+        """Check that the stages can be sampled in this way."""
+        critic = self.critic.layers > 0
+        self.objective.check_sampler(sampling.sampler, "sampling.sampler", critic)
+        if self.superres.enabled:
+            at = "sampling.superres.sampler"
+            self.superres.objective.check_sampler(sampling.superres.sampler, at)
 
 
 def exponent(schedule: str) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,7 +22,10 @@ from lightning_modules.muse.editing import outpaint, rewrite
 from lightning_modules.muse.network import MaskedTransformer
 from lightning_modules.muse.superres import SuperRes
 from lightning_modules.muse.uvit import UViT
+from lightning_modules.samplers import serve
 from lightning_modules.samplers.ordered import halton_ranks
+from lightning_modules.samplers.serve import Conditions, Network
+from lightning_modules.samplers.settings import NEEDS
 
 AESTHETIC = 6.0  # the score that aMUSEd's pipeline asks for
 
@@ -125,13 +129,17 @@ class MaskedStage(GeneratorModule):
 
         `more` is what `condition` takes besides.
         """
-        conditions, weights = [self.condition(request.prompts, **more)], [1.0]
+        sides, weights = [self.condition(request.prompts, **more)], [1.0]
         if request.blend_with is not None:
-            conditions.append(self.condition(request.blend_with, **more))
+            sides.append(self.condition(request.blend_with, **more))
             weights = [1 - request.blend, request.blend]
         null = self.condition(request.negative, **more)
+        picked = Conditions([*sides, null], len(request.seeds))
 
-        def predict(x: Tensor, weight: float, keep: Tensor) -> Tensor:
+        def predict(
+            x: Tensor, weight: float, keep: Tensor, pictures: Tensor | None = None
+        ) -> Tensor:
+            *conditions, null = picked(pictures)
             if weight == 1:
                 return self.network.mixed_rows(x, conditions, weights, keep)
             if weight == 0:
@@ -143,15 +151,18 @@ class MaskedStage(GeneratorModule):
 
     def decode(
         self,
-        predict: process.Predict,
+        predict: Callable[..., Tensor],
         start: Tensor,
         seeds: Sequence[int],
         settings: DecodeConfig,
         on_step: OnStep | None,
-        critic: Callable[[Tensor], Tensor] | None = None,
+        critic: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Decode the masked tokens of start [B, h, w]; all noise is drawn from the seeds."""
+        if not settings.sampler.own:
+            return self._served(predict, start, seeds, settings, on_step, critic)
         grid, mask_id = (start.shape[1], start.shape[2]), self.network.mask_id
+        predict = self.counting(predict, len(start))
         unknown = (start == mask_id).flatten(1).sum(1)
         # counts hang on the last bit of a cosine, which a GPU may round otherwise
         loop = process.loop_settings(settings, unknown.cpu())
@@ -163,6 +174,45 @@ class MaskedStage(GeneratorModule):
             loop[name] = tensor.to(start.device)
         loop |= {"critic": critic, "on_step": on_step}
         return process.decode(predict, self.network.head, start=start, mask_id=mask_id, **loop)
+
+    def _served(
+        self,
+        predict: Callable[..., Tensor],
+        start: Tensor,
+        seeds: Sequence[int],
+        settings: DecodeConfig,
+        on_step: OnStep | None,
+        critic: Callable[..., Tensor] | None,
+    ) -> Tensor:
+        """The same by another sampler, which calls the mask K whatever its id is."""
+        mask_id, codes, sampler = (
+            self.network.mask_id,
+            self.network.config.num_codes,
+            settings.sampler,
+        )
+        generate = start == mask_id
+
+        def features(
+            pictures: Tensor, x: Tensor, time: Tensor, scale: float, keep: Tensor
+        ) -> Tensor:
+            return predict(x.masked_fill(x == codes, mask_id), scale, keep, pictures)
+
+        heat = (settings.temperature_start, settings.temperature_end)
+        network = Network(
+            features,
+            self.network.head,
+            process.noise_of(settings, codes),
+            process.guidance_of(settings),
+            heat if sampler.temperature is None else (sampler.temperature, sampler.temperature),
+            None if settings.top_k is None else partial(process.top_k_filter, k=settings.top_k),
+            None if critic is None else lambda pictures, x: critic(x, pictures),
+        )
+        found = serve.sample(
+            sampler, network, seeds=seeds, steps=settings.steps, first=settings.first_step,
+            given=start.masked_fill(generate, codes), generate=generate, on_step=on_step,
+        )  # fmt: skip
+        self.count_calls(found.calls)
+        return found.tokens
 
 
 class MuseModule(MaskedStage):
@@ -283,7 +333,7 @@ class MuseModule(MaskedStage):
 
     def critic_of(
         self, captions: Sequence[str], drop: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Callable[..., Tensor]:
         """How real the critic finds every token of [B, h, w] under captions: logits [B, h, w].
 
         Its loss does not train the text encoder.
@@ -293,11 +343,12 @@ class MuseModule(MaskedStage):
         if critic.config.null_text == "empty" and drop is not None:
             captions, drop = shown(captions, drop), None
         text = self.encode_text(captions)
-        condition = critic.prepare(text.tokens.detach(), text.mask, drop)
+        side = critic.prepare(text.tokens.detach(), text.mask, drop)
+        picked = Conditions([side], len(captions))
 
-        def scores(tokens: Tensor) -> Tensor:
+        def scores(tokens: Tensor, pictures: Tensor | None = None) -> Tensor:
             everywhere = torch.ones_like(tokens, dtype=torch.bool)
-            rows = critic.mixed_rows(tokens, [condition], [1.0], everywhere)
+            rows = critic.mixed_rows(tokens, picked(pictures), [1.0], everywhere)
             return critic.head(rows).float().view(tokens.shape)
 
         return scores
@@ -326,8 +377,9 @@ class MuseModule(MaskedStage):
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw the base's tokens [B, h, w]; a larger grid than the trained one window by window."""
-        settings = settings or self.config.sampling
+        settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
+        self.config.check_sampling(settings, self.geometry)
         grid, seeds = request.grid_or(self.grid), request.seeds
         predict = self.predictor(request, grid=grid)
         mask_id = self.network.mask_id
@@ -340,7 +392,8 @@ class MuseModule(MaskedStage):
             return rewrite(predict, self.network.head, request.start, settings.edit, **again)
         x = self._beginning(request, grid, settings)
         critic = None
-        if settings.order == "critic" and self.critic is not None:
+        judged = settings.order == "critic" or NEEDS[settings.sampler.name].critic
+        if judged and self.critic is not None:
             critic = self.critic_of(request.prompts)
         if self.fixed_size and (grid[0] > self.grid[0] or grid[1] > self.grid[1]):
 
@@ -450,7 +503,9 @@ class SuperResModule(MaskedStage):
         self.check_request(request)
         if request.low is None:
             raise ValueError("super-resolution needs low, the tokens of the base")
-        decoding = (settings or self.config.sampling).superres
+        settings, self.calls = settings or self.config.sampling, None
+        decoding = settings.superres
+        self.objective.check_sampler(decoding.sampler, "sampling.superres.sampler")
         low, scale = request.low, self.grid[0] // self.low_grid[0]
         _, h, w = low.shape
         x = torch.full((len(low), h * scale, w * scale), self.network.mask_id, device=low.device)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw_rows, likeliest
+from lightning_modules.common.guidance import Guidance
 from lightning_modules.muse.config import (
     Confidence,
     Counting,
@@ -22,6 +23,7 @@ from lightning_modules.muse.config import (
     Order,
     exponent,
 )
+from lightning_modules.samplers.kernel import Absorbing
 from lightning_modules.samplers.loop import gumbel, lowest
 
 Predict = Callable[[Tensor, float, Tensor], Tensor]
@@ -257,15 +259,26 @@ def choice_temperatures(config: DecodeConfig) -> list[float]:
     return [start * math.prod(left[: s + 1]) for s in range(steps)]
 
 
+def guidance_of(config: DecodeConfig) -> Guidance:
+    """Guidance u + s (c - u); laws as `DecodeConfig` says."""
+    c = config
+    interval = (c.guidance_first, c.guidance_last)
+    return Guidance(c.guidance_start, c.guidance_end, c.guidance_law, c.guidance_power, *interval)
+
+
 def guidance_scales(config: DecodeConfig) -> list[float]:
-    """Guidance scales u + s (c - u), one per step; laws as `DecodeConfig` says."""
-    steps, start, end = config.steps, config.guidance_start, config.guidance_end
-    if config.guidance_law == "linspace":
-        return torch.linspace(start, end, steps).tolist()
-    shares = [s / steps for s in range(steps)]
-    if config.guidance_law == "cosine":
-        shares = [(1 - math.cos(math.pi * r**config.guidance_power)) / 2 for r in shares]
-    return [start + (end - start) * share for share in shares]
+    """Guidance scales, one per step."""
+    return guidance_of(config).scales(config.steps)
+
+
+def noise_of(config: DecodeConfig, codes: int) -> Absorbing:
+    """The noise that the schedule undoes, with time 1 - r."""
+
+    def masked(time: Tensor) -> Tensor:
+        share = mask_ratio(config.schedule, (1 - time).float(), codes)
+        return torch.where(time > 0, share, torch.zeros_like(share))
+
+    return Absorbing(codes, masked)
 
 
 def loop_settings(config: DecodeConfig, unknown: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Literal
 from lightning_modules.common.checks import at_least, below_one, multiple, positive, require, within
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
+from lightning_modules.samplers.settings import SamplerConfig, check_sampler
 
 TimeLaw = Literal["released", "simple", "wuerstchen"]
 RenoiseMode = Literal["start", "prev", "rand"]
@@ -165,6 +166,10 @@ class SamplingConfig:
     """Guidance weight of the last step (linear in between)."""
     guided_steps: int | None = None
     """Guide only the first steps; null guides all."""
+    guidance_first: float = 0.0
+    """Share of the steps before which there is no guidance."""
+    guidance_last: float = 1.0
+    """Share of the steps after which there is no guidance."""
     temperature_start: float = 0.7
     """Temperature of the first step."""
     temperature_end: float = 0.3
@@ -189,9 +194,12 @@ class SamplingConfig:
     """Probability mass of the typical filter; null is no filter."""
     typical_min_tokens: int = 1
     """Labels that the typical filter always leaves."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Another way of sampling than the paper's loop."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "typical_min_tokens")
+        within(self, 0, 1, "guidance_first", "guidance_last")
         positive(self, "temperature_start", "temperature_end")
         optional = ("guided_steps", "renoise_steps", "quant_steps")
         within(self, 0, self.steps, *optional, called="steps")
@@ -247,6 +255,7 @@ class PaellaConfig:
             f"sampling.schedule must be {wanted} with network={self.network}, whose time runs the "
             f"other way, got {sampling.schedule}",
         )
+        check_sampler(sampling.sampler, masks=False, replaces=True)
 
 
 # Sizes of the released checkpoints (parameters: 1,008,350,592; 577,995,184; 899,770,624).

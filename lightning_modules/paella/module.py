@@ -1,6 +1,7 @@
 """Paella as a LightningModule: its network, loss and sampling loop on captioned tokens."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.request import OnStep, Request, seeded_uniforms
 from lightning_modules.paella import process
-from lightning_modules.paella.config import PaellaConfig
+from lightning_modules.paella.config import PaellaConfig, SamplingConfig
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
+from lightning_modules.samplers import serve
+from lightning_modules.samplers.kernel import Uniform
+from lightning_modules.samplers.serve import Conditions, Network
 
 
 class PaellaModule(GeneratorModule):
@@ -126,15 +130,80 @@ class PaellaModule(GeneratorModule):
             return torch.zeros_like(like)
         return self._condition([""] if negative is None else negative)
 
+    def predictor(self, request: Request) -> Callable[..., Tensor]:
+        """The `predict` of the loop; weight 1 asks the condition alone, 0 the null."""
+        seen = (request.image_condition, request.attention)
+        sides, weights = [self._condition(request.prompts, *seen)], [1.0]
+        null = self._null_condition(request.negative, sides[0])
+        if request.blend_with is not None:
+            sides.append(self._condition(request.blend_with, *seen))
+            weights = [1 - request.blend, request.blend]
+        picked = Conditions([*sides, null], len(request.seeds))
+
+        def predict(
+            x: Tensor, t: Tensor, weight: float, keep: Tensor, pictures: Tensor | None = None
+        ) -> Tensor:
+            *conditions, null = picked(pictures)
+            if weight == 1:
+                return self.network.mixed_rows(x, t, conditions, weights, keep)
+            if weight == 0:
+                return self.network.mixed_rows(x, t, [null], [1.0], keep)
+            mixed = [*(weight * w for w in weights), 1 - weight]
+            return self.network.mixed_rows(x, t, [*conditions, null], mixed, keep)
+
+        return predict
+
+    def _served(
+        self,
+        predict: Callable[..., Tensor],
+        request: Request,
+        grid: tuple[int, int],
+        settings: SamplingConfig,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Draw tokens by another sampler than the paper's loop."""
+        v1, sampler = self.config.network == "v1", settings.sampler
+
+        def features(
+            pictures: Tensor, x: Tensor, time: Tensor, scale: float, keep: Tensor
+        ) -> Tensor:
+            told = time.clamp(0, 1).arccos() * 2 / math.pi if v1 else time  # the rate's own r
+            return predict(x, told.to(self.dtype), scale, keep, pictures)
+
+        heat = (settings.temperature_start, settings.temperature_end)
+        mass, least = settings.typical_mass, settings.typical_min_tokens
+        network = Network(
+            features,
+            self.network.head,
+            Uniform(self.num_codes),
+            process.guidance_of(settings),
+            heat if sampler.temperature is None else (sampler.temperature, sampler.temperature),
+            None if mass is None else lambda logits: process.typical_filter(logits, mass, least),
+        )
+        start, mask = request.start, request.mask
+        shape = (len(request.seeds), *grid)
+        generate = torch.ones(shape, dtype=torch.bool, device=self.device)
+        found = serve.sample(
+            sampler, network, seeds=request.seeds, steps=settings.steps, first=settings.first_step,
+            given=None if start is None else start.to(self.device),
+            generate=generate if mask is None else mask.to(self.device).bool(), on_step=on_step,
+        )  # fmt: skip
+        self.count_calls(found.calls)
+        return found.tokens
+
     @torch.no_grad()
     def sample_tokens(
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw tokens [B, h, w] int64; image_condition holds vectors of `encode_images`."""
-        settings = settings or self.config.sampling
+        settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
         self.config.check_sampling(settings, self.geometry)
-        loop, grid = process.loop_settings(settings), request.grid_or(self.grid)
+        grid = request.grid_or(self.grid)
+        predict = self.predictor(request)
+        if not settings.sampler.own:
+            return self._served(predict, request, grid, settings, on_step)
+        loop = process.loop_settings(settings)
         fresh = settings.renoise_mode == "rand"
         counts = (len(loop["times"]), loop["renoise_steps"])
         noise = process.sample_noise(
@@ -147,21 +216,8 @@ class PaellaModule(GeneratorModule):
             rate = process.start_rate(settings).to(self.device).expand(len(start))
             uniforms = seeded_uniforms(request.seeds, grid, 1).to(self.device)
             start, _ = process.add_noise(start, rate, uniforms, noise["init_noise"])
-        seen = (request.image_condition, request.attention)
-        conditions, weights = [self._condition(request.prompts, *seen)], [1.0]
-        null = self._null_condition(request.negative, conditions[0])
-        if request.blend_with is not None:
-            conditions.append(self._condition(request.blend_with, *seen))
-            weights = [1 - request.blend, request.blend]
-
-        def predict(x: Tensor, t: Tensor, weight: float, keep: Tensor) -> Tensor:
-            if weight != 1:
-                mixed = [*(weight * w for w in weights), 1 - weight]
-                return self.network.mixed_rows(x, t, [*conditions, null], mixed, keep)
-            return self.network.mixed_rows(x, t, conditions, weights, keep)
-
         return process.sample(
-            predict,
+            self.counting(predict, len(request.seeds)),
             self.network.head,
             **noise,
             **loop,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows, likeliest
+from lightning_modules.common.guidance import Guidance
 from lightning_modules.paella.config import DrawMode, RenoiseMode, SamplingConfig, TimeLaw
 
 
@@ -134,6 +135,13 @@ def start_rate(config: SamplingConfig) -> Tensor:
     return _grid(config)[1][config.first_step]
 
 
+def guidance_of(config: SamplingConfig) -> Guidance:
+    """Guidance of the settings, linear from the first step to the last."""
+    c = config
+    first, last = c.guidance_first, c.guidance_last
+    return Guidance(c.guidance_start, c.guidance_end, first=first, last=last)
+
+
 def loop_settings(config: SamplingConfig) -> dict[str, Any]:
     """The settings as keywords of `sample`: schedules per step and the loop's constants.
 
@@ -142,14 +150,14 @@ def loop_settings(config: SamplingConfig) -> dict[str, Any]:
     """
     c, first = config, config.first_step
     times, probability = _grid(c)
-    weights = torch.linspace(c.guidance_start, c.guidance_end, c.steps)
+    weights = guidance_of(c).scales(c.steps)
     temperature = torch.linspace(c.temperature_start, c.temperature_end, c.steps)
     renoise_steps = c.steps - 1 if c.renoise_steps is None else c.renoise_steps
     guided_steps = c.steps if c.guided_steps is None else c.guided_steps
     return {
         "times": times[first:-1],
         "renoise_probability": probability[first + 1 :],
-        "weights": weights[first:].tolist(),
+        "weights": weights[first:],
         "temperature": temperature[first:].tolist(),
         "renoise_steps": max(renoise_steps - first, 0),
         "guided_steps": max(guided_steps - first, 0),

@@ -6,6 +6,9 @@ from typing import Literal
 from lightning_modules.common.checks import at_least, below_one, require, within
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
+from lightning_modules.samplers.settings import SamplerConfig, check_sampler
+
+LEAST_REPLACED = 0.999  # mask rates above leave too few wrong tokens to learn from
 
 
 @dataclass
@@ -131,6 +134,8 @@ class SamplingConfig:
     """Truncation rate: draw from the likeliest codes that sum to it; 1 keeps all."""
     first_step: int = 0
     """Skip this many steps: the loop then starts from given tokens with that step's noise."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Another way of sampling than the paper's loop."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
@@ -186,6 +191,11 @@ class VQDiffusionConfig:
             f"sampling.steps must be at most model.diffusion_steps ({self.model.diffusion_steps})"
         )
         require(sampling.steps <= self.model.diffusion_steps, f"{most}, got {sampling.steps}")
+        other = f"sampling.sampler must be own with model.causal, got {sampling.sampler.name}"
+        require(sampling.sampler.own or not self.model.causal, other)
+        rate = self.schedule.mask_rate
+        masks, replaces = rate > 0.5, rate < LEAST_REPLACED
+        check_sampler(sampling.sampler, masks=masks, replaces=replaces)
 
 
 # The paper lets the share of masks rise to 0.9 and that of replaced tokens to 0.1. The released

@@ -1,6 +1,7 @@
 """VQ-Diffusion as a LightningModule: its network, loss and sampling loop on captioned tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -8,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.guidance import Guidance
 from lightning_modules.common.labels import read_label
 from lightning_modules.common.request import OnStep, Request
+from lightning_modules.samplers import serve
 from lightning_modules.samplers.kernel import Kernel, corrupt
+from lightning_modules.samplers.serve import Conditions, Network
 from lightning_modules.vq_diffusion import autoregressive, process
 from lightning_modules.vq_diffusion.config import VQDiffusionConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Past, Side
 
-Guidance = tuple[Side, float, float] | None
-"""A null condition, the weight of the others and its own."""
+Shares = Callable[[float, list[Side]], tuple[list[Side], list[float]]]
+"""Guidance scale and all conditions -> those that it needs, and their weights."""
 
 
 class VQDiffusionModule(GeneratorModule):
@@ -167,18 +171,12 @@ class VQDiffusionModule(GeneratorModule):
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw tokens; with model.condition=class, prompts ask for a class; VQ-AR steps by rows."""
-        settings = settings or self.config.sampling
+        settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
         self.config.check_sampling(settings, self.geometry)
         grid, seeds = request.grid_or(self.grid), request.seeds
-        conditions, weights = [self._condition(request.prompts, request.labels)], [1.0]
-        if request.blend_with is not None:
-            conditions.append(self._condition(request.blend_with))
-            weights = [1 - request.blend, request.blend]
-        guidance = self._guidance(settings, request.negative)
-        if guidance is not None:
-            null, own, other = guidance
-            conditions, weights = [*conditions, null], [*(own * w for w in weights), other]
+        guidance = self.guidance_of(settings)
+        sides, shares = self._sides(request, guidance)
         start = None if request.start is None else request.start.to(self.device)
         mask = None if request.mask is None else request.mask.to(self.device)
         if self.config.model.causal:
@@ -186,8 +184,13 @@ class VQDiffusionModule(GeneratorModule):
             draws = process.sample_noise(seeds, 1, grid)["draws"][0].to(self.device)
             pasts = [Past() for _ in self.network.blocks]
             first = torch.zeros(1, dtype=torch.int64, device=self.device)
+            conditions, weights = shares(guidance.end, sides(None))
+
+            def next_rows(x: Tensor) -> Tensor:
+                return self.network.next_rows(x, first, conditions, weights, pasts)
+
             return autoregressive.sample(
-                lambda x: self.network.next_rows(x, first, conditions, weights, pasts),
+                self.counting(next_rows, len(seeds)),
                 self.network.head,
                 x=x.to(self.device),
                 draws=draws,
@@ -196,18 +199,78 @@ class VQDiffusionModule(GeneratorModule):
                 on_step=on_step,
             )
 
+        total = self.schedule.steps
+
         def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
+            done = 1 - (t[:1].float() + 1) / total
+            conditions, weights = shares(float(guidance.at(done)), sides(None))
             return self.network.mixed_rows(x, t[:1], conditions, weights, keep)
 
+        if not settings.sampler.own:
+            generate = torch.ones(len(seeds), *grid, dtype=torch.bool, device=self.device)
+            found = serve.sample(
+                settings.sampler,
+                self._served(settings, guidance, sides, shares),
+                seeds=seeds, steps=settings.steps, first=settings.first_step, given=start,
+                generate=generate if mask is None else mask.bool(), on_step=on_step,
+            )  # fmt: skip
+            self.count_calls(found.calls)
+            return found.tokens
+        predict = self.counting(predict, len(seeds))
         steps = self._steps(settings, grid[0] * grid[1])
         noise = process.sample_noise(seeds, len(steps), grid)
         noise = {name: tensor.to(self.device) for name, tensor in noise.items()}
         x = self._beginning(noise.pop("start"), start, mask, settings, steps[0].t)
         return self._loop(predict, steps, settings, x=x, mask=mask, on_step=on_step, **noise)
 
-    def _guidance(self, settings: Any, negative: Sequence[str] | None) -> Guidance:
-        """The null condition and both weights, of which VQ-Diffusion has none."""
-        return None
+    def _served(
+        self, settings: Any, guidance: Guidance, sides: Conditions, shares: Shares
+    ) -> Network:
+        """The network as samplers take it, whose times are shares of the training's."""
+        corruption, heat = self.schedule.corruption(), settings.sampler.temperature
+
+        def features(
+            pictures: Tensor, x: Tensor, time: Tensor, scale: float, keep: Tensor
+        ) -> Tensor:
+            t = (corruption.index(time) - 1).clamp_min(0)
+            t = t[:1] if bool((t == t[0]).all()) else t
+            conditions, weights = shares(scale, sides(pictures))
+            return self.network.mixed_rows(x, t, conditions, weights, keep)
+
+        return Network(
+            features,
+            self.network.head,
+            corruption,
+            guidance,
+            (1.0, 1.0) if heat is None else (heat, heat),
+            partial(process.truncate, rate=settings.truncation),
+        )
+
+    def guidance_of(self, settings: Any) -> Guidance:
+        """The guidance of the settings, of which VQ-Diffusion has none."""
+        return Guidance()
+
+    def _null_condition(self, negative: Sequence[str] | None = None) -> Side:
+        """The other side of the guidance, of all images at once or a caption for each."""
+        raise NotImplementedError
+
+    def _sides(self, request: Request, guidance: Guidance) -> tuple[Conditions, Shares]:
+        """The conditions of a request with the null as the last, and their weights by scale."""
+        sides, mixed = [self._condition(request.prompts, request.labels)], [1.0]
+        if request.blend_with is not None:
+            sides.append(self._condition(request.blend_with))
+            mixed = [1 - request.blend, request.blend]
+        if guidance.guides:
+            sides.append(self._null_condition(request.negative))
+
+        def shares(scale: float, sides: list[Side]) -> tuple[list[Side], list[float]]:
+            if scale == 1:
+                return sides[: len(mixed)], mixed
+            if scale == 0:
+                return sides[len(mixed) :], [1.0]
+            return sides, [*(scale * w for w in mixed), 1 - scale]
+
+        return Conditions(sides, len(request.seeds)), shares
 
     def _steps(self, settings: Any, tokens: int) -> list[Any]:
         """The network calls that the settings ask for."""

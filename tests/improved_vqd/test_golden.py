@@ -88,7 +88,8 @@ def test_reverse_step(golden):
         check_law(case, logits.softmax(-1), io[f"log_x0_{side}"].transpose(1, 2), 0)
     x = io["x_t"]
     for name, settings in config["settings"].items():
-        shares = improved.guidance_shares(settings["guidance_scale"])
+        scale = settings["guidance_scale"]
+        shares = [scale, 1 - scale]
         logits = torch.einsum("sbnk,s->bnk", torch.stack([cond, null]), torch.tensor(shares))
         rate = settings["truncation_rate"]
         p0 = kept(logits, rate)
@@ -155,7 +156,7 @@ def check_loop(
     sides = [network.prepare(prompt)]
     if scale != 1:
         sides.append(network.prepare(nulls[spec["learnable_cf"]]))
-    shares = improved.guidance_shares(scale) if scale != 1 else [1.0]
+    shares = [scale, 1 - scale] if scale != 1 else [1.0]
     everywhere = torch.ones(batch, *grid, dtype=torch.bool)
     laws = get("log_x0").transpose(2, 3)  # [R, B, N, K + 1]
     before = get("tokens_before")

@@ -117,9 +117,9 @@ def test_guidance_is_in_log_space(kind: str) -> None:
     x = torch.randint(K, (4, *GRID), generator=source())
     t = torch.tensor([3])
     own, null = module._condition(prompts), module._null_condition()
-    guidance = module._guidance(module.settings({"guidance": 4.0}), None)
-    assert guidance is not None
-    both, weights = [own, guidance[0]], guidance[1:]
+    guidance = module.guidance_of(module.settings({"guidance": 4.0}))
+    sides, shares = module._sides(Request(prompts, SEEDS), guidance)
+    both, weights = shares(4.0, sides(None))
     network = module.network
     found = network.head(network.mixed_rows(x, t, both, weights)).log_softmax(-1)
     log_p, log_null = (
@@ -128,7 +128,7 @@ def test_guidance_is_in_log_space(kind: str) -> None:
     )
     guided = (log_null + 4 * (log_p - log_null)).log_softmax(-1)
     torch.testing.assert_close(found, guided)
-    assert module._guidance(module.settings({"guidance": 1.0}), None) is None
+    assert not module.guidance_of(module.settings({"guidance": 1.0})).guides
 
 
 def test_negative_prompts() -> None:

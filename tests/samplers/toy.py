@@ -29,10 +29,10 @@ def joint() -> Tensor:
 P = joint()
 
 
-def mask_and_replace(replaced: float = 0.2, steps: int = 60) -> MaskAndReplace:
+def mask_and_replace(replaced: float = 0.2, steps: int = 60, codes: int = K) -> MaskAndReplace:
     """Tables of a linear schedule, `replaced` of whose noise is codes."""
     noise = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return MaskAndReplace(K, Level(1 - noise, noise * replaced / K, noise * (1 - replaced)))
+    return MaskAndReplace(codes, Level(1 - noise, noise * replaced / codes, noise * (1 - replaced)))
 
 
 KERNELS: dict[str, Corruption] = {
