@@ -9,7 +9,6 @@ says what made them and is written last.
 """
 
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -23,17 +22,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from data.files import atomic, write_json
 from data.images import to_tensor
-from data.select import decoded, selected
+from data.select import frozen, mirrored, visited
 from data.shards import Sample, SkipCounter, apply
+from data.stream import EpochData
 from data.view import MAX_SKIPPED, ShardList, View
-from data.webdata import EpochData, WebData
+from data.webdata import ShardPictures, WebData
 
 SCHEMA = pyarrow.schema(
-    [("key", pyarrow.string()), ("caption", pyarrow.string()), ("label", pyarrow.int64())]
+    [
+        ("key", pyarrow.string()),
+        ("caption", pyarrow.string()),
+        ("label", pyarrow.int64()),
+        ("row", pyarrow.int64()),  # number among the samples of the shard, good and bad
+    ]
 )
 
 
@@ -91,12 +95,21 @@ def encode_shard(
         return
     first, *others = encoders.items()
     views = {content(first[1].num_codes): first[1], **dict(others)}
-    skips = SkipCounter(max_skipped)
+    read = ShardPictures(shards, view, view.seed, max_skipped)
+    skips, total = read.skips, 0
 
-    def frozen(sample: Sample) -> Sample:
-        return decoded(sample, view, random.Random(f"{view.seed}/{sample['key']}"))
+    def numbered() -> Iterator[Sample]:
+        nonlocal total
+        for sample in read.rows(shards.paths.index(url), 0):
+            if sample is not None:
+                yield {**sample, "row": total}
+            total += 1
 
-    samples = apply(frozen, selected([url], shards, view, skips), skips)
+    def seen(sample: Sample) -> Sample:
+        made = visited(sample, view, frozen(view, sample["key"]), flip=False)
+        return {**made, "row": sample["row"]}
+
+    samples = apply(seen, numbered(), skips)
     grids: dict[str, list[np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
     while batch := list(islice(samples, batch_size)):
@@ -116,9 +129,8 @@ def encode_shard(
     with atomic(path.with_suffix(".parquet")) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
     # one entry: the order of several in the file is another one in every process
-    told = {
-        "encoded": json.dumps({"stamp": stamp, "skipped": skips.counts, "example": skips.example})
-    }
+    about = {"stamp": stamp, "rows": total, "skipped": skips.counts, "example": skips.example}
+    told = {"encoded": json.dumps(about)}
     with atomic(path) as temporary:  # last: it stands for both
         save_file(tensors, temporary, told)
 
@@ -162,7 +174,11 @@ def _read(path: Path) -> tuple[dict[str, Any], set[str], pyarrow.Table]:
 
 
 def finish_cache(
-    folder: Path, count: int, settings: dict[str, Any], skips: SkipCounter | None = None
+    folder: Path,
+    count: int,
+    settings: dict[str, Any],
+    skips: SkipCounter | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write cache.json over `count` encoded shards.
 
@@ -172,23 +188,27 @@ def finish_cache(
         settings: plain values that a reader wants to know: "tokenizer" (sha256 of its file) and
             "num_codes" are what `count_tokens` compares.
         skips: counts what was left out of all shards.
+        rows: samples of every shard, good and bad, as training from the shards counts them; by
+            default those that were read.
 
     Returns:
-        Its content: `settings`, "shards", "count", and "skipped", the counts of `skips`.
+        Its content: `settings`, "shards", "count", "rows", and "skipped", the counts of `skips`.
 
     Raises:
         ValueError: a file that is missing or damaged, too many bad samples, or no sample at all.
     """
-    rows, skips = 0, skips or SkipCounter()
+    kept, skips, read = 0, skips or SkipCounter(), []
     for path in _files(folder, count):
         told, _, table = _read(path)
-        rows += len(table)
+        kept += len(table)
+        read.append(told["rows"])
         skips.counts.update(told["skipped"])  # not judged by windows: the whole set is known
         skips.example = told.get("example") or skips.example
     skips.check()
-    if not rows:
+    if not kept:
         raise ValueError("the training shards hold no sample to encode")
-    summary = {**settings, "shards": count, "count": rows, "skipped": dict(skips.counts)}
+    summary = {**settings, "shards": count, "count": kept, "rows": list(rows or read)}
+    summary["skipped"] = dict(skips.counts)
     write_json(folder / "cache.json", summary)
     return summary
 
@@ -244,24 +264,38 @@ class StoredRows:
         return np.concatenate([self.parts[part][row : row + 1] for part, row in places])
 
 
-class TokenStream(IterableDataset):
-    """What one rank trains on in one virtual epoch: batch b is a function of (seed, epoch, rank).
+class CachedRows:
+    """The rows of a cache, numbered as in its source shards, see `data.order.Source`."""
 
-    The epochs follow each other through an endless list of permutations, of which pass p is drawn
-    from (seed, p); a batch of all ranks together is a contiguous piece of it.
-    """
+    def __init__(self, data: "TokenData"):
+        self.data = data
 
-    def __init__(self, data: "TokenData", epoch: int, rank: int, world: int):
-        self.data, self.epoch, self.rank, self.world = data, epoch, rank, world
+    def rows(self, shard: int, first: int) -> Iterator[int | None]:
+        """Yield numbers of rows of the cache, and None where the shard holds a bad sample."""
+        data = self.data
+        start, end = data.starts[shard], data.starts[shard + 1]
+        places = data.places[start:end]
+        at = int(np.searchsorted(places, first))
+        for place in range(first, data.read[shard]):
+            here = at < len(places) and places[at] == place
+            yield int(start) + at if here else None
+            at += here
 
-    def __len__(self) -> int:
-        return self.data.epoch_batches
+    def show(self, row: int, visit: int) -> tuple[int, bool]:
+        """Say whether this pass sees a row mirrored."""
+        data = self.data
+        if not data.flips:
+            return row, False
+        return row, mirrored(f"{data.seed}/{visit}/{data.rows['key'][row].as_py()}")
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        size = self.data.batch_size
-        for number in range(len(self)):
-            first = (self.epoch * len(self) + number) * size * self.world + self.rank
-            yield self.data.batch(first + self.world * np.arange(size))
+    def stack(self, samples: list[tuple[int, bool]]) -> dict[str, Any]:
+        """Read rows."""
+        rows, mirror = zip(*samples, strict=True)
+        return self.data.batch(np.array(rows), np.array(mirror))
+
+    def take(self) -> dict[str, int]:
+        """Return that nothing is left out."""
+        return {}
 
 
 class TokenData(EpochData):
@@ -273,8 +307,9 @@ class TokenData(EpochData):
     Args:
         folder: a finished cache.
         batch_size: samples in a batch of one rank.
-        seed: seed of the training; order and mirrors.
+        seed: seed of the training; order and mirrors, the same as from the shards.
         epoch_batches: batches of a virtual epoch in one rank.
+        shuffle_buffer: rows that are shuffled together, see `EpochData`.
         val: gives the validation batches.
 
     Raises:
@@ -288,10 +323,17 @@ class TokenData(EpochData):
         batch_size: int,
         seed: int = 0,
         epoch_batches: int = 100,
+        shuffle_buffer: int = 1000,
         val: WebData | None = None,
     ):
-        super().__init__()
-        self.batch_size, self.seed, self.epoch_batches = batch_size, seed, epoch_batches
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            epoch_batches=epoch_batches,
+            shuffle_buffer=shuffle_buffer,
+            workers=0,
+            skips=SkipCounter(),
+        )
         self.val = val
         folder = Path(folder)
         try:
@@ -299,8 +341,12 @@ class TokenData(EpochData):
             paths, count = _files(folder, made["shards"]), made["count"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} holds no finished token cache: no cache.json") from error
-        _, names, tables = zip(*map(_read, paths), strict=True)
+        told, names, tables = zip(*map(_read, paths), strict=True)
         self.rows = pyarrow.concat_tables(tables)
+        self.starts = np.cumsum([0, *map(len, tables)])  # of every shard, in rows of the cache
+        self.places = self.rows["row"].to_numpy()
+        self.read = [part["rows"] for part in told]
+        self.counted = tuple(made["rows"])
         self.views = {name: StoredRows(paths, name) for name in sorted(set().union(*names))}
         if not {len(self.rows), *map(len, self.views.values())} == {count}:
             raise ValueError(
@@ -308,29 +354,13 @@ class TokenData(EpochData):
                 "cache.json: delete it and encode again"
             )
         self.labelled = self.rows["label"].null_count == 0
-        self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.flips = any(name.endswith("_flip") for name in self.views)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the order [N] of the samples in a pass, and which of them are mirrored."""
-        if number not in self._passes:
-            rng = np.random.default_rng([self.seed, number])
-            drawn = rng.permutation(len(self)), rng.random(len(self)) < 0.5
-            before = {n: kept for n, kept in self._passes.items() if n == number - 1}
-            self._passes = {**before, number: drawn}
-        return self._passes[number]
-
-    def batch(self, positions: np.ndarray) -> dict[str, Any]:
-        """Return the samples at positions [B] of the endless list of permutations."""
-        where = np.empty(len(positions), np.int64)
-        mirror = np.zeros(len(positions), bool)
-        passes, offsets = np.divmod(positions, len(self))
-        for number in np.unique(passes):
-            order, coins = self._pass(int(number))
-            here = passes == number
-            where[here], mirror[here] = order[offsets[here]], coins[offsets[here]]
+    def batch(self, where: np.ndarray, mirror: np.ndarray) -> dict[str, Any]:
+        """Return the rows of these numbers [B], mirrored where that is said [B]."""
         batch: dict[str, Any] = self.rows.select(["key", "caption"]).take(where).to_pydict()
         for name in (name for name in self.views if not name.endswith("_flip")):
             values = self.views[name][where]  # tokens [B, h, w], or moments [B, 2C, h, w]
@@ -342,13 +372,17 @@ class TokenData(EpochData):
             batch["label"] = torch.tensor(self.rows["label"].take(where).to_pylist())
         return batch
 
-    def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-        """Return the loader of a virtual epoch."""
-        return DataLoader(
-            TokenStream(self, epoch, rank, world),
-            batch_size=None,
-            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
-        )
+    def shard_rows(self) -> tuple[int, ...]:
+        """Return how many rows every source shard has."""
+        return self.counted
+
+    def source(self) -> CachedRows:
+        """Return what reads the cache."""
+        return CachedRows(self)
+
+    def join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the only part that there is."""
+        return parts[0]
 
     def val_dataloader(self) -> Any:
         """Return the loader of the validation batches, [] without any."""

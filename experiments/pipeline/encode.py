@@ -31,6 +31,8 @@ class EncodedView:
 class Encode(SplitStage):
     """A cache of what first stages make of the training pictures; a part is a shard."""
 
+    VERSION = 2
+
     shards: Shards
     view: View
     views: tuple[EncodedView, ...]
@@ -75,7 +77,7 @@ class Encode(SplitStage):
 
     def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write cache.json."""
-        from data.shards import SkipCounter
+        from data.shards import SkipCounter, count_rows
         from data.tokens import finish_cache
         from lightning_modules.registry import load_first_stage
 
@@ -85,9 +87,9 @@ class Encode(SplitStage):
             "tokenizer": file_hash(file),
             "num_codes": getattr(load_first_stage(file), "num_codes", None),
         }
-        count = len(self.parts(inputs, machine))
-        skips = SkipCounter(machine.max_skipped)
-        summary = finish_cache(folder, count, made_with, skips)
+        shards, skips = self.shards.shards(inputs), SkipCounter(machine.max_skipped)
+        rows = shards.rows or count_rows(shards)
+        summary = finish_cache(folder, len(shards.paths), made_with, skips, rows)
         log.note(skips.told(self.shards.split))
         return summary
 

@@ -232,7 +232,7 @@ def test_passes_are_permutations_shared_by_the_ranks(cache, size, world, epoch_b
     assert all(len(rank) == epochs * epoch_batches for rank in ranks)
     # all ranks' batches together, laid end to end, go through the samples pass by pass
     flat = [
-        rank[b][i] for b in range(epochs * epoch_batches) for i in range(size) for rank in ranks
+        rank[b][i] for b in range(epochs * epoch_batches) for rank in ranks for i in range(size)
     ]
     for start in range(0, len(flat), COUNT):
         part = flat[start : start + COUNT]
