@@ -304,8 +304,8 @@ def sized(options: Options, source: Source, like: Source) -> Source:
         if options.features == ["scenes"] or options.door.first_stage:
             some_sizes = ", ".join(f"{w}x{h}" for w, h in own[:4])
             raise ConfigError(
-                f"{like.told['name']} holds pictures of several sizes ({some_sizes}); give "
-                "--resolution and --crop"
+                f"{like.told['name']} holds pictures that are no squares of one size "
+                f"({some_sizes}); give --resolution and --crop"
             )
         return source
     others = [s for s in source.told["sizes"] if s != [size, size]]

@@ -389,7 +389,7 @@ def test_a_first_stage_of_pictures_of_any_size(place: Place, tmp_path: Path, cap
     words = ["--ckpt", place.ckpt, "--images", place.coco / "val2014", "--num", 20]
     more = ["--out", tmp_path / "out", "--cache", place.root / "cache", "--features", "scenes"]
     assert call(eval.reconstruction.DOOR, *words, *more) == 2
-    assert "several sizes (24x20, 20x24)" in capsys.readouterr().err
+    assert "no squares of one size (24x20)" in capsys.readouterr().err
     cut = ["--resolution", 16, "--crop", "square", "--batch-size", SIZE]
     assert call(eval.reconstruction.DOOR, *words, *more, *cut) == 0
     found = {name.partition("/")[2] for name in scores(tmp_path / "out")}
