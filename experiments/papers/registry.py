@@ -76,6 +76,12 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     if issubclass(cls, GeneratorRun):
         preset = _first_stage_preset(cls.FIRST_STAGE, yaml, line)
     config = fill(cls, [*preset, *_with_corpus(paper, yaml, line)])
+    if (
+        {"data.root", "data.shards"} <= dict(line).keys()
+        and config.data.shards
+        and config.data.root
+    ):
+        raise ConfigError("data.root and data.shards exclude each other; set one")
     asked = dict(line).get("data.name", config.data.name)
     if asked != config.data.name:  # shards that are set win over any name
         shards = config.data.shards

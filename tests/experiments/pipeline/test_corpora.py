@@ -151,6 +151,8 @@ def test_every_visit_draws_another_caption(coco: Path, tmp_path: Path) -> None:
         (["data=cub200", "data.root=empty"], "cub200 says nowhere which pictures"),
         (["data=oxford102", "data.root=empty"], "oxford102 says nowhere which pictures"),
         (["data=parquet", "data.root=empty"], "no parquet file of a train split in empty"),
+        (["data=cc3m", "data.root=coco", "data.shards=x"], "data.root and data.shards exclude"),
+        (["data=coco2014", "data.root=coco", "data.val_shards=x"], "data.val_shards goes with"),
         (["data.root=coco"], "data.root goes with a corpus, not with scenes"),
         (["data=coco2014", "data.root=coco", "data.max_caption=0"], "data.max_caption must be at"),
         (["data=coco2015", "data.root=coco"], "did you mean coco20"),
