@@ -129,7 +129,7 @@ def encode_shard(
     with atomic(path.with_suffix(".parquet")) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
     # one entry: the order of several in the file is another one in every process
-    about = {"stamp": stamp, "rows": total, "skipped": skips.counts, "example": skips.example}
+    about = {"stamp": stamp, "rows": total, "skipped": skips.counts, "examples": skips.examples}
     told = {"encoded": json.dumps(about)}
     with atomic(path) as temporary:  # last: it stands for both
         save_file(tensors, temporary, told)
@@ -203,7 +203,7 @@ def finish_cache(
         kept += len(table)
         read.append(told["rows"])
         skips.counts.update(told["skipped"])  # not judged by windows: the whole set is known
-        skips.example = told.get("example") or skips.example
+        skips.examples |= told["examples"]
     skips.check()
     if not kept:
         raise ValueError("the training shards hold no sample to encode")
@@ -293,9 +293,9 @@ class CachedRows:
         rows, mirror = zip(*samples, strict=True)
         return self.data.batch(np.array(rows), np.array(mirror))
 
-    def take(self) -> dict[str, int]:
+    def take(self) -> tuple[dict[str, int], dict[str, str]]:
         """Return that nothing is left out."""
-        return {}
+        return {}, {}
 
 
 class TokenData(EpochData):

@@ -19,6 +19,7 @@ from data.patterns import expand_shards
 from data.readers import tar_keys
 from data.select import caption_of, decoded, selected
 from data.shards import (
+    GONE,
     LOST,
     SampleError,
     SkipCounter,
@@ -196,11 +197,12 @@ def test_every_planted_fault_is_counted_and_every_good_sample_kept(tmp_path: Pat
     assert kept["fromjson"]["captions"] == ["from json"]
     assert skips.counts == {
         "seen": 12,
-        "corrupt image": 2,
+        "truncated image": 1,
+        "corrupt image": 1,
         "no caption": 2,
         "no image": 1,
         "bad json": 1,
-        "DecompressionBombError": 2,
+        "decompression bomb": 2,
     }
 
 
@@ -214,8 +216,9 @@ def test_truncated_and_missing_shards_lose_only_themselves(tmp_path: Path) -> No
     skips = SkipCounter(max_skipped=0.99)
     kept = read_all([*paths[:2], missing, paths[2]], skips)
     assert list(kept) == ["000000", "000001", "000002", "000003", "000006", "000007", "000008"]
-    assert skips.counts == {"seen": 10, "no caption": 1, LOST: 2}  # 4 without its text
-    assert "missing.tar" in skips.example
+    assert skips.counts == {"seen": 10, "no caption": 1, LOST: 1, GONE: 1}  # 4 without its text
+    assert "missing.tar" in skips.examples[GONE] and paths[1] in skips.examples[LOST]
+    assert "000004" in skips.examples["no caption"]
 
 
 def test_keys_that_repeat_across_shards_are_not_merged(tmp_path: Path) -> None:
@@ -243,8 +246,9 @@ def test_too_many_bad_samples_end_the_run_with_their_numbers(tmp_path: Path) -> 
         read_all([url, url], skips)
     skips = SkipCounter(max_skipped=0.3, window=100)
     assert len(read_all([url, url], skips)) == 70
-    assert skips.take() == {"seen": 200, "no caption": 60}
-    assert skips.take() == {}
+    counts, examples = skips.take()
+    assert counts == {"seen": 200, "no caption": 60} and url in examples["no caption"]
+    assert skips.take() == ({}, {})
 
 
 def test_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
