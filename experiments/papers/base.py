@@ -23,7 +23,7 @@ from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import FileStage, Machine
 from experiments.pipeline.train import FirstStageRecipe, GeneratorRecipe, Train
 from experiments.settings import ConfigError, resolved
-from lightning_modules.common.checks import at_least, within
+from lightning_modules.common.checks import at_least, require, within
 from lightning_modules.common.interfaces import Geometry
 
 MAX_SEED = 2**32 - 1  # of torch's generators, which take no more bits
@@ -52,10 +52,13 @@ class TrainerConfig:
     """Devices per node."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"
-    """How devices work together; auto is ddp where there are several."""
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"] = "auto"
+    """How devices work together; auto is ddp where there are several; fsdp spreads the weights of a
+    generator, its gradients, optimizer and average over them."""
+    checkpoint_activations: bool = False
+    """Compute the blocks again in the backward pass instead of keeping their activations."""
     compile: bool = False
-    """Run the network through torch.compile."""
+    """Run the blocks of the network through torch.compile in training."""
     keep_every: int = 0
     """Virtual epochs between two weights that are kept beside resume.ckpt, as
     weights-STEP.safetensors for experiments.average; 0 keeps none."""
@@ -70,6 +73,10 @@ class TrainerConfig:
         names = ("max_steps", "epoch_steps", "batch_size", "accumulate", "devices", "num_nodes")
         at_least(self, 1, *names, "log_every")
         at_least(self, 0, "keep_every", "val_batches")
+        require(
+            self.strategy != "fsdp" or self.precision != "16-mixed",
+            "precision must not be 16-mixed with strategy=fsdp; take bf16-mixed or 32-true",
+        )
 
     @property
     def epochs(self) -> tuple[int, int]:
@@ -132,12 +139,23 @@ class EvalConfig:
     """Prompts whose tokens are shown step by step in the report."""
     edits: int = 0
     """Scenes of which one half is generated anew for a changed caption, and scored; 0 for none."""
+    scores: list[str] = field(default_factory=list)
+    """Further scores of the val prompts' pictures, such as fid,kid,clip_score; python -m eval.fid
+    --help lists them."""
+    features: list[str] = field(default_factory=list)
+    """Features of the further scores; empty takes the usual ones of each, scenes the embedded
+    classifier."""
+    weights: list[str] = field(default_factory=list)
+    """NAME=FILE: weights of further features and scores, where they are in no usual cache."""
 
     def __post_init__(self) -> None:
         at_least(self, 2, "prompts")
         at_least(self, 1, "batch_size", "bootstrap", "grid")
         at_least(self, 0, "heldout", "partial", "traces", "edits")
         within(self, 0, MAX_SEED - 3 * APART, "seed")
+        for name in ("features", "weights"):
+            if getattr(self, name) and not self.scores:
+                raise ValueError(f"{name} must be empty without scores, which they are for")
 
 
 @dataclass
@@ -263,7 +281,8 @@ class RunSettings:
 
     def machine(self, **more: Any) -> Machine:
         """Return where and how the stages work."""
-        names = ("accelerator", "devices", "num_nodes", "strategy", "compile")
+        where = ("accelerator", "devices", "num_nodes", "strategy")
+        names = (*where, "checkpoint_activations", "compile")
         return Machine(
             device=device_of(self.trainer.accelerator),
             batch_size=self.eval.batch_size,

@@ -38,7 +38,7 @@ class Machine:
     classifiers: Path = Path("runs/cache/classifiers")
     """Folder of the classifiers that do not ship."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """accelerator, devices, num_nodes, strategy and compile of trainings."""
+    """accelerator, devices, num_nodes, strategy, checkpoint_activations, compile of trainings."""
     loggers: Mapping[str, Any] = field(default_factory=dict)
     """Name of a training stage -> Lightning logger of its curves, besides the CSV."""
 

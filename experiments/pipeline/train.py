@@ -148,8 +148,9 @@ class Train(FileStage):
                 monitor=self.monitor,
                 adversarial=recipe.ADVERSARIAL,
             )
+        weights = recipe.export(module, inputs)  # by all ranks, which may hold parts of them
         if is_leader():
-            save_weights(folder / recipe.FILE, *recipe.export(module, inputs))
+            save_weights(folder / recipe.FILE, *weights)
         skipped = {}
         if not isinstance(self.source, Encode) and data.skips.counts:
             log.note(data.skips.told("train, over all passes"))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import shard, whole
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.ema import WeightAverage
@@ -256,9 +257,20 @@ class GeneratorModule(SeededModule):
         loss, scalars = self.loss(batch, generator)
         self.log_scalars("val", {"loss": loss, **scalars}, batch["caption"])
 
+    def configure_model(self) -> None:
+        """Spread the parameters over the devices, where the trainer's strategy has a mesh."""
+        if self.device_mesh is not None:
+            mixed = self.trainer.precision == "bf16-mixed"
+            shard(
+                self,
+                self.device_mesh["data_parallel"],
+                ("training_step", "validation_step"),
+                torch.bfloat16 if mixed else None,
+            )
+
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up over everything trainable."""
-        optimizer = adamw(self.optim, [self])
+        optimizer = adamw(self.optim, [self], precision=str(self.trainer.precision))
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(self.optim, total))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -296,7 +308,8 @@ class GeneratorModule(SeededModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the average under its own key."""
         if self.average is not None:
-            checkpoint["ema"] = self.average.state_dict()
+            shadow = whole(self.average.shadow, self.global_rank == 0)
+            checkpoint["ema"] = {**self.average.state_dict(), "shadow": shadow}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the average back."""
@@ -305,6 +318,9 @@ class GeneratorModule(SeededModule):
             self.average.load_state_dict(checkpoint["ema"])
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the weights to sample with (the average where there is one) and the settings."""
+        """Return the weights to sample with (the average where there is one) and the settings.
+
+        Where they are sharded, all ranks call this together.
+        """
         state = self.average.shadow if self.average is not None else self.state_dict()
-        return dict(state), dict(self.hparams["config"])
+        return whole(state), dict(self.hparams["config"])
