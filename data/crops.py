@@ -49,8 +49,8 @@ def adm(image: Image.Image, size: int, rng: random.Random | None = None) -> Imag
     return _cut(image, size, lambda slack: slack // 2)
 
 
-def vq_diffusion(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-    """Cut as VQ-Diffusion trains (microsoft/VQ-Diffusion, image_preprocessor.py).
+def dalle(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
+    """Cut as DALL-E and VQ-Diffusion train (microsoft/VQ-Diffusion, image_preprocessor.py).
 
     The largest square with its offset in [3/8, 5/8) of the slack, resized to t drawn from [size,
     min(side, 9/8 size)], then a square of `size` anywhere in it.
@@ -107,9 +107,7 @@ CROPS: Mapping[str, CropRule] = {
     "center": CropRule(crop_first, "center", lambda size: size),
     "random": CropRule(random_crop, "center", lambda size: size),
     "adm": CropRule(adm, "adm"),
-    "vq_diffusion": CropRule(
-        vq_diffusion, "resize_bicubic", lambda size: max(size, round(9 / 8 * size))
-    ),
+    "dalle": CropRule(dalle, "resize_bicubic", lambda size: max(size, round(9 / 8 * size))),
     "resize_bicubic": CropRule(resize_first, "resize_bicubic"),
     "resize_bilinear": CropRule(partial(resize_first, resample=Filter.BILINEAR), "resize_bilinear"),
     "resize_lanczos": CropRule(partial(resize_first, resample=Filter.LANCZOS), "resize_lanczos"),

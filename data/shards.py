@@ -21,12 +21,14 @@ from PIL import Image
 from data.files import atomic, decode_text
 from data.readers import IMAGE_KEYS, Sample, is_image, reader_of, stamp
 from data.remote import StalledError, is_remote, stamps_of
-from data.skips import SEEN, SampleError, SkipCounter
+from data.skips import NOTED, SEEN, SampleError, SkipCounter
 from data.view import ShardList
 
 LOST = "in broken shards (estimated)"
 GONE = "in missing shards (estimated)"
 STALLED = "in shards that do not answer (estimated)"
+PICKLE = f"{NOTED}pickled member, not read"
+PICKLED = {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill"}
 CHANGED = "in shards that changed (estimated)"
 SIBLINGS = 32  # shards that are looked at to guess what a broken one held
 COUNTED = 4 * 10**9  # bytes of shards whose samples are counted one by one
@@ -149,6 +151,9 @@ def read_shard(
         count += 1
         length += sum(BLOCK + len(data) + -len(data) % BLOCK for data in _files(sample))
         skips.add({SEEN: 1})
+        if pickled := PICKLED & sample.keys():
+            skips.note(PICKLE, url, f"{sample['__key__']}.{min(pickled)}")
+            skips.add({PICKLE: 1})
         yield sample
 
 

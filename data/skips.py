@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from data.view import MAX_SKIPPED
 
@@ -128,6 +129,10 @@ class SkipCounter:
         ]
         reasons = f": {_listed(faults)}{self._last()}" if faults else ""
         return f"{split}: {', '.join(parts)}, {sum(faults.values())} skipped{reasons}"
+
+    def found(self) -> dict[str, dict[str, Any]]:
+        """Return the counts and examples as what a stage says of itself."""
+        return {"skipped": dict(self.counts), "examples": dict(self.examples)}
 
     def _last(self) -> str:
         """Return the last example in brackets."""

@@ -208,7 +208,7 @@ def finish_cache(
     if not kept:
         raise ValueError("the training shards hold no sample to encode")
     summary = {**settings, "shards": count, "count": kept, "rows": list(rows or read)}
-    summary["skipped"] = dict(skips.counts)
+    summary |= skips.found()
     write_json(folder / "cache.json", summary)
     return summary
 

@@ -11,7 +11,7 @@ from data.files import write_json
 from data.remote import is_remote
 
 Crop = Literal[
-    "center", "random", "adm", "vq_diffusion", "resize_bicubic", "resize_bilinear", "resize_lanczos"
+    "center", "random", "adm", "dalle", "resize_bicubic", "resize_bilinear", "resize_lanczos"
 ]
 MAX_SKIPPED = 0.2  # share of bad samples at which reading stops, where nobody says otherwise
 

@@ -13,8 +13,8 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.images import join, stack
-from data.select import decoded, encoded, select, visited
 from data.readers import Sample, stamp
+from data.select import decoded, encoded, select, visited
 from data.shards import CHANGED, apply, count_rows, held_rows, lost_by, read_shard
 from data.skips import OTHER_SPLIT, SEEN, SkipCounter
 from data.stream import EpochData

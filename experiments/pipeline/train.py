@@ -152,9 +152,9 @@ class Train(FileStage):
         if is_leader():
             save_weights(folder / recipe.FILE, *weights)
         skipped = {}
-        if not isinstance(self.source, Encode) and data.skips.counts:
-            log.note(data.skips.told("train, over all passes"))
-            skipped = {"skipped": data.skipped}
+        if not isinstance(self.source, Encode) and data.left_out.counts:
+            log.note(data.left_out.told("train, over all passes"))
+            skipped = data.left_out.found()
         return {"parameters": sum(p.numel() for p in module.parameters()), **skipped}
 
     def _data(self, inputs: Folders, machine: Machine) -> Any:

@@ -65,13 +65,13 @@ def test_random_crops_lie_anywhere_along_the_long_side(width: int, seed: int) ->
     np.testing.assert_array_equal(made, np.asarray(ramp(width, 30))[:, left : left + 30])
 
 
-def test_vq_diffusion_cuts_near_the_centre_and_enlarges_a_little() -> None:
+def test_dalle_cuts_near_the_centre_and_enlarges_a_little() -> None:
     """In 3/8 to 5/8 of the slack; from 32 to 36 pixels, of which 32 are kept."""
     wide, tall = ramp(132, 36), ramp(36, 132)
     lefts, steps = set(), set()
     for seed in range(300):
-        made = cut("vq_diffusion", wide, 32, seed).astype(int)
-        turned = cut("vq_diffusion", tall, 32, seed).astype(int)
+        made = cut("dalle", wide, 32, seed).astype(int)
+        turned = cut("dalle", tall, 32, seed).astype(int)
         for first, last in (
             (made[16, 1, 0], made[16, -2, 0]),
             (turned[1, 16, 1], turned[-2, 16, 1]),
@@ -81,7 +81,7 @@ def test_vq_diffusion_cuts_near_the_centre_and_enlarges_a_little() -> None:
     assert min(lefts) >= 3 * 96 // 8 and max(lefts) <= 5 * 96 // 8 + 4 + 2
     assert min(lefts) < 40 and max(lefts) > 58
     assert 1.0 in steps and max(steps) > 1.1  # 36 of 36, and 36 reduced to 32
-    small = cut("vq_diffusion", ramp(20, 20), 32)  # enlarged to just 32
+    small = cut("dalle", ramp(20, 20), 32)  # enlarged to just 32
     np.testing.assert_array_equal(small, cut("center", ramp(20, 20), 32))
 
 

@@ -129,7 +129,7 @@ def test_a_reduced_decoding_looks_the_same_and_never_enlarges(monkeypatch) -> No
     )
     for jpeg in many_sizes():
         whole = Image.open(io.BytesIO(jpeg)).size
-        for crop, least in {"center": 256, "vq_diffusion": 288, "adm": 10**6}.items():
+        for crop, least in {"center": 256, "dalle": 288, "adm": 10**6}.items():
             plain, fast = (
                 decode_image(jpeg, 256, crop=crop, rng=random.Random(0), reduced=reduced).astype(
                     float

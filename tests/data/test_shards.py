@@ -21,7 +21,6 @@ from data.select import caption_of, decoded, selected
 from data.shards import (
     GONE,
     LOST,
-    SampleError,
     SkipCounter,
     apply,
     parse,
@@ -255,41 +254,6 @@ def test_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
     empty = raw_tar(tmp_path / "0.tar", {})
     with pytest.raises(ValueError, match="held no sample"):
         next(read_samples(itertools.repeat(empty), SkipCounter()))
-
-
-def test_only_what_filters_remove_is_not_bad() -> None:
-    skips = SkipCounter(max_skipped=0.0, window=10)
-    for _ in range(30):
-        skips.add({"seen": 1})
-        skips.skip(SampleError("filtered: min_size"), "x")
-    assert skips.counts == {"seen": 30, "filtered: min_size": 30}
-    with pytest.raises(ValueError, match="none of the last 20000"):
-        for _ in range(20_000):
-            skips.add({"seen": 1})
-            skips.skip(SampleError("filtered: min_size"), "x")
-
-
-def test_filters_do_not_thin_the_bad_samples_out() -> None:
-    """Of 100 samples a filter removes 80; 6 of the other 20 are bad: more than a fifth."""
-    skips = SkipCounter(max_skipped=0.2, window=1000)
-    for number in range(100):
-        skips.add({"seen": 1})
-        if number % 5:
-            skips.skip(SampleError("filtered: min_size"), "x")
-        elif number < 30:
-            skips.skip(SampleError("no caption"), "x")
-    with pytest.raises(ValueError, match="6 of 20 samples were skipped: 6 no caption"):
-        skips.check()
-    few = SkipCounter(max_skipped=0.2, window=10)  # a window is full of samples that count
-    few.add({"seen": 9})
-    few.skip(SampleError("no caption"), "x")
-    for _ in range(50):
-        few.skip(SampleError("filtered: min_size"), "x")
-        few.add({"seen": 1})
-    with pytest.raises(ValueError, match="3 of 10 samples"):
-        few.skip(SampleError("no caption"), "x")
-        few.skip(SampleError("no caption"), "x")
-        few.add({"seen": 1})
 
 
 def test_json_of_a_sample_reads_back(tmp_path: Path) -> None:
