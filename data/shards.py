@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from data.files import atomic, decode_text
+from data.names import aliased
 from data.readers import IMAGE_KEYS, Sample, is_image, reader_of, stamp
 from data.remote import StalledError, is_remote, stamps_of
 from data.skips import NOTED, SEEN, SampleError, SkipCounter
@@ -30,6 +31,7 @@ STALLED = "in shards that do not answer (estimated)"
 PICKLE = f"{NOTED}pickled member, not read"
 PICKLED = {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill"}
 CHANGED = "in shards that changed (estimated)"
+LOSSES = (LOST, GONE, STALLED, CHANGED)
 SIBLINGS = 32  # shards that are looked at to guess what a broken one held
 COUNTED = 4 * 10**9  # bytes of shards whose samples are counted one by one
 COUNTED_FAR = 10**8  # the same of remote ones, which have to be fetched for it
@@ -240,11 +242,12 @@ def apply(
         yield result
 
 
-def parse(raw: Sample) -> Sample:
+def parse(raw: Sample, caption: str | None = None) -> Sample:
     """Find image, captions and metadata of a raw sample.
 
     Args:
         raw: suffix -> bytes, with __key__ and __url__.
+        caption: that of a picture which has none; without it such a picture is left out.
 
     Returns:
         {"key", "url", "captions" list, "data" encoded image, "meta" dict}.
@@ -267,7 +270,9 @@ def parse(raw: Sample) -> Sample:
         why = " (a key ends at the first dot of a name)" if dotted else ""
         raise SampleError(f"no image{why}", max(1, dotted))
     text = _decoded(raw.get("txt", b""))
-    captions = [text] if text else _texts(meta.get("caption"))
+    captions = [text] if text else _texts(aliased("caption", meta))
+    if not captions and caption is not None:
+        captions = [caption]
     if not captions:
         raise SampleError("no caption")
     key, url = raw["__key__"], raw["__url__"]

@@ -85,7 +85,7 @@ class SkipCounter:
     def note(self, kind: str, where: str, why: str) -> None:
         """Keep an example of a kind."""
         line = (why.splitlines() or [""])[0][:200].rstrip(": ")
-        told = where if line in ("", kind) else f"{where}: {line}"
+        told = f"{where}: {line}" if line else where
         self.examples.pop(kind, None)  # so that the last one stands last
         self.examples[kind] = " ".join(told.split())
 

@@ -76,7 +76,7 @@ def test_the_last_example_of_every_kind_is_kept_and_travels() -> None:
     skips.add({f"{NOTED}pickled member, not read": 1})
     assert skips.examples == {
         "corrupt image": "b in 0.tar: byte 3",
-        "no caption": "c in 1.tar",
+        "no caption": "c in 1.tar: no caption",
         "noted: pickled member, not read": "1.tar: d.pkl",
     }
     other.merge(*skips.take())
@@ -87,5 +87,5 @@ def test_the_last_example_of_every_kind_is_kept_and_travels() -> None:
     other.add({"seen": 10})
     assert other.told("train") == (
         "train: 7 samples, 1 noted: pickled member, not read, 3 skipped: 1 corrupt image, "
-        "2 no caption (last: c in 1.tar)"
+        "2 no caption (last: c in 1.tar: no caption)"
     )

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.cache import Encoder, Encoding, encode_shard, finish_cache
+from data.cached import part_names
 from data.shards import CHANGED, GONE, write_shards
-from data.tokens import Encoder, TokenData, encode_shard, finish_cache
+from data.tokens import TokenData
 from data.view import Order, ShardList, View
 from data.webdata import WebData
 
@@ -194,10 +196,13 @@ def test_the_cache_of_a_training_set_has_its_order(uneven: ShardList, tmp_path: 
         return ((images[:, 0] + 1) * 127.5).round().long()
 
     view = View(8, flip=True)
-    for index, url in enumerate(uneven.paths):
-        name = tmp_path / f"{index:05d}.safetensors"
-        encode_shard(name, url, uneven, view, {"a": Encoder(encode, 256)}, max_skipped=0.9)
-    finish_cache(tmp_path, len(uneven.paths), {"tokenizer": "x", "num_codes": 256})
+    sources = dict(zip(part_names(uneven.paths), uneven.paths, strict=True))
+    made = {"tokenizer": "x", "num_codes": 256, "crops": 1, "flip": True}
+    encoding = Encoding(view, {"a": Encoder(encode, 256)}, batch_size=4)
+    for name, url in sources.items():
+        path = tmp_path / f"{name}.safetensors"
+        encode_shard(path, url, uneven, encoding, made=made, max_skipped=0.9)
+    finish_cache(tmp_path, sources, made)
     options = {"batch_size": GLOBAL, "epoch_batches": 18, "seed": 3}
     web = WebData(uneven, None, view, Order(0, 24), max_skipped=0.9, **options)
     cached = TokenData(tmp_path, shuffle_buffer=24, **options)

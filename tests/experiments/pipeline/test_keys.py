@@ -95,7 +95,9 @@ def test_papers_share_a_first_stage() -> None:
 
 # Every setting ----
 
-FURTHER = ("eval.scores", "eval.features", "eval.weights")
+# settings that no other value of their own makes a plan; what their keys are is asked below
+ELSEWHERE = ("data.name", "data.shards", "data.root", "data.path", "data.crops",
+             "eval.scores", "eval.features", "eval.weights")  # fmt: skip
 OF_TRAINERS = ("accelerator", "strategy", "compile", "checkpoint_activations",
                "keep_every", "val_batches", "log_every",
                "progress")  # fmt: skip
@@ -164,7 +166,7 @@ def test_every_setting_is_in_a_key_or_of_the_machine_or_idle(paper: str, tmp_pat
     file.write_bytes(b"other")
     before, unkeyed = keys(paper, run), set()
     for setting in describe(run):
-        if setting.key in ("data.name", "data.shards", "data.root", *FURTHER):  # see below
+        if setting.key in ELSEWHERE:
             continue
         results = []
         for value in others(setting.default, setting.type, file):
@@ -296,6 +298,12 @@ def test_a_corpus_is_known_by_its_lists_and_folders(tmp_path: Path) -> None:
     assert between["data-train"] != before["data-train"]
     (tmp_path / "coco" / "annotations" / "captions_val2014.json").touch()
     assert made()["data-val"] != between["data-val"]
+
+
+def test_crops_make_another_cache() -> None:
+    before, after = (keys("paella", micro("paella", "data.crop=random", *more))
+                     for more in ([], ["data.crops=2"]))  # fmt: skip
+    assert changes(before, after) == {"encode", *TRAINED}
 
 
 # What a stage is ----
