@@ -161,6 +161,7 @@ table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabu
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.25rem 0.35rem 0;
   white-space: nowrap; border-bottom: 1px solid var(--rule); }
 td:first-child, td small { white-space: normal; }
+td:first-child { min-width: 9rem; }
 th { color: var(--muted); font-weight: 500; }
 .scores table { width: 100%; max-width: 44rem; }
 .scores td:last-child { width: 45%; }

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from data.files import write_text
 from eval.scorers import METRICS
 from experiments.agent import text_of
+from experiments.cli import counted
 from experiments.grid import Sweep, SweepRun
 from experiments.pipeline.store import Store
 from experiments.report import charts
@@ -20,6 +21,7 @@ from experiments.report.document import (
     anchor,
     boxes,
     code,
+    details,
     document,
     html_table,
     link_to,
@@ -88,14 +90,14 @@ def _page(
     command: str,
 ) -> str:
     counts = {state: sum(c.verdict.state == state for c in claims) for state in STATES}
+    runs = sum(bool(run.scores) for done in sweeps for run in done.runs)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
     published = load_all()
     return document(
         "Papers and what was measured",
         [
             "<h1>Papers and what was measured</h1>"
-            f"<p class=muted>{len(sweeps)} sweeps, "
-            f"{sum(bool(run.scores) for done in sweeps for run in done.runs)} runs</p>",
+            f"<p class=muted>{counted(len(sweeps), 'sweep')}, {counted(runs, 'run')}</p>",
             section("The same prompts and seeds", _wall(sweeps), "The best run of each paper."),
             section(f"What is claimed: {told}", _claims_table(claims)),
             section("Tables", _contents(published, sweeps)),
@@ -152,19 +154,29 @@ def _wall(sweeps: Sequence[Done]) -> str:
 
 
 def _claims_table(claims: Sequence[Judged]) -> str:
-    ordered = sorted(claims, key=lambda c: STATES.index(c.verdict.state))
+    """Tabulate claims by verdict; those of which nothing was run stand below, on demand."""
+    measured = [c for c in claims if c.verdict.state != "not measured"]
+    measured.sort(key=lambda c: STATES.index(c.verdict.state))
     rows = [
         [
-            f"{c.claim.claim}\n{c.paper}: {c.claim.source}; evidence: {c.claim.evidence}",
+            _told(c),
             c.verdict.state,
             c.verdict.why,
             "" if c.verdict.smallest is None else f"{c.verdict.smallest:.2g}",
-            f"python -m experiments.sweep sweeps/{c.claim.sweep}.yaml" if c.claim.sweep else "",
+            f"python -m experiments.sweep sweeps/{c.claim.sweep}.yaml",
         ]
-        for c in ordered
+        for c in measured
     ]
     heads = ["claim", "here", "difference", "smallest that could be seen", "command"]
-    return html_table(heads, rows)
+    others = [[_told(c), c.verdict.why] for c in claims if c not in measured]
+    return html_table(heads, rows) + details(
+        f"{len(others)} not measured", html_table(["claim", "why"], others)
+    )
+
+
+def _told(found: Judged) -> str:
+    claim = found.claim
+    return f"{claim.claim}\n{found.paper}: {claim.source}; evidence: {claim.evidence}"
 
 
 def _contents(published: Mapping[str, Published], sweeps: Sequence[Done]) -> str:
