@@ -81,9 +81,11 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     if issubclass(cls, GeneratorRun):
         preset = _first_stage_preset(cls.FIRST_STAGE, yaml, line)
     layers = with_cache(yaml, line)
-    words = layers[1]
+    words = dict(layers[1])
     config = fill(cls, [*preset, *with_corpus(paper, *layers)])
-    asked = dict(words).get("data.name", config.data.name)
+    if words.get("data.root") and words.get("data.shards"):
+        raise ConfigError("data.root and data.shards exclude each other; set one")
+    asked = words.get("data.name", config.data.name)
     if asked != config.data.name:  # shards that are set win over any name
         shards = config.data.shards
         raise ConfigError(f"data={asked} and data.shards={shards} exclude each other; set one")
