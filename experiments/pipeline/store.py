@@ -139,7 +139,8 @@ class Store:
     ) -> None:
         """Take the marks off damaged results; of a split one the sound parts stay."""
         for stage, (file, marker) in damaged.items():
-            log.note(f"{file} is damaged; {stage.name} is done again")
+            again = "is done again" if stage.RANKS != "split" else "is mended"
+            log.note(f"{file} is damaged; {stage.name} {again}")
             files = [Path(file)]
             if isinstance(stage, SplitStage) and not self._keep_parts(stage, marker, machine):
                 files = [self.folders[stage] / name for name in marker["files"]]
