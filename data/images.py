@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from data.crops import CROPS
+from data.crops import CROPS, CropRule, box_of
 from data.skips import SampleError
 from data.view import Crop
 
@@ -35,6 +35,36 @@ def open_image(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
     return image
+
+
+def reduce(image: Image.Image, rule: CropRule, resolution: int) -> None:
+    """Let a JPEG be decoded at a half, a quarter or an eighth of its size, where a crop allows."""
+    if rule.least is not None:
+        scale = rule.least(resolution) / min(image.size)
+        image.draft(None, (int(-(-image.width * scale // 1)), int(-(-image.height * scale // 1))))
+
+
+def crop_box(
+    data: bytes, resolution: int, crop: Crop, rng: random.Random
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """Return width and height of an upright picture, and where `decode_image` cuts it, reduced.
+
+    Args:
+        data, resolution, crop, rng: as `decode_image` takes them.
+
+    Returns:
+        Sides in pixels, and left, top, right and bottom of the square in pixels; with an enlarged
+        or reduced picture these are no whole numbers.
+    """
+    image = open_image(data)
+    sides = image.size
+    reduce(image, CROPS[crop], resolution)
+    decoded = image.size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it lies on its side
+        sides, decoded = sides[::-1], decoded[::-1]
+    left, top, right, bottom = box_of(crop, decoded, resolution, rng)
+    (width, height) = sides
+    return sides, (left * width, top * height, right * width, bottom * height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -75,11 +105,8 @@ def decode_image(
     rule = CROPS[crop]
     try:
         image = open_image(data)
-        if reduced and rule.least is not None:
-            scale = rule.least(resolution) / min(image.size)
-            image.draft(
-                None, (int(-(-image.width * scale // 1)), int(-(-image.height * scale // 1)))
-            )
+        if reduced:
+            reduce(image, rule, resolution)
         image = to_rgb(image)
     except Image.DecompressionBombError as error:
         raise SampleError(BOMB, why=str(error)) from error
