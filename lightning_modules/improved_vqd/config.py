@@ -66,9 +66,12 @@ class SamplingConfig(plain.SamplingConfig):
     or by purity, the probability of the likeliest code."""
     purity_weight: float = 1.0
     """order=purity: r; a code is drawn of p to the power of 1 + r purity, 0 of p itself."""
+    purity: Literal["largest", "raw"] = "largest"
+    """order=purity: divided by the picture's largest, as released, or as it is (Algorithm 2)."""
     reveal: Literal["schedule", "released", "constant"] = "schedule"
     """order=random and purity: so many tokens as the noise schedule reveals in `steps` calls, by
-    the released tables (1024 tokens), or tokens_per_call in each."""
+    the released tables (1024 tokens), or tokens_per_call in each, at times that each picture's
+    share of masks chooses anew."""
     tokens_per_call: int | None = None
     """order=random and purity: largest number of tokens that one call reveals; null is no limit."""
     compare: bool = True
@@ -138,10 +141,11 @@ class ImprovedVQDConfig(plain.VQDiffusionConfig):
             check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)
 
 
-# The paper reveals z tokens per call at the time whose share of masks is nearest; the released code
-# walks through all times with tables. Scales are those of the released code (the paper's s + 1).
+# The paper (Algorithm 2) reveals z tokens per call at the time whose share of masks is nearest, and
+# takes the purity as it is; the released code walks through all times with tables, and divides the
+# purity by the picture's largest. Scales are those of the released code (the paper's s + 1).
 PRESETS = {
-    "paper": SamplingConfig(reveal="constant", tokens_per_call=8),
+    "paper": SamplingConfig(reveal="constant", tokens_per_call=8, purity="raw"),
     "released": SamplingConfig(reveal="released"),
     "guidance": SamplingConfig(order="diffusion"),
     "purity": SamplingConfig(guidance=1.0, truncation=0.86, reveal="released"),
