@@ -52,8 +52,7 @@ class Guidance:
         if self.law == "cosine":
             share = (1 - torch.cos(math.pi * done**self.power)) / 2
         inside = (done >= self.first) & (done <= self.last)
-        scale = self.start + (self.end - self.start) * share
-        return torch.where(inside, scale, torch.ones_like(scale))
+        return torch.where(inside, self.start + (self.end - self.start) * share, 1.0)
 
     def scales(self, steps: int) -> list[float]:
         """Return the scales of T steps."""
