@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning_modules.common.checks import at_least, require, within
 from lightning_modules.common.interfaces import Geometry
-from lightning_modules.samplers.settings import SamplerConfig
+from lightning_modules.samplers.settings import SamplerConfig, check_normalised
 from lightning_modules.vq_diffusion import config as plain
 
 
@@ -61,6 +61,8 @@ class SamplingConfig(plain.SamplingConfig):
     """Share of the way before which there is no guidance."""
     guidance_last: float = 1.0
     """Share of the way after which there is no guidance."""
+    guidance_normalised: bool = True
+    """sampler=posterior: false lets the guided law's sum scale how fast masks open."""
     order: Literal["diffusion", "random", "purity"] = "purity"
     """Which masks open: any (the posterior of VQ-Diffusion), or a fixed number per call, at random
     or by purity, the probability of the likeliest code."""
@@ -84,6 +86,7 @@ class SamplingConfig(plain.SamplingConfig):
         at_least(self, 0, "purity_weight")
         within(self, 0, 1, "guidance_first", "guidance_last")
         at_least(self, 1, "tokens_per_call")
+        check_normalised(self.guidance_normalised, self.sampler)
         rate, order, rule = self.compare_truncation, self.order, self.rule
         require(0 < rate <= 1, f"compare_truncation must be in (0, 1], got {rate}")
         unset = "tokens_per_call must be set with reveal=constant, got null"
@@ -94,7 +97,7 @@ class SamplingConfig(plain.SamplingConfig):
     def plain(self) -> "SamplingConfig":
         """Return those of VQ-Diffusion's own loop, with which `compare` samples the weights."""
         opened: Any = {"order": "diffusion", "reveal": "schedule", "tokens_per_call": None}
-        opened["sampler"] = SamplerConfig()
+        opened |= {"sampler": SamplerConfig(), "guidance_normalised": True}
         return replace(self, guidance=1.0, truncation=self.compare_truncation, **opened)
 
 

@@ -31,7 +31,9 @@ def guidance_of(config: SamplingConfig) -> Guidance:
     """
     scale, law = config.guidance, config.guidance_law
     start, end = (1.0 if law == "up" else scale), (1.0 if law == "down" else scale)
-    return Guidance(start, end, first=config.guidance_first, last=config.guidance_last)
+    first, last = config.guidance_first, config.guidance_last
+    normalised = config.guidance_normalised
+    return Guidance(start, end, first=first, last=last, normalised=normalised)
 
 
 class Call(NamedTuple):
