@@ -3,7 +3,6 @@
 import io
 import random
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,8 +72,8 @@ def decode_image(
     resolution: int,
     *,
     crop: Crop = "center",
-    flip: bool = False,
     rng: random.Random | None = None,
+    mirror: bool = False,
 ) -> np.ndarray:
     """Decode, cut the largest square and resize it, smoothly, to [resolution, resolution, 3] uint8.
 
@@ -85,24 +84,23 @@ def decode_image(
         data: encoded JPEG, PNG or WebP.
         resolution: width and height of the result.
         crop: where along the long side the square is cut; adm is the centre.
-        flip: mirror half of the pictures.
-        rng: draws crop "random" and flip.
+        rng: draws crop "random".
+        mirror: mirror it.
 
     Raises:
         PIL.Image.DecompressionBombError: more than MAX_PIXELS.
         OSError: the image is corrupt.
     """
-    rng = rng or random.Random(0)
     image = to_rgb(open_image(data))
     if crop == "adm":
         image = adm_crop(image, resolution)
     else:
         side = min(image.size)
-        where = rng.random() if crop == "random" else 0.5
+        where = (rng or random.Random(0)).random() if crop == "random" else 0.5
         left, top = round((image.width - side) * where), round((image.height - side) * where)
         box = (left, top, left + side, top + side)
         image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    if flip and rng.random() < 0.5:
+    if mirror:
         image = ImageOps.mirror(image)
     return np.array(image)
 
@@ -112,23 +110,34 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, -3).float() / 127.5 - 1
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put samples with `pixels` uint8 [H, W, 3] together.
+def stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put samples with `pixels` uint8 [H, W, 3] together, as a part of a batch.
 
     Returns:
-        {"image": [B, 3, H, W] in [-1, 1], "caption": list, "key": list}, "label" [B] int64 where
-        every sample has one, and "skipped", the summed counts that samples of a stream carry.
+        {"pixels": [B, H, W, 3] uint8, "caption": list, "key": list}, and "label" [B] int64 where
+        every sample has one.
     """
-    batch: dict[str, Any] = {
-        "image": to_tensor(np.stack([s["pixels"] for s in samples])),
+    part: dict[str, Any] = {
+        "pixels": torch.from_numpy(np.stack([s["pixels"] for s in samples])),
         "caption": [s["caption"] for s in samples],
         "key": [s["key"] for s in samples],
     }
     if all("label" in s for s in samples):
-        batch["label"] = torch.tensor([s["label"] for s in samples])
-    if "skipped" in samples[0]:
-        counts: Counter[str] = Counter()
-        for sample in samples:
-            counts.update(sample["skipped"])
-        batch["skipped"] = dict(counts)
+        part["label"] = torch.tensor([s["label"] for s in samples])
+    return part
+
+
+def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the parts that `stack` made to a batch.
+
+    Returns:
+        {"image": [B, 3, H, W] in [-1, 1], "caption": list, "key": list}, and "label" [B] int64
+        where every sample has one.
+    """
+    pixels = torch.cat([part["pixels"] for part in parts])  # [B, H, W, 3] uint8
+    batch: dict[str, Any] = {"image": pixels.movedim(-1, -3).float() / 127.5 - 1}
+    for name in ("caption", "key"):
+        batch[name] = [text for part in parts for text in part[name]]
+    if all("label" in part for part in parts):
+        batch["label"] = torch.cat([part["label"] for part in parts])
     return batch

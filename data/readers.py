@@ -12,8 +12,9 @@ import os
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from data.listing import count_listing, listing_keys, read_listing
@@ -37,7 +38,7 @@ class Reader(NamedTuple):
     count: Callable[[str], int]
     """How many raw samples can be read of it; no content is read where that can be avoided."""
     keys: Callable[[str], Iterator[str]]
-    """The key of every image, from the headers alone, as far as they can be read."""
+    """The keys of those, in order."""
 
 
 def reader_of(url: str) -> Reader:
@@ -101,31 +102,27 @@ def read_tar(url: str, first: int = 0) -> Iterator[Sample]:
         tarfile.TarError: it is damaged; what comes before is yielded.
     """
     errors: list[Exception] = []
-    start = 0
+    start = skipped = 0
     if first:
-        starts = _starts(url, *stamp(url))
-        if first >= len(starts):
+        starts, _ = _headers(url, *stamp(url))
+        if first > len(starts):
             return
-        start = starts[first]
-    yield from grouped(_contents(url, start, errors), url)
+        # whether the tar breaks off after its last sample is found by reading that one
+        skipped = int(first == len(starts))
+        start = starts[first - skipped]
+    yield from islice(grouped(_contents(url, start, errors), url), skipped, None)
     if errors:
         raise errors[0]
 
 
 def count_tar(url: str) -> int:
     """Return how many raw samples can be read of a tar."""
-    return len(_starts(url, *stamp(url)))
+    return len(_headers(url, *stamp(url))[0])
 
 
 def tar_keys(url: str) -> Iterator[str]:
-    """Yield the key of every image in a tar, as far as its headers can be read."""
-    try:
-        with _open_tar(url) as tar:
-            for member in _members(tar):
-                if member.isreg() and is_image(member.name):
-                    yield split_name(member.name)[0]
-    except (OSError, tarfile.TarError):
-        return
+    """Yield the keys of the raw samples of a tar, as far as its headers can be read."""
+    return iter(_headers(url, *stamp(url))[1])
 
 
 def _contents(url: str, start: int, errors: list[Exception]) -> Iterator[Member]:
@@ -173,24 +170,21 @@ def _fault(member: tarfile.TarInfo) -> str:
     return ""
 
 
-@lru_cache(maxsize=4096)
-def _starts(url: str, size: int, mtime_ns: int) -> array:
-    """Return where in a tar the first header of every raw sample stands."""
-    starts = array("q")
-    try:
-        with _open_tar(url) as tar:
-            last: tuple[str, set[str]] = ("", set())
-            for member in _members(tar):
-                key, suffix = split_name(member.name)
-                if not suffix:
-                    continue
-                if not last[1] or key != last[0] or suffix in last[1]:
-                    starts.append(member.offset)
-                    last = (key, set())
-                last[1].add(suffix)
-    except (OSError, tarfile.TarError):
-        pass  # what can be read is counted
-    return starts
+@lru_cache(maxsize=256)
+def _headers(url: str, size: int, mtime_ns: int) -> tuple[array, list[str]]:
+    """Return where in a tar the first header of every raw sample stands, and the keys."""
+    starts, keys, suffixes = array("q"), list[str](), set[str]()
+    with suppress(OSError, tarfile.TarError), _open_tar(url) as tar:
+        for member in _members(tar):  # what can be read is counted
+            key, suffix = split_name(member.name)
+            if not suffix:
+                continue
+            if not keys or key != keys[-1] or suffix in suffixes:
+                starts.append(member.offset)
+                keys.append(key)
+                suffixes.clear()
+            suffixes.add(suffix)
+    return starts, keys
 
 
 READERS: dict[str, Reader] = {

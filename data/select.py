@@ -6,11 +6,11 @@ comes before. A picture that cannot be decoded leaves a gap.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from data.images import decode_image, open_image
-from data.names import number
+from data.names import aliased, number
 from data.shards import (
     FILTERED,
     OTHER_SPLIT,
@@ -21,11 +21,11 @@ from data.shards import (
     parse,
     read_samples,
 )
-from data.view import MAX_SKIPPED, ShardList, View
+from data.view import MAX_SKIPPED, Crop, ShardList, View
 
 
 def check_metadata(sample: Sample, view: View) -> Sample:
-    """Let a sample pass, or raise SampleError with the metadata filter that stops it."""
+    """Return a sample with the captions that pass, or raise SampleError with what stops it."""
     meta = sample["meta"]
     if view.min_size is not None:
         size = [number("width", meta), number("height", meta)]
@@ -41,13 +41,45 @@ def check_metadata(sample: Sample, view: View) -> Sample:
         raise SampleError(f"{FILTERED}max_pwatermark")
     if unsafe is not None and not number("punsafe", meta) <= unsafe:
         raise SampleError(f"{FILTERED}max_punsafe")
-    return sample
+    shortest, longest = view.min_caption, view.max_caption
+    captions = [c for c in sample["captions"] if shortest is None or len(c) >= shortest]
+    if not captions:
+        raise SampleError(f"{FILTERED}min_caption")
+    captions = [c for c in captions if longest is None or len(c) <= longest]
+    if not captions:
+        raise SampleError(f"{FILTERED}max_caption")
+    return {**sample, "captions": captions}
 
 
-def described(sample: Sample) -> Sample:
+def drawn(draw: str, what: str) -> random.Random:
+    """Return the generator of one choice about a sample.
+
+    Args:
+        draw: says of which sample, and at which visit where every visit draws anew.
+        what: the choice: caption, crop or mirror.
+    """
+    return random.Random(f"{draw}/{what}")
+
+
+def mirrored(draw: str) -> bool:
+    """Say whether a sample is mirrored where half of them are."""
+    return drawn(draw, "mirror").random() < 0.5
+
+
+def caption_of(captions: Sequence[str], draw: str) -> str:
+    """Return one of the captions of a sample."""
+    return captions[0] if len(captions) == 1 else drawn(draw, "caption").choice(captions)
+
+
+def frozen(view: View, key: str) -> str:
+    """Return the draw of a sample that looks the same at every visit."""
+    return f"{view.seed}/{key}"
+
+
+def described(sample: Sample, draw: str) -> Sample:
     """Return "key" and "caption" of an encoded sample, "label" and "attributes" if given."""
-    result = {"key": sample["key"], "caption": sample["caption"]}
-    label, attributes = (sample["meta"].get(name) for name in ("label", "attributes"))
+    result = {"key": sample["key"], "caption": caption_of(sample["captions"], draw)}
+    label, attributes = aliased("label", sample["meta"]), sample["meta"].get("attributes")
     if type(label) is int and 0 <= label < 2**63:
         result["label"] = label
     if isinstance(attributes, dict):
@@ -55,29 +87,57 @@ def described(sample: Sample) -> Sample:
     return result
 
 
-def decoded(
-    sample: Sample, view: View, rng: random.Random | None = None, flip: bool = False
-) -> Sample:
-    """Return what `described` does, with "pixels" uint8 [H, W, 3].
+def decoded(sample: Sample, view: View) -> Sample:
+    """Return an encoded sample as validation sees it: cut in the centre, its caption frozen.
+
+    Returns:
+        What `described` does, with "pixels" uint8 [H, W, 3].
+    """
+    crop: Crop = "adm" if view.crop == "adm" else "center"
+    pixels = decode_image(sample["data"], view.resolution, crop=crop)
+    return {"pixels": pixels, **described(sample, frozen(view, sample["key"]))}
+
+
+def visited(sample: Sample, view: View, draw: str, flip: bool) -> Sample:
+    """Return an encoded sample as training sees it: crop, mirror and caption follow the draw.
 
     Args:
         sample: encoded, as `data.shards.parse` returns it.
         view: resolution and crop.
-        rng: draws a random crop and the mirror; without it the square is cut in the centre.
+        draw: what is drawn depends on it, and on nothing else.
         flip: mirror half of the pictures.
+
+    Returns:
+        What `described` does, with "pixels" uint8 [H, W, 3].
     """
-    crop = view.crop if rng or view.crop == "adm" else "center"
-    pixels = decode_image(sample["data"], view.resolution, crop=crop, flip=flip, rng=rng)
-    return {"pixels": pixels, **described(sample)}
+    pixels = decode_image(
+        sample["data"],
+        view.resolution,
+        crop=view.crop,
+        rng=drawn(draw, "crop"),
+        mirror=flip and mirrored(draw),
+    )
+    return {"pixels": pixels, **described(sample, draw)}
+
+
+def select(raw: Sample, shards: ShardList, view: View) -> Sample:
+    """Return what `parse` makes of a raw sample, chosen by key and filtered by metadata.
+
+    Raises:
+        SampleError: it belongs to another split, is bad, or a filter stops it.
+    """
+    if not shards.holds(raw["__key__"]):
+        raise SampleError(OTHER_SPLIT)
+    return check_metadata(parse(raw, view.caption), view)
 
 
 def selected(
     urls: Iterable[str], shards: ShardList, view: View, skips: SkipCounter
 ) -> Iterator[Sample]:
-    """Yield what `parse` makes of samples: read, chosen by key, filtered by metadata.
+    """Yield what `select` makes of the samples of files.
 
     Args:
-        urls: files, possibly without end.
+        urls: the files.
         shards: which keys belong to the split.
         view: the metadata filters.
         skips: counts what is left out.
@@ -85,15 +145,8 @@ def selected(
     Raises:
         ValueError: too many bad samples, or 20,000 in a row left out.
     """
-
-    def choose(raw: Sample) -> Sample:
-        if not shards.holds(raw["__key__"]):
-            raise SampleError(OTHER_SPLIT)
-        return raw
-
-    chosen = apply(choose, read_samples(urls, skips, shards.paths), skips)
-    parsed = apply(lambda raw: parse(raw, view.seed), chosen, skips)
-    for sample in apply(lambda s: check_metadata(s, view), parsed, skips):
+    raws = read_samples(urls, skips, shards.paths)
+    for sample in apply(lambda raw: select(raw, shards, view), raws, skips):
         skips.in_a_row = 0
         yield sample
 
@@ -142,7 +195,8 @@ def captions(
         limit: at most so many positions.
         skips: counts what is left out.
     """
-    return map(described, encoded(shards, view, skips or SkipCounter(), first, limit))
+    samples = encoded(shards, view, skips or SkipCounter(), first, limit)
+    return (described(sample, frozen(view, sample["key"])) for sample in samples)
 
 
 def pictures(

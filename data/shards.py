@@ -1,30 +1,29 @@
 """Shards of captioned images: tars with KEY.jpg, KEY.txt and KEY.json, as img2dataset writes them.
 
-Writing is deterministic and atomic. Reading is a chain of generators over stages of webdataset:
-shard list -> tar members -> samples -> caption and metadata -> shuffle -> pixels. A bad sample is
-counted by reason and left out; too many bad ones end the run. Of a shard that breaks off it is
-estimated how many samples are lost.
+Writing is deterministic and atomic. Reading gives raw samples, of which `parse` finds picture,
+captions and metadata. A bad sample is counted by reason and left out; too many bad ones end the
+run. Of a shard that breaks off it is estimated how many samples are lost.
 """
 
 import io
 import json
 import math
 import os
-import random
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from torch.utils.data import get_worker_info
 
 from data.files import atomic, decode_text
-from data.readers import IMAGE_KEYS, Sample, is_image, reader_of
-from data.view import MAX_SKIPPED
+from data.names import aliased
+from data.readers import IMAGE_KEYS, Sample, is_image, reader_of, stamp
+from data.remote import is_remote, stamps_of
+from data.view import MAX_SKIPPED, ShardList
 
 SEEN = "seen"
 FILTERED = "filtered: "
@@ -32,6 +31,11 @@ OTHER_SPLIT = f"{FILTERED}other split"
 LOST = "in broken shards (estimated)"
 WINDOW = 500
 IN_A_ROW = 20_000
+SIBLINGS = 32  # shards that are looked at to guess what a broken one held
+COUNTED = 4 * 10**9  # bytes of shards whose samples are counted one by one
+COUNTED_FAR = 10**8  # the same of remote ones, which have to be fetched for it
+PROBED_FAR = 2
+PROBED = 16  # shards that are counted where the others are estimated
 BLOCK = 512  # what headers and contents of a tar are multiples of
 
 
@@ -96,35 +100,6 @@ def _members(sample: Sample, image_format: str) -> dict[str, bytes]:
         "txt": sample["caption"].encode(),
         "json": json.dumps(meta).encode(),
     }
-
-
-@dataclass(frozen=True)
-class ShardStream:
-    """The endless list of shards that one worker of one rank reads in one epoch.
-
-    Pass p permutes all shards by (seed, epoch, p), then every worker takes its stripe. Shuffled
-    before the split, a worker gets other shards in every pass; with fewer shards than workers it
-    gets one by its index, so none is ever without.
-    """
-
-    urls: Sequence[str]
-    seed: int = 0
-    epoch: int = 0
-    rank: int = 0
-    world: int = 1
-
-    def one_pass(self, number: int, worker: int = 0, workers: int = 1) -> list[str]:
-        """Return the shards of a worker in pass `number`."""
-        order = sorted(self.urls)
-        random.Random(f"{self.seed}/{self.epoch}/{number}").shuffle(order)
-        index = self.rank * workers + worker
-        return order[index :: self.world * workers] or [order[index % len(order)]]
-
-    def __iter__(self) -> Iterator[str]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for number in count():
-            yield from self.one_pass(number, worker, workers)
 
 
 class SkipCounter:
@@ -244,39 +219,95 @@ class SampleError(Exception):
 def read_samples(
     urls: Iterable[str], skips: SkipCounter, siblings: Sequence[str] = ()
 ) -> Iterator[Sample]:
-    """Read the raw samples of shards: suffix -> bytes, with __key__ and __url__.
-
-    What could be read of a broken shard is kept. As lost count the samples that it lacks of the
-    largest of its siblings, else by the length of what was not read; at least 1.
+    """Yield the raw samples of shards, see `read_shard`.
 
     Raises:
         ValueError: so many shards in a row held no sample that nothing else can be hoped for.
     """
     barren = 0
     for url in urls:
-        broken: Exception | None = None
-        count, length = 0, 0
-        samples = reader_of(url).read(url, 0)
-        while True:
-            try:
-                sample = next(samples, None)
-            except Exception as error:  # whatever a damaged file makes of its reader
-                broken = error
-                break
-            if sample is None:
-                break
-            count += 1
-            length += sum(BLOCK + len(data) + -len(data) % BLOCK for data in _files(sample))
-            skips.add({SEEN: 1})
-            yield sample
-        if broken:
-            whole = _size(url)
-            unread = count * (whole - length) // max(1, length)
-            lacking = _fullest(url, siblings) - count
-            skips.lose(broken, url, max(1, lacking if lacking > 0 else unread))
-        barren = 0 if count or broken else barren + 1
+        before = skips.counts[SEEN]
+        yield from read_shard(url, skips, siblings=siblings)
+        barren = 0 if skips.counts[SEEN] > before else barren + 1
         if barren >= 1000:
             raise ValueError(f"the last {barren} shards held no sample at all; the last was {url}")
+
+
+def read_shard(
+    url: str, skips: SkipCounter, first: int = 0, siblings: Sequence[str] = ()
+) -> Iterator[Sample]:
+    """Yield the raw samples of a shard: suffix -> bytes, with __key__ and __url__.
+
+    What could be read of a broken shard is kept. As lost count the samples that it lacks of the
+    largest of its siblings, else by the length of what was not read; at least 1.
+
+    Args:
+        url: the shard.
+        skips: counts what was seen and what is lost.
+        first: number of the first sample.
+        siblings: shards like this one.
+    """
+    count, length = 0, 0
+    samples = reader_of(url).read(url, first)
+    while True:
+        try:
+            sample = next(samples, None)
+        except Exception as error:  # whatever a damaged file makes of its reader
+            whole = _size(url)
+            unread = count * whole // max(1, length) - count - first
+            lacking = _fullest(url, siblings) - count - first
+            skips.lose(error, url, max(1, lacking if lacking > 0 else unread))
+            return
+        if sample is None:
+            return
+        count += 1
+        length += sum(BLOCK + len(data) + -len(data) % BLOCK for data in _files(sample))
+        skips.add({SEEN: 1})
+        yield sample
+
+
+def count_rows(shards: ShardList) -> tuple[int, ...]:
+    """Return how many samples of the split every shard has, good and bad; no content is read.
+
+    Where the shards together are too large, or far away, some are counted and the others estimated
+    by their size. One that cannot be read counts 1, so that reading it tells.
+    """
+    urls, sizes = shards.paths, _sizes(shards.paths)
+    far = any(map(is_remote, urls))
+    if sum(sizes) <= (COUNTED_FAR if far else COUNTED) and not (far and 0 in sizes):
+        return tuple(len(held_rows(url, shards)) or int(not _readable(url)) for url in urls)
+    probed = range(0, len(urls), -(-len(urls) // (PROBED_FAR if far else PROBED)))
+    found = sum(len(held_rows(urls[i], shards)) for i in probed)
+    rate, mean = found / max(1, sum(sizes[i] for i in probed)), found / len(probed)
+    return tuple(max(1, round(rate * size if size else mean)) for size in sizes)
+
+
+def _sizes(urls: Sequence[str]) -> list[int]:
+    """Return the bytes of shards; 0 of one that is gone or does not tell."""
+    try:
+        return [size for size, _ in stamps_of(urls)]
+    except OSError:
+        return [_size(url) for url in urls]
+
+
+def _readable(url: str) -> bool:
+    """Say whether there is a sample in a shard."""
+    return next(iter(held_rows(url, ShardList(()))), None) is not None
+
+
+def held_rows(url: str, shards: ShardList) -> Sequence[int]:
+    """Return the numbers of the samples of a shard that belong to a split."""
+    try:
+        return _held_rows(url, shards.holdout, shards.held_out, *stamp(url))
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=4096)
+def _held_rows(url: str, holdout: float, held_out: bool, *version: int) -> array:
+    split = ShardList((url,), holdout, held_out)
+    keys = reader_of(url).keys(url)
+    return array("q", (number for number, key in enumerate(keys) if split.holds(key)))
 
 
 def _files(sample: Sample) -> Iterator[bytes]:
@@ -285,7 +316,8 @@ def _files(sample: Sample) -> Iterator[bytes]:
 
 def _fullest(broken: str, siblings: Sequence[str]) -> int:
     """Return how many samples the largest other shard holds; 0 without one."""
-    fullest = max((url for url in siblings if url != broken), key=_size, default=None)
+    near = [url for url in siblings[:SIBLINGS] if url != broken]
+    fullest = max(near, key=_size, default=None)
     if fullest is None:
         return 0
     return reader_of(fullest).count(fullest)
@@ -310,15 +342,15 @@ def apply(
         yield result
 
 
-def parse(raw: Sample, seed: int = 0) -> Sample:
-    """Find image, caption and metadata of a raw sample.
+def parse(raw: Sample, caption: str | None = None) -> Sample:
+    """Find image, captions and metadata of a raw sample.
 
     Args:
         raw: suffix -> bytes, with __key__ and __url__.
-        seed: with the key, chooses one caption where KEY.json lists several.
+        caption: that of a picture which has none; without it such a picture is left out.
 
     Returns:
-        {"key", "url", "caption", "data" encoded image, "meta" dict}.
+        {"key", "url", "captions" list, "data" encoded image, "meta" dict}.
 
     Raises:
         SampleError: what the reader found at fault, no image, a text that cannot be decoded, no
@@ -337,11 +369,14 @@ def parse(raw: Sample, seed: int = 0) -> Sample:
         dotted = sum(map(is_image, raw))  # these have a second suffix
         why = " (a key ends at the first dot of a name)" if dotted else ""
         raise SampleError(f"no image{why}", max(1, dotted))
-    key = raw["__key__"]
-    caption = _decoded(raw.get("txt", b"")) or _chosen(meta.get("caption"), f"{seed}/{key}")
-    if not caption:
+    text = _decoded(raw.get("txt", b""))
+    captions = [text] if text else _texts(aliased("caption", meta))
+    if not captions and caption is not None:
+        captions = [caption]
+    if not captions:
         raise SampleError("no caption")
-    return {"key": key, "url": raw["__url__"], "caption": caption, "data": data, "meta": meta}
+    key, url = raw["__key__"], raw["__url__"]
+    return {"key": key, "url": url, "captions": captions, "data": data, "meta": meta}
 
 
 def _finite(text: str) -> float | None:
@@ -357,11 +392,9 @@ def _decoded(text: bytes) -> str:
         raise SampleError("bad text") from None
 
 
-def _chosen(found: Any, seed: str) -> str:
-    """Return the caption that KEY.json holds, one by seed of a list; "" where it holds none."""
+def _texts(found: Any) -> list[str]:
+    """Return the captions that KEY.json holds, one or a list."""
     several = found if isinstance(found, list) else [found]
     texts = [text.strip() for text in several if isinstance(text, str) and text.strip()]
-    if not texts:
-        return ""
     # half a surrogate pair, which JSON can hold, is no text
-    return _decoded(random.Random(seed).choice(texts).encode(errors="surrogatepass"))
+    return [_decoded(text.encode(errors="surrogatepass")) for text in texts]

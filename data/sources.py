@@ -1,7 +1,9 @@
 """The samples of one split: scenes and digits are written, shards found, pictures listed."""
 
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from data.corpora import rows
 from data.digits import digits
 from data.listing import write_listings
 from data.patterns import expand_shards
-from data.readers import Sample, reader_of
+from data.readers import Sample, is_image, reader_of
 from data.scenes import scenes
 from data.shards import write_shards
 from data.view import ShardList, is_held_out
@@ -111,16 +113,24 @@ def holdout_share(paths: Sequence[str]) -> float:
         ValueError: all images have one key.
     """
     keys: set[str] = set()
-    images = 0
     for path in paths:
-        for key in reader_of(path).keys(path):
-            keys.add(key)
-            images += 1
+        keys.update(reader_of(path).keys(path))
         if len(keys) >= 800:
             break
+    images = _count_images(paths) if len(keys) == 1 else len(keys)
     if images > 1 and len(keys) == 1:
         raise ValueError(
             f"all {images} images of {paths[0]} ... have the key {keys.pop()!r}, the file name up "
             "to its first dot, so validation cannot be told apart: rename them, or set val_shards"
         )
     return holdout(len(keys))
+
+
+def _count_images(paths: Sequence[str]) -> int:
+    """Return how many images there are, also where a key that ends too early hides some."""
+    images = 0
+    for path in paths:
+        with suppress(OSError, tarfile.TarError):
+            for raw in reader_of(path).read(path, 0):
+                images += max(1, sum(map(is_image, raw)))
+    return images

@@ -35,7 +35,7 @@ class View:
 class Order:
     """What orders training samples that are read as pictures."""
 
-    workers: int = 0
+    workers: int = 0  # who read; changes no order
     shuffle_buffer: int = 0
 
 
@@ -47,6 +47,7 @@ class ShardList:
     holdout: float = 0.0  # share of the keys that are validation
     held_out: bool = False  # this split is those keys; else the others
     limit: int | None = None  # at most so many samples; a training split has no limit
+    rows: tuple[int, ...] | None = None  # samples of every shard, see `data.shards.count_rows`
 
     def holds(self, key: str) -> bool:
         """Say whether the sample of this key belongs to the split."""
@@ -67,7 +68,8 @@ class ShardList:
         def whole(name: str) -> str:
             return name if is_remote(name) else str(path.parent / name)
 
-        return cls(**{**content, "paths": tuple(map(whole, content["paths"]))})
+        paths, rows = tuple(map(whole, content["paths"])), content["rows"]
+        return cls(**{**content, "paths": paths, "rows": rows and tuple(rows)})
 
 
 def is_held_out(key: str, share: float) -> bool:

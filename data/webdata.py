@@ -1,25 +1,21 @@
 """The DataModule: captioned images from shards, whether drawn here, handwritten or from the web.
 
-Training is virtual epochs of `epoch_batches` batches over an endless stream that is seeded by
-(seed, epoch, rank, worker), so a run that resumes at the border of an epoch sees what the
-uninterrupted one sees. Validation is a list, exact and in order.
+Training is virtual epochs of the global order (`data.order`). Validation is a list, exact and in
+order.
 """
 
-import random
 import warnings
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.filters import shuffle
+from torch.utils.data import DataLoader, IterableDataset
 
-from data.images import collate
-from data.select import decoded, encoded, selected
-from data.shards import Sample, ShardStream, SkipCounter, apply
+from data.images import join, stack
+from data.select import decoded, encoded, select, visited
+from data.shards import OTHER_SPLIT, Sample, SkipCounter, apply, count_rows, held_rows, read_shard
+from data.stream import EpochData
 from data.view import MAX_SKIPPED, Order, ShardList, View
 
 # Lightning doubts what is meant: lengths are exact, lists in memory need no workers, [] is none
@@ -28,36 +24,53 @@ warnings.filterwarnings("ignore", message="The '[a-z_]+' does not have many work
 warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 
 
-class TrainStream(IterableDataset):
-    """What one rank trains on in one virtual epoch: `epoch_batches` batches in every rank.
+class ShardPictures:
+    """The rows of image shards and what training sees of them, see `data.order.Source`.
 
-    Every worker follows its own `ShardStream` and ends after its share of the batches, so that
-    no epoch ends in the middle of one. A sample carries under "skipped" what its worker counted
-    since the one before.
+    Rows are the samples of the split, good and bad. A draw depends on (seed, pass, key).
+
+    Args:
+        shards: the training split.
+        view: how samples become pictures.
+        seed: of the draws.
+        max_skipped: share of bad samples at which a ValueError is raised.
     """
 
-    def __init__(self, data: "WebData", epoch: int, rank: int, world: int):
-        self.urls = ShardStream(data.train.paths, data.seed, epoch, rank, world)
-        self.shards, self.view, self.buffer = data.train, data.view, data.order.shuffle_buffer
-        self.batch_size, self.epoch_batches = data.batch_size, data.epoch_batches
-        self.max_skipped = data.max_skipped
+    def __init__(self, shards: ShardList, view: View, seed: int, max_skipped: float):
+        self.shards, self.view, self.seed = shards, view, seed
+        self.skips = SkipCounter(max_skipped)
 
-    def __len__(self) -> int:
-        return self.batch_size * self.epoch_batches
+    def rows(self, shard: int, first: int) -> Iterator[Sample | None]:
+        """Yield encoded samples, and None where one is left out."""
+        shards, url = self.shards, self.shards.paths[shard]
+        raw = first
+        if first and shards.holdout:
+            held = held_rows(url, shards)
+            raw = held[first] if first < len(held) else 2**62
+        for sample in read_shard(url, self.skips, raw, shards.paths):
+            if not shards.holds(sample["__key__"]):
+                self.skips.add({OTHER_SPLIT: 1})
+                continue
+            yield self._tried(sample, lambda raw: select(raw, shards, self.view))
 
-    def __iter__(self) -> Iterator[Sample]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        size = len(range(worker, self.epoch_batches, workers)) * self.batch_size
-        name = f"{self.urls.seed}/{self.urls.epoch}/{self.urls.rank}/{worker}"
-        rng = random.Random(name)
-        skips = SkipCounter(self.max_skipped)
-        samples = selected(self.urls, self.shards, self.view, skips)
-        mixed = shuffle(self.buffer, initial=self.buffer, seed=name)(samples)
-        flip = self.view.flip
-        shown = apply(lambda s: decoded(s, self.view, rng, flip), mixed, skips)
-        for sample in islice(shown, size):
-            yield {**sample, "skipped": skips.take()}
+    def show(self, row: Sample, visit: int) -> Sample | None:
+        """Decode a sample as this pass sees it."""
+        draw = f"{self.seed}/{visit}/{row['key']}"
+        return self._tried(row, lambda row: visited(row, self.view, draw, self.view.flip))
+
+    def stack(self, samples: list[Sample]) -> dict[str, Any]:
+        """Put pictures together."""
+        return stack(samples)
+
+    def take(self) -> dict[str, int]:
+        """Return what was counted since the last call."""
+        return self.skips.take()
+
+    def _tried(self, sample: Sample, function: Any) -> Sample | None:
+        found = next(apply(function, [sample], self.skips), None)
+        if found is not None:
+            self.skips.in_a_row = 0
+        return found
 
 
 class ExactBatches(IterableDataset):
@@ -75,25 +88,7 @@ class ExactBatches(IterableDataset):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(collate, self.batches)
-
-
-class EpochData(LightningDataModule):
-    """Training in virtual epochs, each a stream that is seeded when its loader is made.
-
-    The trainer must be made with `reload_dataloaders_every_n_epochs=1`.
-    """
-
-    def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-        """Return the loader of a virtual epoch."""
-        raise NotImplementedError
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the loader of the trainer's current epoch."""
-        trainer = self.trainer
-        if trainer is None:
-            return self.stream()
-        return self.stream(trainer.current_epoch, trainer.global_rank, trainer.world_size)
+        return (join([stack(batch)]) for batch in self.batches)
 
 
 class WebData(EpochData):
@@ -127,14 +122,18 @@ class WebData(EpochData):
         val_batches: int = 0,
         max_skipped: float = MAX_SKIPPED,
     ):
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            epoch_batches=epoch_batches,
+            shuffle_buffer=order.shuffle_buffer,
+            workers=order.workers,
+            skips=SkipCounter(max_skipped),
+        )
         if train.limit is not None:
             raise ValueError(f"a training split has no limit, got limit={train.limit}")
-        self.train, self.val, self.view, self.order = train, val, view, order
-        self.batch_size, self.seed = batch_size, seed
-        self.epoch_batches, self.val_batches = epoch_batches, val_batches
-        self.max_skipped = max_skipped
-        self.skips = SkipCounter(max_skipped)
+        self.train, self.val, self.view = train, val, view
+        self.val_batches, self.max_skipped = val_batches, max_skipped
         self._loaded: dict[tuple[int, int], ExactBatches] = {}
 
     @property
@@ -142,16 +141,20 @@ class WebData(EpochData):
         """What was counted in all workers of this rank: "seen", and samples left out by reason."""
         return dict(self.skips.counts)
 
-    def stream(self, epoch: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-        """Return the loader of a virtual epoch: a function of (seed, epoch, rank) and workers."""
-        return DataLoader(
-            TrainStream(self, epoch, rank, world),
-            batch_size=self.batch_size,
-            drop_last=True,
-            collate_fn=collate,
-            num_workers=self.order.workers,
-            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
-        )
+    def shard_rows(self) -> tuple[int, ...]:
+        """Return how many samples of the split every shard has, good and bad."""
+        if self.train.rows is None:
+            self.train = replace(self.train, rows=count_rows(self.train))
+        assert self.train.rows is not None
+        return self.train.rows
+
+    def source(self) -> ShardPictures:
+        """Return what reads the shards."""
+        return ShardPictures(self.train, self.view, self.seed, self.max_skipped)
+
+    def join(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of some parts."""
+        return join(parts)
 
     def val_dataloader(self) -> Any:
         """Return the loader of this rank's part of the validation samples, [] without any."""
@@ -193,9 +196,3 @@ class WebData(EpochData):
                 f"be shared by {world} ranks: give more, or use fewer devices"
             )
         return ExactBatches(samples, count)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the counts of the workers out of a training batch and add them up."""
-        if isinstance(batch, dict) and "skipped" in batch:
-            self.skips.add(batch.pop("skipped"))
-        return batch

@@ -263,6 +263,11 @@ class Data:
             corpus = corpora()[c.name]
             try:
                 if corpus.kind in KINDS:
+                    if val is not None:
+                        raise ConfigError(
+                            f"data.val_shards goes with data.shards; {c.name} says itself which "
+                            "pictures are validation"
+                        )
                     found = file_stamps(list(map(str, index(c.name, c.root))))
                     return Listed(c.name, os.path.abspath(c.root), found)
                 train, official = shards_of(c.name, c.root)

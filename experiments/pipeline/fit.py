@@ -1,6 +1,7 @@
 """One training through Lightning: virtual epochs, a checkpoint at each border, resumable."""
 
 import csv
+import re
 import signal
 import threading
 import warnings
@@ -14,18 +15,30 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from data.files import atomic
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.stage import Log, Machine, Say
 from experiments.progress import Counter
+from lightning_modules.common.blocks import (
+    compile_blocks,
+    local,
+    missing_compiler,
+    recompute_blocks,
+    whole,
+)
 from lightning_modules.common.checkpoint import save_weights
 
 RESUME = "resume.ckpt"
+# how gloo and NCCL tell of a rank that is not there any more
+LOST = re.compile("closed by peer|reset by peer|remote process exited|watchdog", re.IGNORECASE)
 EXPLODED = 10.0  # factor by which no loss of a training that learns rises
 
 # DDP doubts the layout of channels-last gradients; it copies them, which is what is meant here
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+# FSDP warns of views that somebody might write into; nobody does
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -79,8 +92,11 @@ class Divergence(Callback):
             first, loss = float(self.first), float(trainer.callback_metrics["train/loss"])
             if loss > EXPLODED * max(abs(first), 1):
                 self._stop(trainer, f"the loss rose from {first:.3g} to {loss:.3g}")
-        for name, value in pl_module.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        state = {k: v for k, v in pl_module.state_dict().items() if v.is_floating_point()}
+        odd = torch.stack([~torch.isfinite(local(value)).all() for value in state.values()])
+        odd = trainer.strategy.reduce(odd.int(), reduce_op="max")  # ranks may hold parts of them
+        for name, found in zip(state, odd.tolist(), strict=True):
+            if found:
                 self._stop(trainer, f"{name} holds numbers that are not finite")
 
     def _stop(self, trainer: Trainer, found: str) -> None:
@@ -116,11 +132,12 @@ class KeepWeights(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write those of the epoch that ended, where it is time."""
-        if (trainer.current_epoch + 1) % self.every == 0 and trainer.is_global_zero:
+        if (trainer.current_epoch + 1) % self.every:
+            return
+        state = whole(pl_module.state_dict(), trainer.is_global_zero)
+        if trainer.is_global_zero:
             name = f"weights-{trainer.global_step:08d}.safetensors"
-            save_weights(
-                self.folder / name, pl_module.state_dict(), dict(pl_module.hparams["config"])
-            )
+            save_weights(self.folder / name, state, dict(pl_module.hparams["config"]))
 
 
 class TrainingProgress(Callback):
@@ -193,12 +210,14 @@ def fit(
     monitor = monitor or Monitor()
     options = dict(machine.trainer)
     if options.pop("compile", False):
-        module.compile()
-    strategy = options.pop("strategy", "auto")
-    if strategy == "auto" and loop.world > 1:
-        strategy = "ddp"
-    if strategy == "ddp" and adversarial:
-        strategy = "ddp_find_unused_parameters_true"
+        missing = missing_compiler(machine.device)
+        if missing:
+            log.note(f"trainer.compile has no effect: {missing} not here")
+        else:
+            compile_blocks(module)
+    if options.pop("checkpoint_activations", False):
+        recompute_blocks(module)
+    strategy = strategy_of(options.pop("strategy", "auto"), loop.world, adversarial)
     precision: Any = loop.precision
     if precision == "auto":
         precision = "bf16-mixed" if machine.device == "cuda" else "32-true"
@@ -243,9 +262,31 @@ def fit(
     if resume.exists() and not whole_zip(resume):
         log.note(f"{resume} is damaged; {what} begins anew")
         resume.unlink()
-    trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume if resume.exists() else None)
+    except RuntimeError as error:
+        if loop.world > 1 and LOST.search(str(error)):
+            raise ValueError(
+                f"{what}: another process of this training ended; its own message says why, and "
+                "the same command resumes at the last border of an epoch"
+            ) from error
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+def strategy_of(name: str, world: int, adversarial: bool) -> Any:
+    """Return Lightning's strategy for one of `trainer.strategy`.
+
+    A first stage leaves the parameters of one network unused in either step, and is small: it is
+    never sharded.
+    """
+    if name == "fsdp" and not adversarial:
+        # one file, which any number of devices can read
+        return ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
+    if name == "auto":
+        name = "auto" if world == 1 else "ddp"
+    return "ddp_find_unused_parameters_true" if adversarial and name in ("ddp", "fsdp") else name
 
 
 def whole_zip(path: Path) -> bool:

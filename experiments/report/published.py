@@ -11,6 +11,7 @@ from lightning_modules.common.settings import build
 
 REPORTED = Path(__file__).parents[1] / "reported"
 Evidence = Literal["paper", "code", "secondary"]
+Test = Literal["better", "best", "order", "monotone", "optimum"]
 
 
 @dataclass
@@ -33,11 +34,13 @@ class Table:
     """Name of the sweep that measures these rows."""
     setting: str | None = None
     """The setting whose values are the rows of that sweep."""
+    across: str | None = None
+    """The setting whose values are the columns, where these are no scores."""
 
 
 @dataclass
 class Claim:
-    """What a paper says without numbers that could be read."""
+    """What a paper says, as a direction that a sweep can show."""
 
     claim: str = ""
     """The words."""
@@ -49,6 +52,16 @@ class Claim:
     """Name of the sweep that measures it."""
     score: str | None = None
     """The measured score that it speaks of."""
+    test: Test | None = None
+    """better: the first of two values is; best: the first of all values is; order: from the best
+    to the worst; monotone: the score is rising or falling; optimum: the best value lies between
+    two, these included."""
+    setting: str | None = None
+    """The setting whose values are compared."""
+    values: list[Any] = field(default_factory=list)
+    """The values, or the word of a monotone claim."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Values of other settings for which it is said; without one it is a mean over them."""
 
 
 @dataclass
@@ -89,6 +102,10 @@ def load_published(path: Path) -> Published:
         if evidence not in get_args(Evidence):
             known = ", ".join(get_args(Evidence))
             raise ValueError(f"{path}: evidence must be one of {known}, got {evidence}")
+    for claim in claims:
+        wrong = _wrong(claim)
+        if wrong:
+            raise ValueError(f"{path}: {claim.claim!r} {wrong}")
     for name, table in tables.items():
         strange = {score for row in table.rows.values() for score in row} - table.columns.keys()
         if strange:
@@ -96,11 +113,31 @@ def load_published(path: Path) -> Published:
     return Published(tables, claims)
 
 
+def _wrong(claim: Claim) -> str:
+    """Say what keeps a claim from being tested; "" for one that can be, or says it cannot."""
+    if claim.test is None:
+        return ""
+    if claim.test not in get_args(Test):
+        return f"has the test {claim.test}, which is none of {', '.join(get_args(Test))}"
+    if not (claim.sweep and claim.score and claim.setting):
+        return "has a test and no sweep, score or setting"
+    least = {"better": 2, "best": 1, "order": 2, "monotone": 1, "optimum": 2}[claim.test]
+    if len(claim.values) < least:
+        return f"needs {least} values for the test {claim.test}"
+    if claim.test == "monotone" and claim.values not in (["rising"], ["falling"]):
+        return "is monotone with the value rising or falling"
+    return ""
+
+
+def load_all() -> dict[str, Published]:
+    """Return the published numbers by paper."""
+    return {path.stem: load_published(path) for path in sorted(REPORTED.glob("*.yaml"))}
+
+
 def all_published() -> Published:
-    """Return the published numbers of all papers."""
+    """Return the published numbers of all papers together."""
     found = Published()
-    for path in sorted(REPORTED.glob("*.yaml")):
-        one = load_published(path)
-        found.tables |= {f"{path.stem}/{name}": table for name, table in one.tables.items()}
+    for paper, one in load_all().items():
+        found.tables |= {f"{paper}/{name}": table for name, table in one.tables.items()}
         found.claims += one.claims
     return found

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from data.files import write_text
 from eval.interval import Score
+from eval.scorers import METRICS
 from experiments.agent import text_of
 from experiments.grid import Sweep, SweepRun, short_names
 from experiments.report import charts
+from experiments.report.claims import verdict
 from experiments.report.document import boxes, code, document, html_table, paragraphs, section
 from experiments.report.published import Published
 from experiments.report.repeated import difference, over_seeds
@@ -54,7 +56,7 @@ def summarize(sweep: Sweep, runs: Sequence[SweepRun], published: Published) -> S
         rows = [[label, *(notation(curve.get(x)) for x in xs)] for label, curve in curves.items()]
         heads = [_short(score), *(f"{x:g}" for x in xs)]
         tables.append(ScoreTable(f"{_short(score)} against {what}", heads, rows))
-    tables += _paired(runs)
+    tables += _paired(runs) + _claims(runs, published)
     notes = [
         *best_line(sweep, runs),
         *(f"equal in all runs: {_short(n)} {notation(score)}" for n, score in same.items()),
@@ -87,7 +89,12 @@ def _main_table(runs: Sequence[SweepRun], names: Sequence[str], published: Publi
     ]
     given: list[tuple[str | None, list[str]]] = []  # (score that was measured too, column)
     for table in published.tables.values():
-        if table.setting in settings:
+        if table.setting in settings and table.across in settings:
+            own = [(text_of(p.settings[k]) for k in (table.setting, table.across)) for p in runs]
+            numbers = [table.rows.get(row, {}).get(column) for row, column in own]
+            (score,) = set(table.columns.values())
+            given.append((score, ["published", *("" if n is None else f"{n:g}" for n in numbers)]))
+        elif table.setting in settings:
             rows = [table.rows.get(text_of(p.settings[table.setting]), {}) for p in runs]
             for name, score in table.columns.items():
                 cells = [f"{row[name]:g}" if name in row else "" for row in rows]
@@ -120,6 +127,18 @@ def _paired(runs: Sequence[SweepRun]) -> list[ScoreTable]:
     rows = [[label, notation(d), str(d["n"])] for label, d in found if d is not None]
     title = f"Right more often than {runs[0].label}, on the same prompts" if rows else ""
     return [ScoreTable(title, ["run", "difference", "prompts"], rows)] if rows else []
+
+
+def _claims(runs: Sequence[SweepRun], published: Published) -> list[ScoreTable]:
+    """Say of every claim about these runs whether it holds."""
+    tested = [c for c in published.claims if c.test is not None]
+    rows = []
+    for claim in tested:
+        found = verdict(claim, runs, METRICS)
+        smallest = "" if found.smallest is None else f"{found.smallest:.2g}"
+        rows.append([claim.claim, claim.source, found.state, found.why, smallest])
+    heads = ["claim", "source", "verdict", "here", "smallest difference that could be seen"]
+    return [ScoreTable("What was claimed", heads, rows)] if rows and len(runs) > 1 else []
 
 
 def best_line(sweep: Sweep, runs: Sequence[SweepRun]) -> list[str]:

@@ -7,10 +7,11 @@ taming/modules/diffusionmodules/model.py; Esser et al. 2021, table 7).
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.common.config import ConvConfig
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Block):
     """Two 3x3 convolutions behind GroupNorm and swish, added to the input."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, dropout: float) -> None:
@@ -29,7 +30,7 @@ class ResidualBlock(nn.Module):
         return self.nin_shortcut(x) + h
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """One head of self-attention over all positions, added to the input."""
 
     def __init__(self, c: int, groups: int) -> None:

@@ -5,13 +5,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import like, local
+
 
 class WeightAverage:
     """Keeps shadow = decay * shadow + (1 - decay) * weight for every tensor of some modules.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first
     random weights are soon forgotten. Frozen encoders are not among the modules and so never
-    copied. Buffers are copied as they are.
+    copied. Buffers are copied as they are. Of sharded weights every device averages its part.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -27,7 +29,8 @@ class WeightAverage:
         state = module.state_dict()
         self.shadow = {k: v.to(state[k].device) for k, v in self.shadow.items()}
         moving = [k for k, v in state.items() if v.is_floating_point()]
-        shadow, weights = [self.shadow[k] for k in moving], [state[k] for k in moving]
+        shadow = [local(self.shadow[k]) for k in moving]
+        weights = [local(state[k]) for k in moving]
         torch._foreach_lerp_(shadow, weights, 1 - decay)
         for k in state.keys() - set(moving):
             self.shadow[k].copy_(state[k])
@@ -36,17 +39,19 @@ class WeightAverage:
     def exchange(self, module: nn.Module) -> None:
         """Let the module's tensors and the shadow change places; twice changes nothing."""
         for k, v in module.state_dict().items():
-            kept = v.clone()
-            v.copy_(self.shadow[k])
-            self.shadow[k].copy_(kept)
+            weight, shadow = local(v), local(self.shadow[k])
+            kept = weight.clone()
+            weight.copy_(shadow)
+            shadow.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
         """Return what a checkpoint keeps."""
         return {"updates": self.updates, "shadow": self.shadow}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned."""
-        self.updates, self.shadow = state["updates"], dict(state["shadow"])
+        """Take over what `state_dict` returned, sharded as the weights are."""
+        self.updates = state["updates"]
+        self.shadow = {k: like(v, self.shadow[k]) for k, v in state["shadow"].items()}
 
 
 def offline_average(states: Iterable[Mapping[str, Tensor]], decay: float) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import shard, whole
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.ema import WeightAverage
@@ -15,7 +17,7 @@ from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
 from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.settings import build, plain
-from lightning_modules.common.text import TEXT_ENCODERS, Condition
+from lightning_modules.common.text import TEXT_ENCODERS, Condition, FrozenEncoder, KnownStates
 from lightning_modules.common.training import SeededModule
 
 
@@ -244,9 +246,23 @@ class GeneratorModule(SeededModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.first_stage.encode(batch["image"])
 
+    @contextmanager
+    def _knowing(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Let the text encoder take the states that a batch brings of its captions."""
+        encoder = self._attached["text"]
+        if "text" in batch and isinstance(encoder, FrozenEncoder):
+            encoder.known = KnownStates(batch["caption"], **batch["text"])
+            try:
+                yield
+            finally:
+                encoder.known = None
+        else:
+            yield
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log and return the loss."""
-        loss, scalars = self.loss(batch, self.generator)
+        with self._knowing(batch):
+            loss, scalars = self.loss(batch, self.generator)
         self.log_scalars("train", {"loss": loss, **scalars}, batch["caption"])
         return loss
 
@@ -256,9 +272,20 @@ class GeneratorModule(SeededModule):
         loss, scalars = self.loss(batch, generator)
         self.log_scalars("val", {"loss": loss, **scalars}, batch["caption"])
 
+    def configure_model(self) -> None:
+        """Spread the parameters over the devices, where the trainer's strategy has a mesh."""
+        if self.device_mesh is not None:
+            mixed = self.trainer.precision == "bf16-mixed"
+            shard(
+                self,
+                self.device_mesh["data_parallel"],
+                ("training_step", "validation_step"),
+                torch.bfloat16 if mixed else None,
+            )
+
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up over everything trainable."""
-        optimizer = adamw(self.optim, [self])
+        optimizer = adamw(self.optim, [self], precision=str(self.trainer.precision))
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(self.optim, total))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -296,7 +323,8 @@ class GeneratorModule(SeededModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the average under its own key."""
         if self.average is not None:
-            checkpoint["ema"] = self.average.state_dict()
+            shadow = whole(self.average.shadow, self.global_rank == 0)
+            checkpoint["ema"] = {**self.average.state_dict(), "shadow": shadow}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the average back."""
@@ -305,6 +333,9 @@ class GeneratorModule(SeededModule):
             self.average.load_state_dict(checkpoint["ema"])
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the weights to sample with (the average where there is one) and the settings."""
+        """Return the weights to sample with (the average where there is one) and the settings.
+
+        Where they are sharded, all ranks call this together.
+        """
         state = self.average.shadow if self.average is not None else self.state_dict()
-        return dict(state), dict(self.hparams["config"])
+        return whole(state), dict(self.hparams["config"])

@@ -14,8 +14,17 @@ def adamw(
     config: OptimConfig | AdversarialOptimConfig,
     modules: Iterable[nn.Module],
     lr: float | None = None,
+    precision: str = "32-true",
 ) -> AdamW:
-    """Make AdamW over all trainable parameters of `modules`; lr None is the config's."""
+    """Make AdamW over all trainable parameters of `modules`.
+
+    Args:
+        config: its settings.
+        modules: what is trained.
+        lr: its rate; None is the config's.
+        precision: the trainer's. On a GPU the update is one fused kernel, but for 16-mixed, where
+            that would unscale the gradients by itself, after they were clipped.
+    """
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     decayed = [p for p in parameters if config.decay_all or p.ndim >= 2]
     others = [p for p in parameters if not config.decay_all and p.ndim < 2]
@@ -26,6 +35,7 @@ def adamw(
         lr=lr or config.lr,
         betas=(b1, b2),
         weight_decay=config.weight_decay,
+        fused=precision != "16-mixed" and all(p.is_cuda for p in parameters),
     )
 
 

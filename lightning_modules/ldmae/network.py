@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.common.blocks import Block, recompute_blocks
 from lightning_modules.ldmae.config import DiTConfig
 from lightning_modules.ldmae.vmae import sincos_table
 
@@ -305,8 +305,10 @@ class Given:
         return made[:, None].chunk(modulation.count, dim=-1)
 
 
-class Block(nn.Module):
+class DiTBlock(Block):
     """x += gate attn(mod(norm x)); x += cross(x) with text; x += gate mlp(mod(norm x))."""
+
+    ENTRIES = ("read",)
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -317,6 +319,11 @@ class Block(nn.Module):
         self.norm2 = norm(config)
         self.mlp = SwiGLU(config) if config.use_swiglu else Perceptron(config)
         self.adaLN_modulation = Modulation(config.hidden_size, self.vectors)
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a caption's tokens [R, L, text_width], as `CrossAttention.prepare`."""
+        assert self.cross is not None
+        return self.cross.prepare(tokens)
 
     def forward(self, x: Tensor, given: Given, number: int) -> Tensor:
         """x: [S B, N, D], one part per side -> [S B, N, D]; number is this block's."""
@@ -372,8 +379,10 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", sincos_table(width, side))
         turning = config.use_rope
         self.feat_rope = Rotation(width // config.num_heads, side) if turning else nn.Identity()
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
+        if config.use_checkpoint:
+            recompute_blocks(self)
 
     def label_side(self, labels: Tensor) -> Side:
         """Prepare labels [R] int64; num_classes is the null label."""
@@ -389,8 +398,7 @@ class DiT(nn.Module):
         tokens = self.text_norm(tokens)
         real = torch.ones_like(tokens[..., :1]) if mask is None else mask[..., None].to(tokens)
         mean = (tokens * real).sum(1) / real.sum(1)
-        crossings = [block.cross for block in self.blocks]
-        text = [c.prepare(tokens) for c in crossings if isinstance(c, CrossAttention)]
+        text = [b.read(tokens) for b in self.blocks if isinstance(b, DiTBlock)]
         return Side(self.text_embedder(mean), text, None if mask is None else mask[:, None, None])
 
     def forward(self, x: Tensor, t: Tensor, sides: Sequence[Side]) -> Tensor:
@@ -416,12 +424,8 @@ class DiT(nn.Module):
             )  # [S B]: the row of every sample
         given = Given(torch.cat(rows), index, self.feat_rope, sides)
         tokens = (self.x_embedder(x) + self.pos_embed).repeat(count, 1, 1)  # [S B, N, D]
-        again = self.config.use_checkpoint and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
-            if again:
-                tokens = checkpoint(block, tokens, given, number, use_reentrant=False)
-            else:
-                tokens = block(tokens, given, number)
+            tokens = block(tokens, given, number)
         out = self.unpatchify(self.final_layer(tokens, given))[:, : self.config.in_channels]
         return out.unflatten(0, (count, batch))
 

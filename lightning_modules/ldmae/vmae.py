@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.common.checks import require
 from lightning_modules.ldmae.config import ViTConfig
 
@@ -122,7 +123,7 @@ class Perceptron(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class ViTBlock(Block):
     """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
@@ -139,7 +140,7 @@ class Block(nn.Module):
 
 
 def _blocks(depth: int, width: int, heads: int, mlp_ratio: float) -> nn.Sequential:
-    return nn.Sequential(*(Block(width, heads, mlp_ratio) for _ in range(depth)))
+    return nn.Sequential(*(ViTBlock(width, heads, mlp_ratio) for _ in range(depth)))
 
 
 class PatchEmbed(nn.Module):

@@ -5,11 +5,13 @@ The same class with one output per token is a Token-Critic, and `superres.py` bu
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.muse.config import ModelConfig
 
 
@@ -36,8 +38,7 @@ def all_equal(x: Tensor) -> bool:
     return len(x) > 1 and bool((x == x[:1]).all())
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """What one cross-attention reads of one condition."""
 
     keys: Tensor  # [B, heads, L, d]
@@ -72,6 +73,23 @@ class Side:
             return self
         others = (t if t is None else t[images] for t in (self.mask, self.shown, self.placed))
         return Side([block.take(images) for block in self.blocks], len(images), *others)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one block reads of the conditions.
+
+    Attributes:
+        sides: those that have keys, in the order of their rows.
+        counts: rows of each; what follows after them attends to nothing.
+        block: number of the block.
+        rows: rows of every side, where up to this block all had the same ones.
+    """
+
+    sides: Sequence[Side]
+    counts: Sequence[int]
+    block: int
+    rows: Sequence[int] | None = None
 
 
 class Heads(nn.Module):
@@ -191,8 +209,16 @@ class ConvMLP(nn.Module):
 MLPS: dict[str, type[LinearMLP | ConvMLP]] = {"linear": LinearMLP, "conv": ConvMLP}
 
 
-class Block(nn.Module):
-    """Self-attention, cross-attention to the condition, MLP (Figure 3), each with its residual."""
+class MaskedBlock(Block):
+    """Self-attention, cross-attention to the condition, MLP (Figure 3), each with its residual.
+
+    Args:
+        config: its sizes.
+        own: the attention of the tokens among themselves.
+        cross: whether it attends to a condition.
+    """
+
+    ENTRIES = ("keys_values", "transform")
 
     def __init__(self, config: ModelConfig, own: SelfAttention, cross: bool = True) -> None:
         super().__init__()
@@ -205,16 +231,39 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp_type](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attend_own(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x: [B, h * w, D] -> [B, h * w, D]."""
+    def keys_values(self, sequence: Tensor) -> KeysValues:
+        """What this block reads of a condition [B, L, D]."""
+        return self.cross.keys_values(sequence)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], read: Read | None = None, whole: bool = True
+    ) -> Tensor:
+        """Do all three parts, or the first alone where there is no condition.
+
+        Args:
+            x: [B, h * w, D].
+            grid: h and w.
+            read: what it attends to.
+            whole: whether the MLP follows.
+
+        Returns:
+            [rows, h * w, D].
+        """
+        x = self._attend_own(x, grid)
+        if read is not None:
+            if read.rows is not None:
+                x = torch.cat([x.expand(n, -1, -1) for n in read.rows])
+            x = self._attend_condition(x, read.sides, read.counts, read.block)
+        return self.transform(x, grid) if whole else x
+
+    def _attend_own(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.pre:
             return x + self.dropout(self.own(self.own_norm(x), grid))
         return self.own_norm(x + self.dropout(self.own(x, grid)))
 
-    def attend_condition(
+    def _attend_condition(
         self, x: Tensor, sides: Sequence[Side], counts: Sequence[int], block: int
     ) -> Tensor:
-        """x: [rows, N, D] -> [rows, N, D]; arguments as in `CrossAttention`."""
         if self.pre:
             if not counts:
                 return x
@@ -292,7 +341,7 @@ class MaskedTransformer(nn.Module):
             self.null = nn.Parameter(torch.empty(1, 1, width))
         self.embed = TokenGrid(config, config.num_codes + 1, config.max_side)
         self.blocks = nn.ModuleList(
-            Block(config, self.own_attention(config)) for _ in range(config.layers)
+            MaskedBlock(config, self.own_attention(config)) for _ in range(config.layers)
         )
         self.norm = norm(width) if config.norm == "pre" else nn.Identity()
         self.head_mlp = (
@@ -332,11 +381,11 @@ class MaskedTransformer(nn.Module):
         sequence, mask, shown = self._text(text, mask, drop)
         if sequence is None:
             return Side()
-        blocks = [block.cross.keys_values(sequence) for block in self._blocks()]
+        blocks = [block.keys_values(sequence) for block in self._blocks()]
         return Side(blocks, len(sequence), mask, shown)
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
+    def _blocks(self) -> list[MaskedBlock]:
+        return [block for block in self.blocks if isinstance(block, MaskedBlock)]
 
     def _text(
         self, text: Tensor | None, mask: Tensor | None, drop: Tensor | None
@@ -392,12 +441,9 @@ class MaskedTransformer(nn.Module):
         hidden = self.embedded(x[:1] if same else x, sides)
         blocks = self._blocks()
         for i, block in enumerate(blocks):
-            hidden = block.attend_own(hidden, grid)
-            if i == 0:  # up to here no condition was seen
-                hidden = torch.cat([hidden.expand(own[j], -1, -1) for j in order])
-            hidden = block.attend_condition(hidden, seeing, counts, i)
-            if i < len(blocks) - 1 or block.mlp.sees_neighbours:
-                hidden = block.transform(hidden, grid)
+            # the first one attends to itself before any condition is seen
+            read = Read(seeing, counts, i, [own[j] for j in order] if i == 0 else None)
+            hidden = block(hidden, grid, read, i < len(blocks) - 1 or block.mlp.sees_neighbours)
         # what is left is done token by token
         parts = dict(zip(order, hidden.split([own[j] for j in order]), strict=True))
         flat = keep.flatten(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.muse.config import SuperResConfig
 from lightning_modules.muse.network import (
-    Block,
+    MaskedBlock,
     MaskedTransformer,
     SelfAttention,
     Side,
@@ -70,7 +70,8 @@ class LowResEncoder(nn.Module):
         super().__init__()
         self.embed = TokenGrid(config, config.low_num_codes, config.low_max_side)
         self.blocks = nn.ModuleList(
-            Block(config, SelfAttention(config), cross=False) for _ in range(config.low_layers)
+            MaskedBlock(config, SelfAttention(config), cross=False)
+            for _ in range(config.low_layers)
         )
         self.norm = norm(config.hidden) if config.norm == "pre" else nn.Identity()
 
@@ -78,8 +79,7 @@ class LowResEncoder(nn.Module):
         """low: [B, h, w] int64 -> [B, h * w, D]."""
         x, grid = self.embed(low), (low.shape[1], low.shape[2])
         for block in self.blocks:
-            assert isinstance(block, Block)
-            x = block.transform(block.attend_own(x, grid), grid)
+            x = block(x, grid)
         return self.norm(x)
 
 
@@ -133,7 +133,7 @@ class SuperRes(MaskedTransformer):
                 mask = mask if shown is None else mask & shown[:, None]
                 mask = torch.cat([seen, mask.expand(batch, -1)], dim=1)
             sequence = torch.cat([low, sequence.expand(batch, -1, -1)], dim=1)
-        side = Side([block.cross.keys_values(sequence) for block in self._blocks()], batch)
+        side = Side([block.keys_values(sequence) for block in self._blocks()], batch)
         placed = self.place(low) if self.config.place_low else None
         return dataclasses.replace(side, mask=mask, placed=placed)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.muse.config import UViTConfig
 from lightning_modules.muse.network import KeysValues, RMSNorm, split_heads
 
@@ -116,22 +117,36 @@ class Joint:
         self._scales = zip(*(side.scales for side in sides), strict=True)
         self._reads = zip(*(side.reads for side in sides), strict=True)
 
-    def next_scale(self) -> Tensor:
-        """Gain and shift [2, rows, ...] of the next adaptive norm."""
-        parts = next(self._scales)
+    def next(self, scales: int = 0, reads: int = 0) -> "Share":
+        """What the next block takes, which has so many adaptive norms and attentions to text."""
+        gains = [self._gain_shift(next(self._scales)) for _ in range(scales)]
+        return Share(self, gains, [next(self._reads) for _ in range(reads)])
+
+    def _gain_shift(self, parts: Sequence[Tensor]) -> Tensor:
         pairs = zip(parts, self.counts, strict=True)
         spread = [part.expand(-1, n, *part.shape[2:]) for part, n in pairs]
         return spread[0] if len(spread) == 1 else torch.cat(spread, dim=1)
-
-    def next_reads(self) -> tuple[KeysValues, ...]:
-        """What the next attention to the text reads of each condition."""
-        return next(self._reads)
 
     def spread(self, x: Tensor) -> Tensor:
         """Repeat what is the same under all conditions: [B or 1, ...] -> [rows, ...]."""
         if len(x) == self.rows:
             return x
         return torch.cat([x.expand(n, *x.shape[1:]) for n in self.counts])
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one block takes of a pass.
+
+    Attributes:
+        joint: the pass.
+        scales: gain and shift [2, rows, ...] of each of its adaptive norms.
+        reads: what each of its attentions to the text reads of every condition.
+    """
+
+    joint: Joint
+    scales: list[Tensor]
+    reads: list[tuple[KeysValues, ...]]
 
 
 class Attention(nn.Module):
@@ -156,11 +171,11 @@ class Attention(nn.Module):
         q = split_heads(self.to_q(x), self.heads)
         return self._out(F.scaled_dot_product_attention(q, own.keys, own.values, attn_mask=bias))
 
-    def to_text(self, x: Tensor, joint: Joint) -> Tensor:
+    def to_text(self, x: Tensor, joint: Joint, reads: Sequence[KeysValues]) -> Tensor:
         """x: [rows, N, C] -> [rows, N, C]."""
         queries = split_heads(self.to_q(x), self.heads).split(joint.counts)
         parts = []
-        for q, side, own in zip(queries, joint.sides, joint.next_reads(), strict=True):
+        for q, side, own in zip(queries, joint.sides, reads, strict=True):
             k, v = (t.expand(len(q), -1, -1, -1) for t in (own.keys, own.values))
             mask = None if side.mask is None else side.mask[:, None, None]
             parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
@@ -191,8 +206,10 @@ class ResponseNorm(nn.Module):
         return torch.addcmul(self.beta, x, scale)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """Depthwise convolution, norm, two layers with GRN, residual, adaptive scale and shift."""
+
+    ENTRIES = ("gain_shift",)
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -210,17 +227,19 @@ class ResBlock(nn.Module):
         scale, shift = self.cond_embeds_mapper(cond).chunk(2, dim=1)
         return torch.stack([1 + scale, shift])[:, :, None, None]
 
-    def forward(self, x: Tensor, joint: Joint) -> Tensor:
+    def forward(self, x: Tensor, share: Share) -> Tensor:
         """x: [B or rows, H, W, C] -> [rows, H, W, C]."""
         y = self.norm(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        y = self.channelwise_norm(F.gelu(self.channelwise_linear_1(y)), joint.cells)
+        y = self.channelwise_norm(F.gelu(self.channelwise_linear_1(y)), share.joint.cells)
         x = x + self.dropout(self.channelwise_linear_2(y))
-        gain, shift = joint.next_scale()
-        return torch.addcmul(shift, joint.spread(x), gain)
+        gain, shift = share.scales[0]
+        return torch.addcmul(shift, share.joint.spread(x), gain)
 
 
-class TextBlock(nn.Module):
+class TextBlock(Block):
     """Two attentions to the text, each with its residual; none among the image tokens."""
+
+    ENTRIES = ("reads",)
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -237,10 +256,11 @@ class TextBlock(nn.Module):
             text = self.kv_mapper(F.silu(text))
         return [self.attn1.keys_values(text), self.attn2.keys_values(text)]
 
-    def forward(self, x: Tensor, joint: Joint) -> Tensor:
+    def forward(self, x: Tensor, share: Share) -> Tensor:
         """x: [rows, N, C] -> [rows, N, C]."""
-        x = x + self.attn1.to_text(self.norm1(x), joint)
-        return x + self.attn2.to_text(self.norm2(x), joint)
+        first, second = share.reads
+        x = x + self.attn1.to_text(self.norm1(x), share.joint, first)
+        return x + self.attn2.to_text(self.norm2(x), share.joint, second)
 
 
 class Downsample(nn.Module):
@@ -287,8 +307,8 @@ class ConvBlock(nn.Module):
         if hasattr(self, "downsample"):
             x = self.downsample(x)
         for res_block, attention_block in zip(self.res_blocks, self.attention_blocks, strict=True):
-            x = res_block(x, joint)
-            x = attention_block(x.flatten(1, 2), joint).view_as(x)
+            x = res_block(x, joint.next(scales=1))
+            x = attention_block(x.flatten(1, 2), joint.next(reads=2)).view_as(x)
         return self.upsample(x) if hasattr(self, "upsample") else x
 
 
@@ -306,9 +326,9 @@ class AdaptiveNorm(nn.Module):
         scale, shift = self.linear(cond).chunk(2, dim=1)
         return torch.stack([self.norm.weight * (1 + scale), shift])[:, :, None]
 
-    def forward(self, x: Tensor, joint: Joint) -> Tensor:
-        """x: [rows, N, D] -> [rows, N, D]."""
-        gain, shift = joint.next_scale()
+    def forward(self, x: Tensor, gain_shift: Tensor) -> Tensor:
+        """x: [rows, N, D] -> [rows, N, D]; gain_shift: [2, rows, 1, D]."""
+        gain, shift = gain_shift
         norm = F.layer_norm if self.centred else F.rms_norm
         return torch.addcmul(shift, norm(x.to(gain.dtype), x.shape[-1:], eps=self.eps), gain)
 
@@ -340,11 +360,13 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class Layer(nn.Module):
+class Layer(Block):
     """Self-attention, attention to the text, gated MLP, each behind an adaptive norm.
 
     The last of the three norms takes the mean out as well, the only one of the network that does.
     """
+
+    ENTRIES = ("reads",)
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -355,11 +377,17 @@ class Layer(nn.Module):
         self.attn2 = Attention(width, c.num_attention_heads, c.hidden_dropout)
         self.ff = FeedForward(c)
 
-    def forward(self, x: Tensor, joint: Joint) -> Tensor:
+    def reads(self, cond: Tensor, text: Tensor) -> tuple[list[Tensor], KeysValues]:
+        """Gain and shift of its norms, keys and values: cond [B, hidden], text [B, L, hidden]."""
+        norms = (self.norm1, self.norm2, self.norm3)
+        return [norm.gain_shift(cond) for norm in norms], self.attn2.keys_values(text)
+
+    def forward(self, x: Tensor, share: Share) -> Tensor:
         """x: [rows, N, D] -> [rows, N, D]."""
-        x = x + self.attn1.to_itself(self.norm1(x, joint), joint)
-        x = x + self.attn2.to_text(self.norm2(x, joint), joint)
-        return x + self.ff(self.norm3(x, joint))
+        joint, (first, second, third) = share.joint, share.scales
+        x = x + self.attn1.to_itself(self.norm1(x, first), joint)
+        x = x + self.attn2.to_text(self.norm2(x, second), joint, share.reads[0])
+        return x + self.ff(self.norm3(x, third))
 
 
 class MaskedHead(nn.Module):
@@ -438,12 +466,14 @@ class UViT(nn.Module):
         reads: list[KeysValues] = []
         for part in (self.down_block, self.transformer_layers, self.up_block):
             for module in part.modules():
-                if isinstance(module, AdaptiveNorm | ResBlock):
+                if isinstance(module, ResBlock):
                     scales.append(module.gain_shift(cond))
                 elif isinstance(module, TextBlock):
                     reads.extend(module.reads(sequence))
                 elif isinstance(module, Layer):
-                    reads.append(module.attn2.keys_values(sequence))
+                    gains, keys = module.reads(cond, sequence)
+                    scales.extend(gains)
+                    reads.append(keys)
         return UViTSide(scales, reads, len(text), mask)
 
     def features(self, x: Tensor, joint: Joint) -> Tensor:
@@ -454,7 +484,7 @@ class UViT(nn.Module):
         """The transformer: [rows, H, W, block_out_channels] -> the same."""
         hidden = self.project_to_hidden(self.project_to_hidden_norm(grid.flatten(1, 2)))
         for layer in self.transformer_layers:
-            hidden = layer(hidden, joint)
+            hidden = layer(hidden, joint.next(scales=3, reads=1))
         return self.project_from_hidden(self.project_from_hidden_norm(hidden)).view_as(grid)
 
     def constant_features(self, x: Tensor, joint: Joint) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.paella.config import ModelConfig
 
 EPS = 1e-6
@@ -129,7 +130,7 @@ class Perceptron(nn.Sequential):
         return narrow(dropout(hidden))
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """C: depthwise convolution, LayerNorm, perceptron with GRN, residual.
 
     A skip is concatenated in front of a convolution that still has `width` groups, so output
@@ -150,7 +151,7 @@ class ResBlock(nn.Module):
         return x + self.channelwise(layer_norm(self.depthwise(both)))
 
 
-class FeedForwardBlock(nn.Module):
+class FeedForwardBlock(Block):
     """F: LayerNorm, perceptron with GRN, residual."""
 
     def __init__(self, width: int, dropout: float):
@@ -183,8 +184,10 @@ class Attention(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(Block):
     """A: the grid's tokens attend to themselves (if self_attn) and to the condition, residual."""
+
+    ENTRIES = ("keys_values",)
 
     def __init__(self, width: int, c_cond: int, heads: int, self_attn: bool, dropout: float):
         super().__init__()

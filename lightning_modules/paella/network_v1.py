@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.paella.config import V1Config
 from lightning_modules.paella.network import Conv, ConvTranspose, Predict, timestep_embedding
 from lightning_modules.paella.process import cosine_rate
@@ -29,7 +30,7 @@ class ModulatedLayerNorm(nn.Module):
         return torch.addcmul(self.beta * s, self.gamma * s, self.ln(x))
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """Depthwise convolution (reflection padding), modulated norm, perceptron, layer scale."""
 
     def __init__(self, width: int, skip: int, c_cond: int):

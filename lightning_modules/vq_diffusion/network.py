@@ -7,13 +7,13 @@ differ from it in one name (their `attn` is `attn1` here).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.common.blocks import Block, recompute_blocks
 from lightning_modules.vq_diffusion.config import ModelConfig
 
 EPS = 1e-5
@@ -110,8 +110,7 @@ class ClassNorm(AdaLayerNorm):
         return self._modulate(normed, *modulation.chunk(2, dim=-1))
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """What one block reads of a text; B may be 1 for a text of all images."""
 
     keys: Tensor  # [B, heads, L, d]
@@ -317,11 +316,13 @@ class GELU2(nn.Module):
 MLPS: dict[str, type[nn.Module]] = {"fc": LinearMLP, "conv_mlp": ConvMLP}
 
 
-class Block(nn.Module):
+class DenoiserBlock(Block):
     """x += SA(AdaLN(x, t)); text: x += CA(AdaLN(x, t), text); x += MLP(LN(x)).
 
     With a class the last norm is the one that the class modulates.
     """
+
+    ENTRIES = ("read",)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -421,7 +422,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.content_emb = ContentEmbedding(config)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.blocks = nn.ModuleList([DenoiserBlock(config) for _ in range(config.n_layer)])
         self.to_logits = nn.Sequential(
             nn.LayerNorm(config.n_embd, eps=EPS), nn.Linear(config.n_embd, config.num_codes)
         )
@@ -430,6 +431,8 @@ class Denoiser(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        if config.checkpoint_blocks:
+            recompute_blocks(self)
 
     @property
     def mask_token(self) -> int:
@@ -452,8 +455,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"model.condition is {self.config.condition}, but {given} was given")
         return Side([block.read(condition, mask) for block in self._blocks()])
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
+    def _blocks(self) -> list[DenoiserBlock]:
+        return [block for block in self.blocks if isinstance(block, DenoiserBlock)]
 
     def features(self, x: Tensor, t: Tensor, sides: Sequence[Side]) -> Tensor:
         """What enters the last norm.
@@ -485,10 +488,9 @@ class Denoiser(nn.Module):
         batch = tokens.shape[0] * len(sides)
         past = pasts[0]
         hidden = self.content_emb(tokens, 0 if past is None else past.length)  # [B, N, D]
-        again = self.config.checkpoint_blocks and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self._blocks()):
-            inputs = (hidden, t, [side.blocks[i] for side in sides], batch, grid, pasts[i])
-            hidden = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            reads = [side.blocks[i] for side in sides]
+            hidden = block(hidden, t, reads, batch, grid, pasts[i])
         return hidden
 
     def mixed_rows(

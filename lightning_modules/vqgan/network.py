@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.common.blocks import Block
 from lightning_modules.common.convnet import Decoder, Encoder
 from lightning_modules.vqgan.config import ModelConfig
 from lightning_modules.vqgan.quantizer import QUANTIZERS
@@ -50,7 +51,7 @@ class TamingVQGAN(nn.Module):
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
 
-class PaellaBlock(nn.Module):
+class PaellaBlock(Block):
     """Depthwise convolution and MLP, each scaled by gammas that start at zero."""
 
     def __init__(self, c: int) -> None:

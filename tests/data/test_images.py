@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import Crop, adm_crop, collate, decode_image, to_tensor
-from data.select import decoded
+from data.images import Crop, adm_crop, decode_image, join, stack, to_tensor
+from data.select import decoded, visited
 from data.view import View
 
 
@@ -100,11 +100,11 @@ def test_random_crops_lie_within_and_repeat_by_seed(seed: int) -> None:
     np.testing.assert_array_equal(one, ramp[:, left : left + 20])
 
 
-def test_flips_mirror_about_half() -> None:
+def test_a_mirror_turns_left_and_right() -> None:
     data = encoded(halves())
-    rng = random.Random(0)
-    mirrored = [decode_image(data, 8, flip=True, rng=rng)[4, 0, 2] == 255 for _ in range(200)]
-    assert 70 < sum(mirrored) < 130
+    np.testing.assert_array_equal(
+        decode_image(data, 8, mirror=True), decode_image(data, 8)[:, ::-1]
+    )
 
 
 @pytest.mark.parametrize("crop", ["center", "adm"])
@@ -118,10 +118,9 @@ def test_the_crop_of_adm_keeps_the_centre_in_training_and_validation() -> None:
     wide.paste("white", (29, 0, 66, 33))
     assert adm_crop(wide, 16).size == (16, 16)
     assert np.asarray(adm_crop(wide, 16)).min() == 255
-    sample = {"data": encoded(wide), "caption": "", "key": "0", "meta": {}}
-    pixels = [
-        decoded(sample, View(16, crop="adm"), rng)["pixels"] for rng in (None, random.Random(0))
-    ]
+    sample = {"data": encoded(wide), "captions": [""], "key": "0", "meta": {}}
+    view = View(16, crop="adm")
+    pixels = [s["pixels"] for s in (decoded(sample, view), visited(sample, view, "0", flip=False))]
     np.testing.assert_array_equal(*pixels)
     np.testing.assert_array_equal(pixels[0], np.asarray(adm_crop(wide, 16)))
 
@@ -140,10 +139,9 @@ def test_tensors_span_minus_one_to_one() -> None:
 
 def test_batches_carry_labels_only_where_all_have_one() -> None:
     sample = {"pixels": np.zeros((4, 4, 3), np.uint8), "caption": "a", "key": "k", "label": 3}
-    batch = collate(
-        [{**sample, "skipped": {"seen": 2}}, {**sample, "skipped": {"seen": 1, "x": 1}}]
-    )
-    assert batch["image"].shape == (2, 3, 4, 4)
-    assert batch["label"].tolist() == [3, 3] and batch["skipped"] == {"seen": 3, "x": 1}
-    del sample["label"]
-    assert set(collate([sample])) == {"image", "caption", "key"}
+    bare = {name: value for name, value in sample.items() if name != "label"}
+    batch = join([stack([sample, sample]), stack([sample])])
+    assert batch["image"].shape == (3, 3, 4, 4) and batch["image"].max() == -1
+    assert batch["label"].tolist() == [3, 3, 3] and batch["key"] == ["k"] * 3
+    for parts in ([stack([sample, bare])], [stack([sample]), stack([bare])]):
+        assert set(join(parts)) == {"image", "caption", "key"}

@@ -17,11 +17,10 @@ from PIL import Image
 from data.images import decode_image
 from data.patterns import expand_shards
 from data.readers import tar_keys
-from data.select import decoded, selected
+from data.select import caption_of, decoded, selected
 from data.shards import (
     LOST,
     SampleError,
-    ShardStream,
     SkipCounter,
     apply,
     parse,
@@ -133,7 +132,7 @@ def test_what_is_written_is_read(tmp_path_factory, count: int, per_shard: int) -
     read = list(apply(parse, read_samples(paths, skips), skips))
     assert [s["key"] for s in read] == [s["key"] for s in samples]
     for got, made in zip(read, samples, strict=True):
-        assert got["caption"] == made["caption"]
+        assert got["captions"] == [made["caption"]]
         assert got["meta"]["label"] == made["label"]
         assert got["meta"]["attributes"] == made["attributes"]
         np.testing.assert_array_equal(decode_image(got["data"], 8), made["image"])
@@ -158,40 +157,6 @@ def test_an_interrupted_shard_never_appears(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shards(broken(), tmp_path, 2)
     assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["00000.tar"]
-
-
-@given(
-    shards=st.integers(1, 40),
-    world=st.integers(1, 4),
-    workers=st.integers(1, 4),
-    number=st.integers(0, 3),
-    epoch=st.integers(0, 3),
-)
-def test_one_pass_covers_all_and_leaves_none_without(shards, world, workers, number, epoch) -> None:
-    urls = [f"{i:05d}.tar" for i in range(shards)]
-    parts = [
-        ShardStream(urls, 7, epoch, rank, world).one_pass(number, worker, workers)
-        for rank in range(world)
-        for worker in range(workers)
-    ]
-    assert all(parts)
-    assert {url for part in parts for url in part} == set(urls)
-    if shards >= world * workers:  # every shard once: ranks and workers are disjoint
-        assert sorted(itertools.chain.from_iterable(parts)) == urls
-
-
-def test_passes_and_epochs_differ_and_repeat_exactly() -> None:
-    urls = [f"{i:05d}.tar" for i in range(20)]
-
-    def take(stream: ShardStream) -> list[str]:
-        return list(itertools.islice(stream, 45))
-
-    first = take(ShardStream(urls, seed=1, epoch=0))
-    assert first == take(ShardStream(urls[::-1], seed=1, epoch=0))
-    assert first[:20] != first[20:40]
-    assert sorted(first[:20]) == sorted(first[20:40]) == urls
-    assert first != take(ShardStream(urls, seed=1, epoch=1))
-    assert first != take(ShardStream(urls, seed=2, epoch=0))
 
 
 def picture(size: tuple[int, int] = (10, 8), mode: str = "RGB") -> Image.Image:
@@ -228,7 +193,7 @@ def test_every_planted_fault_is_counted_and_every_good_sample_kept(tmp_path: Pat
     skips = SkipCounter(max_skipped=0.99)
     kept = read_all([raw_tar(tmp_path / "0.tar", members)], skips)
     assert list(kept) == ["ok1", "fromjson", "webp", "upper"]
-    assert kept["fromjson"]["caption"] == "from json"
+    assert kept["fromjson"]["captions"] == ["from json"]
     assert skips.counts == {
         "seen": 12,
         "corrupt image": 2,
@@ -259,12 +224,12 @@ def test_keys_that_repeat_across_shards_are_not_merged(tmp_path: Path) -> None:
     two = raw_tar(tmp_path / "2.tar", {"a.txt": b"second", "a.png": good})
     skips = SkipCounter()
     read = list(apply(parse, read_samples([one, two], skips), skips))
-    assert [(s["key"], s["caption"]) for s in read] == [("a", "first"), ("a", "second")]
+    assert [(s["key"], s["captions"]) for s in read] == [("a", ["first"]), ("a", ["second"])]
     # the first shard breaks off before its caption: it must not take that of the next
     cut = raw_tar(tmp_path / "3.tar", {"a.png": good})
     skips = SkipCounter(max_skipped=0.99)
     read = list(apply(parse, read_samples([cut, two], skips), skips))
-    assert [s["caption"] for s in read] == ["second"]
+    assert [s["captions"] for s in read] == [["second"]]
 
 
 def test_too_many_bad_samples_end_the_run_with_their_numbers(tmp_path: Path) -> None:
@@ -337,8 +302,9 @@ def parsed(tmp_path: Path, members: dict[str, bytes], seed: int = 0) -> tuple[di
     """Return captions by key, and what became of the samples."""
     skips = SkipCounter(max_skipped=0.99)
     url = raw_tar(tmp_path / "0.tar", members)
-    samples = apply(lambda s: parse(s, seed), read_samples([url], skips), skips)
-    return {s["key"]: s["caption"] for s in samples}, dict(skips.counts)
+    samples = apply(parse, read_samples([url], skips), skips)
+    captions = {s["key"]: caption_of(s["captions"], f"{seed}/{s['key']}") for s in samples}
+    return captions, dict(skips.counts)
 
 
 def test_texts_are_decoded_by_their_mark_or_left_out(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
     gradients = []
     for again in (False, True):
         network, runs = tiny(checkpoint_blocks=again).train(), []
-        network.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        network.blocks[0].attn1.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         (x, t), side = inputs(), a_side(network)
         network.features(x, t, [side]).square().mean().backward()
         assert len(runs) == 1 + again
