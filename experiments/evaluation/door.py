@@ -20,6 +20,7 @@ from experiments.evaluation.results import guard, remember, result
 from experiments.evaluation.sources import (
     Source,
     asked,
+    check_named,
     ids,
     reconstructed,
     reference,
@@ -58,6 +59,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     if options.protocol is not None:
         for line in options.protocol.told():
             say(line)
+    check_named(options)
     choices = [CHOICES[score] for score in options.scores]
     prompts = asked(options)
     captioned = prompts is not None and getattr(prompts, "captioned", True)
@@ -107,15 +109,17 @@ def pair_rows(options: Options) -> Any:
     Raises:
         ConfigError: the weights of LPIPS are not there.
     """
+    from eval.downloads import find_lpips
     from eval.extractors import ReconstructionRows
     from experiments.papers.base import LPIPS_SCENES
 
     given = options.weights.get("lpips")
-    if given is not None and not given.exists():
-        raise ConfigError(f"--weights lpips: there is no {given}")
     if given is None and options.features == ["scenes"]:
-        given = LPIPS_SCENES
-    return ReconstructionRows(lpips=given)
+        return ReconstructionRows(lpips=LPIPS_SCENES)
+    try:
+        return ReconstructionRows(lpips=find_lpips(given))
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def work(
@@ -162,11 +166,22 @@ def work(
         store.run(stages, machine, log, [score, *([] if pictures is None else [pictures])])
         if not store.leader:
             return
-        scores = score.scores(store.folders)
+        scores = named(options, score.scores(store.folders))
         content = result(options, store, scores, made, real, measured, pictures, prompts, command)
         write_json(out / "result.json", content)
     files = {"result": out / "result.json"}
     show_outcome(scores, files if pictures is None else {**files, "pictures": out / IMAGES})
+
+
+def named(options: Options, scores: dict[str, Any]) -> dict[str, Any]:
+    """Call the Frechet distances of reconstructions to their originals rFID, rFD."""
+    if not options.door.first_stage:
+        return scores
+    parts = ((name.partition("/"), score) for name, score in scores.items())
+    return {
+        f"{prefix}/r{name}" if name.startswith(("fid", "fd_")) else f"{prefix}/{name}": score
+        for (prefix, _, name), score in parts
+    }
 
 
 def check_list(

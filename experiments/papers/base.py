@@ -225,6 +225,7 @@ class RunSettings:
     """What every paper's run has."""
 
     READS: ClassVar[str] = "nothing yet"  # lines of help: what files of others can be read
+    PARTS: ClassVar[tuple[str, ...]] = ()  # further weights that a checkpoint can work with
     FIRST_STAGE: ClassVar[FirstStageKind]
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {}  # section -> name -> its dataclass
 
@@ -280,6 +281,11 @@ class RunSettings:
         Generators: (source, hints) -> Foreign; first stages: (source, hints, aside) -> export.
         """
         raise ValueError("no files of others are known of this paper")
+
+    @classmethod
+    def part_reader(cls, name: str) -> Callable[[Path], Any]:
+        """Return what reads a foreign file of one of PARTS: (file) -> tensors, settings."""
+        raise ValueError(f"this paper has no part {name}")
 
     @property
     def first_stage(self) -> Any:

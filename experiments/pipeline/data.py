@@ -144,7 +144,7 @@ class Captions(Stage):
         write_json(folder / "captions.json", rows)
         if not self.first:  # the others are of the same split, and said already
             log.note(skips.told(split))
-        return {"samples": len(rows), "skipped": dict(skips.counts)}
+        return {"samples": len(rows), **skips.found()}
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what the samples say, in order."""

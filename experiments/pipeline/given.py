@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -212,8 +211,8 @@ def _stacked(images: list[Tensor]) -> Images:
 def _square(image: Any, size: int, resample: Any) -> Any:
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), resample, box=box)
+    # cut first, so that what lies outside has no say in the border
+    return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
 
 
 def _short(image: Any, size: int, resample: Any) -> Any:
@@ -226,9 +225,9 @@ def _short(image: Any, size: int, resample: Any) -> Any:
 
 
 def _adm(image: Any, size: int, resample: Any) -> Any:
-    from data.images import adm_crop
+    from data.crops import adm
 
-    return adm_crop(image, size)
+    return adm(image, size)
 
 
 def _squash(image: Any, size: int, resample: Any) -> Any:
@@ -334,12 +333,12 @@ def matched(folder: Path, names: Sequence[str], asked: Sequence[Mapping[str, Any
     return found
 
 
-def check_sizes(folder: Path, names: Sequence[str], strict: bool) -> Counter[tuple[int, int]]:
-    """Count the sizes of pictures, from their headers alone.
+def sizes_of(folder: Path, names: Sequence[str], strict: bool) -> dict[str, tuple[int, int]]:
+    """Return width and height of pictures, from their headers alone.
 
     Args:
         folder: the folder.
-        names: the pictures in it.
+        names: the files in it.
         strict: refuse files that are no pictures; else they are left out.
 
     Raises:
@@ -347,22 +346,21 @@ def check_sizes(folder: Path, names: Sequence[str], strict: bool) -> Counter[tup
     """
     from PIL import Image
 
-    sizes: Counter[tuple[int, int]] = Counter()
-    broken: list[str] = []
+    from data.images import FORMATS
 
     def size_of(name: str) -> tuple[int, int] | None:
         try:
-            with Image.open(folder / name) as image:
+            with Image.open(folder / name, formats=FORMATS) as image:
                 return image.size
         except Exception:  # a broken file makes Pillow raise almost anything
             return None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, size in zip(names, pool.map(size_of, names), strict=True):
-            if size is None:
-                broken.append(name)
-            else:
-                sizes[size] += 1
-    if (strict and broken) or not sizes:
-        raise ValueError(f"{len(broken)} files of {folder} are no pictures: {some(broken)}")
-    return sizes
+        found = dict(zip(names, pool.map(size_of, names), strict=True))
+    broken = [name for name, size in found.items() if size is None]
+    if broken and (strict or len(broken) == len(found)):
+        raise ValueError(
+            f"{len(broken)} of {len(found)} files of {folder} cannot be read as pictures: "
+            f"{some(broken)}"
+        )
+    return {name: size for name, size in found.items() if size is not None}

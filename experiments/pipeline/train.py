@@ -153,9 +153,9 @@ class Train(FileStage):
         if is_leader():
             save_weights(folder / recipe.FILE, *weights)
         skipped = {}
-        if isinstance(self.source, PictureSource) and data.skips.counts:
-            log.note(data.skips.told("train, over all passes"))
-            skipped = {"skipped": data.skipped}
+        if isinstance(self.source, PictureSource) and data.left_out.counts:
+            log.note(data.left_out.told("train, over all passes"))
+            skipped = data.left_out.found()
         return {"parameters": sum(p.numel() for p in module.parameters()), **skipped}
 
     def _data(self, inputs: Folders, machine: Machine) -> Any:
