@@ -1,5 +1,6 @@
 """Inception-v3 as clean-fid runs it: pool3, spatial features, classes; and Inception Score."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,9 @@ def load_script(path: Path, device: torch.device | str) -> Any:
         ValueError: the file is none.
     """
     try:
-        script = torch.jit.load(path, map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, whose successor is no reader
+            script = torch.jit.load(path, map_location=device).eval()
         _ = script.layers, script.output.weight
     except (RuntimeError, AttributeError) as error:
         raise ValueError(
