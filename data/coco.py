@@ -99,8 +99,8 @@ def rows(root: Path, year: int, faults: Counter[str]) -> Iterator[Row]:
             file = picture["file_name"]
             size = {f"original_{k}": picture[k] for k in ("width", "height") if k in picture}
             meta = {**size, "image_id": picture["id"]}
-            key = Path(file).stem
-            yield Row(key, f"{folder.as_posix()}/{file}", picture["captions"], split, None, meta)
+            key, base = Path(file).stem, folder.as_posix()
+            yield Row(key, file, picture["captions"], split, None, meta, base)
 
 
 def read_captions(

@@ -28,9 +28,13 @@ class DataConfig:
         "oxford102",
         "imagefolder",
         "parquet",
+        "cache",
     ] = "scenes"
     """scenes: drawn by the project; digits: handwritten, of scikit-learn; shards: your own; else a
-    corpus in data.root, see --paper help."""
+    corpus in data.root, see --paper help, or a cache that experiments.precompute made."""
+    path: str | None = None
+    """Folder of the cache that data=cache trains on; the other data are those that it was made of.
+    """
     root: str | None = None
     """Folder of a corpus, such as data=coco2014 or data=imagefolder."""
     shards: str | None = None
@@ -57,6 +61,8 @@ class DataConfig:
     crop: Crop = "center"
     """Where the square is cut from a training image, validation is cut in the centre; adm: both
     are resized and cut in the centre as ADM does."""
+    crops: int = 1
+    """Crops of every training image that a cache keeps, with a random crop."""
     flip: bool = False
     """Mirror half of the training images. Not for captions that say left or right."""
     shuffle_buffer: int = 1_000
@@ -81,6 +87,12 @@ class DataConfig:
     """Caption of images that have none; null leaves these out."""
 
     def __post_init__(self) -> None:
+        if self.name == "cache":
+            raise ValueError("path must name the folder of the cache")
+        if self.path is not None and not self.cache:
+            raise ValueError("cache must be true with path, which names a cache")
+        if self.crops > 1 and self.crop in ("center", "adm"):
+            raise ValueError(f"crops must be 1 with crop={self.crop}: all would be the same")
         if self.shards is not None and self.name in EMBEDDED:
             self.name = "shards"
         if self.name == "shards" and self.shards is None:
@@ -90,7 +102,7 @@ class DataConfig:
                 raise ValueError(f"root goes with a corpus, not with {self.name}")
         elif self.root is None and self.shards is None:
             raise ValueError(f"root must name the folder of {self.name}")
-        sizes = {"resolution": 8, "train_size": 1, "val_size": 1, "heldout_size": 1}
+        sizes = {"resolution": 8, "crops": 1, "train_size": 1, "val_size": 1, "heldout_size": 1}
         for name, lowest in {**sizes, "seed": 0, "shuffle_buffer": 0, "workers": 0}.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import decode_text
-from data.listing import Row, first_of, is_picture, read_lines
+from data.listing import SUFFIXES, Row, first_of, is_picture, read_lines
 from data.names import aliased, split_of, texts
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -32,7 +32,8 @@ def index(root: Path) -> list[Path]:
         ValueError: no picture lies below the root.
     """
     if next(pictures(root), None) is None:
-        raise ValueError(f"no picture ({', '.join(['.jpg', '.png', '.webp'])}) lies below {root}")
+        linked = "; links to folders are not followed" if links(root) else ""
+        raise ValueError(f"no picture ({', '.join(SUFFIXES)}) lies below {root}{linked}")
     folders = [root]
     for folder in [root, *_folders(root)]:
         folders += _folders(folder)
@@ -56,6 +57,11 @@ def pictures(root: Path) -> Iterator[str]:
                 yield name if below == "." else f"{below}/{name}"
 
 
+def links(root: Path) -> int:
+    """Return how many links to folders lie below a root, which are not followed."""
+    return sum((Path(f) / name).is_symlink() for f, names, _ in os.walk(root) for name in names)
+
+
 def rows(
     root: Path, faults: Counter[str], *, labels: bool = False, first_val: int | None = None
 ) -> Iterator[Row]:
@@ -63,7 +69,7 @@ def rows(
 
     Args:
         root: the folder.
-        faults: counts pictures that the metadata say nothing of.
+        faults: counts links to folders, and pictures that the metadata say nothing of.
         labels: whether folders inside of a split are classes.
         first_val: from this number on, files named by numbers are validation.
 
@@ -71,6 +77,8 @@ def rows(
         ValueError: a table that cannot be read.
     """
     files = list(pictures(root))
+    if linked := links(root):
+        faults["a link to a folder, which is not followed"] += linked
     tables = {f: _table(root, f) for f in dict.fromkeys(_parents(files)) if _metadata(root, f)}
     if tables:
         yield from _described(files, tables, faults)
@@ -248,8 +256,8 @@ def imagenet_rows(root: Path, faults: Counter[str]) -> Iterator[Row]:
             raise ValueError(f"{folder} has the class {more[0]}, which {train} has not")
         for wnid in wnids(folder):
             for file in sorted(filter(is_picture, os.listdir(folder / wnid))):
-                name, path = os.path.splitext(file)[0], f"{below}/{wnid}/{file}"
-                yield Row(name, path, captions[wnid], split, numbers[wnid])
+                name, base = os.path.splitext(file)[0], f"{below}/{wnid}"
+                yield Row(name, file, captions[wnid], split, numbers[wnid], base=base)
     if wnids(val):
         return
     with open(_solution(root, val), newline="", encoding="utf-8") as table:
@@ -259,7 +267,7 @@ def imagenet_rows(root: Path, faults: Counter[str]) -> Iterator[Row]:
         name = os.path.splitext(file)[0]
         wnid = said.get(name, "").partition(" ")[0]
         if wnid in numbers:
-            yield Row(name, f"{below}/{file}", captions[wnid], "val", numbers[wnid])
+            yield Row(name, file, captions[wnid], "val", numbers[wnid], base=below)
         else:
             faults["a picture of val without a class of training"] += 1
 

@@ -1,8 +1,8 @@
 """Listings: shards of pictures that stay where they are, as rows of JSON that name their files.
 
-The first line of NNNNN.jsonl holds the root, every further one a picture: key, file below the root,
-all captions, label and metadata where there are. Reading them gives what a tar with the same
-pictures would give. No file is opened that lies outside of the root, also not through a link.
+The first line of NNNNN.jsonl holds the root, every further one a picture: key, file, all captions,
+label and metadata where there are. Reading them gives what a tar with the same pictures would give.
+No file is opened that lies outside of its folder, also not through a link.
 """
 
 import json
@@ -29,7 +29,7 @@ class Row:
     key: str
     """Unique in the corpus."""
     file: str
-    """Its path below the root of the corpus, with "/"."""
+    """Its path below `base`, with "/"; it may not lead out of there, also not through a link."""
     captions: tuple[str, ...] = ()
     """All that are said of it; none where they are missing."""
     split: str = ""
@@ -38,6 +38,8 @@ class Row:
     """Its class, from 0."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What else is known, under the names of img2dataset."""
+    base: str = ""
+    """A folder below the root that the corpus's layout names; it may be a link to elsewhere."""
 
 
 def write_listings(
@@ -71,7 +73,8 @@ def _line(row: Row) -> str:
     told: dict[str, Any] = {"key": row.key, "file": row.file, "caption": list(row.captions)}
     if row.label is not None:
         told["label"] = row.label
-    return json.dumps({**told, **({"meta": row.meta} if row.meta else {})})
+    more = {name: value for name in ("meta", "base") if (value := getattr(row, name))}
+    return json.dumps({**told, **more})
 
 
 def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
@@ -87,7 +90,7 @@ def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
             meta["label"] = row.label
         suffix = row.file.rpartition(".")[2].lower()
         data, fault = None, ""
-        path = inside(root, row.file)
+        path = inside(os.path.join(root, row.base), row.file)
         if path is None:
             fault = OUTSIDE
         else:
@@ -134,8 +137,8 @@ def read_rows(url: str) -> Iterator[tuple[str, Row]]:
             for line in file:
                 told = json.loads(line)
                 captions = tuple(told["caption"])
-                label, meta = told.get("label"), told.get("meta", {})
-                yield root, Row(told["key"], told["file"], captions, "", label, meta)
+                label, meta, base = told.get("label"), told.get("meta", {}), told.get("base", "")
+                yield root, Row(told["key"], told["file"], captions, "", label, meta, base)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{url} is no listing of pictures: {error}") from error
 

@@ -22,7 +22,7 @@ from data.parquet import count_parquet, parquet_keys, read_parquet
 from data.remote import PIPE, open_shard
 from data.remote import stamp_of as stamp
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "avif")
 UNSAFE_NAME = "unsafe name"
 LINK = "link instead of a file"
 

@@ -8,24 +8,18 @@ comes before. A picture that cannot be decoded leaves a gap.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import cast
 
+from data.crops import CROPS
 from data.images import decode_image, open_image
-from data.names import number
-from data.shards import (
-    FILTERED,
-    OTHER_SPLIT,
-    Sample,
-    SampleError,
-    SkipCounter,
-    apply,
-    parse,
-    read_samples,
-)
+from data.names import aliased, number
+from data.shards import Sample, apply, parse, read_samples
+from data.skips import FILTERED, OTHER_SPLIT, SampleError, SkipCounter
 from data.view import MAX_SKIPPED, Crop, ShardList, View
 
 
 def check_metadata(sample: Sample, view: View) -> Sample:
-    """Let a sample pass, or raise SampleError with the metadata filter that stops it."""
+    """Return a sample with the captions that pass, or raise SampleError with what stops it."""
     meta = sample["meta"]
     if view.min_size is not None:
         size = [number("width", meta), number("height", meta)]
@@ -41,7 +35,14 @@ def check_metadata(sample: Sample, view: View) -> Sample:
         raise SampleError(f"{FILTERED}max_pwatermark")
     if unsafe is not None and not number("punsafe", meta) <= unsafe:
         raise SampleError(f"{FILTERED}max_punsafe")
-    return sample
+    shortest, longest = view.min_caption, view.max_caption
+    captions = [c for c in sample["captions"] if shortest is None or len(c) >= shortest]
+    if not captions:
+        raise SampleError(f"{FILTERED}min_caption")
+    captions = [c for c in captions if longest is None or len(c) <= longest]
+    if not captions:
+        raise SampleError(f"{FILTERED}max_caption")
+    return {**sample, "captions": captions}
 
 
 def drawn(draw: str, what: str) -> random.Random:
@@ -72,7 +73,7 @@ def frozen(view: View, key: str) -> str:
 def described(sample: Sample, draw: str) -> Sample:
     """Return "key" and "caption" of an encoded sample, "label" and "attributes" if given."""
     result = {"key": sample["key"], "caption": caption_of(sample["captions"], draw)}
-    label, attributes = (sample["meta"].get(name) for name in ("label", "attributes"))
+    label, attributes = aliased("label", sample["meta"]), sample["meta"].get("attributes")
     if type(label) is int and 0 <= label < 2**63:
         result["label"] = label
     if isinstance(attributes, dict):
@@ -81,12 +82,12 @@ def described(sample: Sample, draw: str) -> Sample:
 
 
 def decoded(sample: Sample, view: View) -> Sample:
-    """Return an encoded sample as validation sees it: cut in the centre, its caption frozen.
+    """Return an encoded sample as validation sees it: its crop and its caption draw nothing anew.
 
     Returns:
         What `described` does, with "pixels" uint8 [H, W, 3].
     """
-    crop: Crop = "adm" if view.crop == "adm" else "center"
+    crop = cast(Crop, CROPS[view.crop].seen)
     pixels = decode_image(sample["data"], view.resolution, crop=crop)
     return {"pixels": pixels, **described(sample, frozen(view, sample["key"]))}
 
@@ -109,6 +110,7 @@ def visited(sample: Sample, view: View, draw: str, flip: bool) -> Sample:
         crop=view.crop,
         rng=drawn(draw, "crop"),
         mirror=flip and mirrored(draw),
+        reduced=True,
     )
     return {"pixels": pixels, **described(sample, draw)}
 
@@ -121,7 +123,7 @@ def select(raw: Sample, shards: ShardList, view: View) -> Sample:
     """
     if not shards.holds(raw["__key__"]):
         raise SampleError(OTHER_SPLIT)
-    return check_metadata(parse(raw), view)
+    return check_metadata(parse(raw, view.caption), view)
 
 
 def selected(

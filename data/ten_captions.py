@@ -49,7 +49,7 @@ def birds(root: Path, faults: Counter[str]) -> Iterator[Row]:
             label = int(number[0]) - 1 if number else None
             captions = _captions(texts / kind / f"{name}.txt")
             if part := split(kind, name):
-                yield Row(f"{kind}/{name}", f"{below}/{kind}/{file}", captions, part, label)
+                yield Row(f"{kind}/{name}", f"{kind}/{file}", captions, part, label, base=below)
             else:
                 faults["a picture that no list of a split names"] += 1
 
@@ -95,7 +95,7 @@ def flowers(root: Path, faults: Counter[str]) -> Iterator[Row]:
             label = int(numbers[place - 1]) - 1
         if part := split(kind or (f"class_{label + 1:05d}" if label is not None else ""), name):
             captions = _captions(text) if text else ()
-            yield Row(name, f"{below}/{file}", captions, part, label)
+            yield Row(name, file, captions, part, label, base=below)
         else:
             faults["a picture that no list of a split names"] += 1
 

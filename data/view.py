@@ -10,7 +10,9 @@ from typing import Literal
 from data.files import write_json
 from data.remote import is_remote
 
-Crop = Literal["center", "random", "adm"]
+Crop = Literal[
+    "center", "random", "adm", "dalle", "resize_bicubic", "resize_bilinear", "resize_lanczos"
+]
 MAX_SKIPPED = 0.2  # share of bad samples at which reading stops, where nobody says otherwise
 
 

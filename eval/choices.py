@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval.extractors import FEATURES, ClipRows, InceptionRows, SceneRows
-from eval.spaces import INCEPTION
+from eval.spaces import INCEPTION, SPACES
 
 if TYPE_CHECKING:
     from eval.rows import Extractor
@@ -46,6 +46,7 @@ CHOICES: dict[str, Choice] = {
     "hpsv2": Choice("preference", reference=False, prompts=True),
     "pickscore": Choice("preference", reference=False, prompts=True),
 }
+WEIGHTS = (*SPACES, "clip_score", "hpsv2", "pickscore", "lpips")
 ONLY_INCEPTION = ("sfid", "inception_score")
 
 
@@ -114,6 +115,21 @@ def _of_captions(
         return "preference", ClipRows.preference(score, weights)
     model, _, tag = clip.partition(" ")
     return "clip_score", ClipRows.of(model, tag, weights)
+
+
+def weight_files(words: Sequence[str]) -> dict[str, Path]:
+    """Read words NAME=FILE: files of weights by the names of features and scores.
+
+    Raises:
+        ValueError: a word of another form, or an unknown name.
+    """
+    files = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or name not in WEIGHTS:
+            raise ValueError(f"{word!r} is no NAME=FILE of weights; names: {', '.join(WEIGHTS)}")
+        files[name] = Path(path)
+    return files
 
 
 def described(extractor: Any) -> dict[str, Any]:

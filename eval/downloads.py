@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from data.files import atomic, file_hash
+from data.files import atomic, file_hash, link
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without an answer
@@ -31,7 +31,9 @@ class WeightFile:
     sha256: str = ""
     """Its checksum; empty where none is published."""
     repository: str = ""
-    """Repository of the Hugging Face hub that holds it, whose cache is looked into."""
+    """Repository of the Hugging Face hub that holds the same weights; its cache is looked into."""
+    files: tuple[str, ...] = ()
+    """Names that they may have there, if not `name`."""
 
     def find(self, given: Path | str | None = None) -> Path:
         """Return the file: the given one, one of the usual caches, or a download.
@@ -47,26 +49,25 @@ class WeightFile:
             if not path.exists():
                 raise ValueError(f"there is no file {path} with the weights of {self.what}")
             return path
-        for path in self.places():
-            if path.is_file() and self.fits(path):
-                return path.resolve()
-        return self.download(checkpoints() / self.name)
-
-    def places(self) -> list[Path]:
-        """Return where the file may lie: caches of torch, of clean-fid, of the hub."""
-        places = [checkpoints() / self.name, Path(tempfile.gettempdir()) / self.name]
-        places.append(Path.home() / ".cache" / "clip" / self.name)
-        if self.repository:
-            folder = hub() / f"models--{self.repository.replace('/', '--')}" / "snapshots"
-            places += sorted(folder.glob(f"*/{self.name}"))
-        return places
+        # where torch, clean-fid and CLIP keep their files
+        for folder in (checkpoints(), Path(tempfile.gettempdir()), Path.home() / ".cache" / "clip"):
+            if self.fits(folder / self.name):
+                return folder / self.name
+        return self.of_hub() or self.download(checkpoints() / self.name)
 
     def fits(self, path: Path) -> bool:
-        """Return whether a file has the checksum; the hub names large files by theirs."""
-        known = self.sha256
-        if not known and len(path.resolve().name) == 64:
-            known = path.resolve().name
-        return not known or file_hash(path) == known
+        """Return whether the file is there with its checksum."""
+        return path.is_file() and (not self.sha256 or file_hash(path) == self.sha256)
+
+    def of_hub(self) -> Path | None:
+        """Return the file of the hub's cache, which names large files by their checksum."""
+        snapshots = hub() / f"models--{self.repository.replace('/', '--')}" / "snapshots"
+        for name in self.files or (self.name,):
+            for path in sorted(snapshots.glob(f"*/{name}")) if self.repository else []:
+                whole = path.resolve()
+                if whole.is_file() and (len(whole.name) != 64 or file_hash(whole) == whole.name):
+                    return whole
+        return None
 
     def download(self, path: Path) -> Path:
         """Download to `path`, whole or not at all.
@@ -77,7 +78,7 @@ class WeightFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                if not (path.is_file() and self.fits(path)):
+                if not self.fits(path):
                     self._download(path)
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             raise ValueError(
@@ -156,15 +157,47 @@ PICKSCORE = WeightFile(
 )
 
 
-def _openai(what: str, name: str, sha256: str) -> WeightFile:
+VGG16 = WeightFile(
+    "VGG16 of LPIPS",
+    "vgg16-397923af.pth",
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+LPIPS_LINEAR = WeightFile(
+    "the linear weights of LPIPS",
+    "vgg.pth",
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
+    "vgg.pth",
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
+
+
+def find_lpips(given: Path | str | None = None) -> Path:
+    """Return the file or folder of LPIPS's weights: the given one, or both parts side by side.
+
+    Raises:
+        ValueError: see `WeightFile.find`.
+    """
+    if given is not None:
+        return LPIPS_LINEAR.find(given)
+    folder = checkpoints() / "lpips-vgg16"
+    for part in (VGG16, LPIPS_LINEAR):
+        if not part.fits(folder / part.name):
+            link(part.find(), folder / part.name)
+    return folder
+
+
+OF_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def _openai(what: str, name: str, sha256: str, repository: str) -> WeightFile:
     url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}"
-    return WeightFile(what, name, url, sha256)
+    return WeightFile(what, name, url, sha256, repository, OF_OPEN_CLIP)
 
 
 def _laion(what: str, repository: str) -> WeightFile:
-    name = "open_clip_pytorch_model.bin"
-    url = f"https://huggingface.co/{repository}/resolve/main/{name}"
-    return WeightFile(what, name, url, repository=repository)
+    url = f"https://huggingface.co/{repository}/resolve/main/{OF_OPEN_CLIP[1]}"
+    return WeightFile(what, OF_OPEN_CLIP[1], url, "", repository, OF_OPEN_CLIP)
 
 
 # model of open_clip and tag of its weights; weights of OpenAI need quick GELU
@@ -173,16 +206,19 @@ CLIPS: dict[tuple[str, str], WeightFile] = {
         "CLIP ViT-B/32",
         "ViT-B-32.pt",
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+        "timm/vit_base_patch32_clip_224.openai",
     ),
     ("ViT-L-14-quickgelu", "openai"): _openai(
         "CLIP ViT-L/14",
         "ViT-L-14.pt",
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+        "timm/vit_large_patch14_clip_224.openai",
     ),
     ("ViT-L-14-336-quickgelu", "openai"): _openai(
         "CLIP ViT-L/14 of 336 px",
         "ViT-L-14-336px.pt",
         "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+        "timm/vit_large_patch14_clip_336.openai",
     ),
     ("ViT-H-14", "laion2b_s32b_b79k"): _laion(
         "CLIP ViT-H/14 of LAION", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

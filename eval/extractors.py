@@ -6,7 +6,7 @@ Each is an `eval.rows.Extractor`; what its rows mean stands in the module that s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import device as Device
 
     from eval.classifier_network import Classifier
-    from eval.rows import Asked, Extractor, Measure, Measured
+    from eval.rows import Extractor, Measure
 
 LEVELS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)  # of the noise added to latents
 
@@ -291,35 +291,6 @@ class ClipRows:
 
         options = {k: v for k, v in vars(self).items() if k not in ("model", "weights")}
         return clip_measure(self.model, self.weights, device, **options)
-
-
-@dataclass(frozen=True)
-class SeveralRows:
-    """The rows of several extractors, so that every picture is read once."""
-
-    parts: tuple[Any, ...]
-    """Extractors whose rows have different names."""
-
-    def load(self, device: Device | str, *, folder: Path, first_stage: Any = None) -> Measure:
-        """Make ready, see `Extractor.load`."""
-        measures = [
-            part.load(device, folder=folder, first_stage=first_stage) for part in self.parts
-        ]
-
-        def measure(images: Any, asked: Asked, first: int) -> Measured:
-            found = [one(images, asked, first) for one in measures]
-            names = [name for one in found for name in one.rows]
-            double = sorted({name for name in names if names.count(name) > 1})
-            if double:
-                raise ValueError(f"two extractors make the rows {', '.join(double)}")
-            return replace(
-                found[0],
-                rows={k: v for one in found for k, v in one.rows.items()},
-                sums={k: v for one in found for k, v in one.sums.items()},
-                models={k: v for one in found for k, v in one.models.items()},
-            )
-
-        return measure
 
 
 # what a person calls features -> their extractor, with a given file of weights or the usual one

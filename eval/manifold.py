@@ -149,7 +149,7 @@ def drawn(rows: np.ndarray, count: int, seed: int) -> Tensor:
     """Draw so many rows [n, d] without replacement, float64; all of them stay in their order."""
     if count < len(rows):
         rows = rows[np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))]
-    return torch.from_numpy(rows).double()
+    return torch.from_numpy(rows).to(torch.float64, copy=True)
 
 
 def score_manifold(
@@ -177,7 +177,7 @@ def score_manifold(
         count = min(len(side.made), len(side.rows), MOST)
         real, fake = (drawn(rows, count, what.get("seed", 0)) for rows in (side.rows, side.made))
         centre = real.mean(dim=0)  # distances lose no digits to a common offset
-        real, fake = real - centre, fake - centre
+        real, fake = real.sub_(centre), fake.sub_(centre)
         about = {**told(side, what), "reference": f"{count} real pictures", **what}
         near, wide = neighbourhoods(real, fake, (BALLS, COVER), strict=True)
         for name in WHAT:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import atomic, file_hash
-from eval.frechet import FeatureStats, Moments
+from data.files import file_hash
+from eval.frechet import Moments
 from eval.rows import Measured
 from eval.spaces import SPACES
 
@@ -36,9 +36,8 @@ def read_reference(path: Path, space: str) -> Measured:
             there = set(archive.namelist())
             for kind, (mean, covariance) in PAIRS.items():
                 if {f"{mean}.npy", f"{covariance}.npy"} <= there:
-                    count = _array(archive, "n") if "n.npy" in there else None
-                    found = (_array(archive, mean), _array(archive, covariance))
-                    moments[names[kind]] = _moments(*found, count)
+                    arrays = (_array(archive, name) for name in (mean, covariance))
+                    moments[names[kind]] = _moments(*arrays)
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"{path} holds no statistics that can be read: {error}") from error
     if names["features"] not in moments:
@@ -47,21 +46,14 @@ def read_reference(path: Path, space: str) -> Measured:
     return Measured({}, models=dict.fromkeys(moments, model), moments=moments)
 
 
-def write_reference(path: Path, stats: FeatureStats) -> None:
-    """Write moments as clean-fid does, with their "n"; whole or not at all."""
-    mean, covariance = stats.mean.cpu().numpy(), stats.covariance.cpu().numpy()
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, mu=mean, sigma=covariance, n=np.int64(stats.n))
-
-
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _moments(mean: np.ndarray, covariance: np.ndarray, count: np.ndarray | None) -> Moments:
+def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
     width = mean.shape[-1]
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError(f"mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit")
     m, c = (torch.from_numpy(np.asarray(x, np.float64)) for x in (mean, covariance))
-    return Moments(m, c, None if count is None else int(count))
+    return Moments(m, c)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
+from data.cached import read_index
 from data.files import file_hash
 from experiments.cli import Parser, blame, command, first_line, speaker
 from experiments.papers.registry import PAPERS, scale_file
@@ -162,12 +163,11 @@ def counted(cache: Path, tokenizer: Path) -> Tensor:
     Raises:
         ValueError: tokens of another tokenizer.
     """
-    from data.tokens import count_tokens
-    from lightning_modules.common.foreign import read_settings
+    from data.cache import count_tokens
 
-    made = read_settings(cache / "cache.json")
+    made = read_index(cache)["made"]
     sha256 = file_hash(tokenizer) if tokenizer.is_file() else None
-    return count_tokens(cache, made.get("num_codes", 0), sha256)
+    return count_tokens(cache, made["num_codes"] or 0, sha256)
 
 
 def write_first_stage(stage: FirstStage, out: Path) -> None:

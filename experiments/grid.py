@@ -94,6 +94,23 @@ class SweepRun:
         return " ".join(f"{k}={text_of(v)}" for k, v in short_names(self.settings).items())
 
 
+def sweep_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Split words into sweep files and settings.
+
+    Raises:
+        ConfigError: a word that is neither.
+    """
+
+    def is_file(word: str) -> bool:
+        return word.endswith((".yaml", ".yml")) and "=" not in word
+
+    settings = [word for word in words if not is_file(word)]
+    for word in settings:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is neither a sweep file nor a setting key=value")
+    return [Path(word) for word in words if is_file(word)], settings
+
+
 def read_sweep(path: Path) -> Sweep:
     """Read a sweep file in W&B's format, of which a grid of given values can be run here.
 

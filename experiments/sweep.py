@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.cli import Parser, command, console, prepare_torch, speaker
-from experiments.grid import PROGRAM, Sweep, SweepRun, finished, make_runs, read_sweep
+from experiments.grid import PROGRAM, Sweep, SweepRun, finished, make_runs, read_sweep, sweep_files
 from experiments.pipeline.ranks import is_leader
 from experiments.points import collect, do_runs, supervise
 from experiments.settings import ConfigError
@@ -50,13 +50,9 @@ def run(argv: Sequence[str]) -> int:
     if args.help:
         print(parser.format_help())
         return 0
-    files = [Path(w) for w in words if w.endswith((".yaml", ".yml")) and "=" not in w]
-    settings = [w for w in words if not (w.endswith((".yaml", ".yml")) and "=" not in w)]
+    files, settings = sweep_files(words)
     if not files:
         raise ConfigError("name a sweep file, e.g. sweeps/paella_steps.yaml")
-    for word in settings:
-        if "=" not in word:
-            raise ConfigError(f"{word!r} is neither a sweep file nor a setting key=value")
     given = {"paper": args.paper, "scale": args.scale}
     settings += [f"--{name}={value}" for name, value in given.items() if value is not None]
     for name in ("out", "index"):
@@ -79,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
     failed = 0
     for path, (sweep, out, runs) in zip(files, grids, strict=True):
         if args.jobs > 1 and args.index is None:
-            own = [w for w in argv if not (w.endswith((".yaml", ".yml")) and "=" not in w)]
+            own = [word for word in argv if Path(word) not in files]
             # the last word of a kind wins
             supervise(sweep, runs, [str(path), *own, "--jobs=1", f"--out={out}"], args.jobs, say)
         else:

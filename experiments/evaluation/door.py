@@ -107,15 +107,17 @@ def pair_rows(options: Options) -> Any:
     Raises:
         ConfigError: the weights of LPIPS are not there.
     """
+    from eval.downloads import find_lpips
     from eval.extractors import ReconstructionRows
     from experiments.papers.base import LPIPS_SCENES
 
     given = options.weights.get("lpips")
-    if given is not None and not given.exists():
-        raise ConfigError(f"--weights lpips: there is no {given}")
     if given is None and options.features == ["scenes"]:
-        given = LPIPS_SCENES
-    return ReconstructionRows(lpips=given)
+        return ReconstructionRows(lpips=LPIPS_SCENES)
+    try:
+        return ReconstructionRows(lpips=find_lpips(given))
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def work(

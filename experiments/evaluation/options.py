@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from eval.choices import CHOICES, CLIP
+from eval.choices import CHOICES, CLIP, weight_files
 from eval.spaces import SPACES
 from experiments.cli import Parser
 from experiments.evaluation.protocols import Protocol, protocol, protocols
@@ -101,13 +101,10 @@ class Options:
         Raises:
             ConfigError: a word that is no NAME=FILE.
         """
-        files = {}
-        for word in self.args.weights:
-            name, equals, path = word.partition("=")
-            if not equals:
-                raise ConfigError(f"--weights {word}: write NAME=FILE")
-            files[pick("--weights", name, [*SPACES, *CHOICES, "lpips"])] = Path(path)
-        return files
+        try:
+            return weight_files(self.args.weights)
+        except ValueError as error:
+            raise ConfigError(f"--weights: {error}") from error
 
     def changed(self) -> list[str]:
         """Return the settings in which this departs from its protocol."""

@@ -13,14 +13,16 @@ from typing import Any, ClassVar, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from data.cached import INDEX, differences, read_index
 from data.config import DataConfig
+from data.files import file_hash
 from experiments.pipeline.data import Captions, Data, PictureSource
-from experiments.pipeline.encode import Encode, EncodedView
+from experiments.pipeline.encode import Cached, Encode, EncodedView
 from experiments.pipeline.first_stage import MEASURED, Given, Statistics
 from experiments.pipeline.generator import Generator
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.sample import Sample
-from experiments.pipeline.stage import FileStage, Machine
+from experiments.pipeline.stage import FileStage, Machine, plain_content
 from experiments.pipeline.train import FirstStageRecipe, GeneratorRecipe, Train
 from experiments.settings import ConfigError, resolved
 from lightning_modules.common.checks import at_least, require, within
@@ -139,12 +141,23 @@ class EvalConfig:
     """Prompts whose tokens are shown step by step in the report."""
     edits: int = 0
     """Scenes of which one half is generated anew for a changed caption, and scored; 0 for none."""
+    scores: list[str] = field(default_factory=list)
+    """Further scores of the val prompts' pictures, such as fid,kid,clip_score; python -m eval.fid
+    --help lists them."""
+    features: list[str] = field(default_factory=list)
+    """Features of the further scores; empty takes the usual ones of each, scenes the embedded
+    classifier."""
+    weights: list[str] = field(default_factory=list)
+    """NAME=FILE: weights of further features and scores, where they are in no usual cache."""
 
     def __post_init__(self) -> None:
         at_least(self, 2, "prompts")
         at_least(self, 1, "batch_size", "bootstrap", "grid")
         at_least(self, 0, "heldout", "partial", "traces", "edits")
         within(self, 0, MAX_SEED - 3 * APART, "seed")
+        for name in ("features", "weights"):
+            if getattr(self, name) and not self.scores:
+                raise ValueError(f"{name} must be empty without scores, which they are for")
 
 
 @dataclass
@@ -234,6 +247,8 @@ class RunSettings:
         Raises:
             ValueError: they do not; the message begins with the setting.
         """
+        if self.data.path is not None:
+            self.check_cache()
         within(self, 0, MAX_SEED, "seed")
         if self.data.seed > MAX_SEED:
             raise ValueError(f"data.seed must be at most {MAX_SEED}, got {self.data.seed}")
@@ -245,6 +260,14 @@ class RunSettings:
                     raise ValueError(
                         f"eval.{name} must be at most data.{size} ({there}), got {wanted}"
                     )
+
+    def check_cache(self) -> None:
+        """Check that the cache of data.path is of these settings.
+
+        Raises:
+            ValueError: it is not; names what differs, in the cache and here.
+        """
+        raise ValueError("data.path holds tokens, and a first stage is trained on pictures")
 
     def note(self) -> str:
         """Say what the user may not expect of these settings, and which would change it."""
@@ -379,14 +402,65 @@ class GeneratorRun(RunSettings):
             self.check_sampling(self.sampling, geometry)  # type: ignore[attr-defined]
 
     def note(self) -> str:
-        """Say that the shipped first stage, which bounds what can be drawn, knows scenes alone."""
-        section = self.FIRST_STAGE.section
-        if self.data.name == "scenes" or self.first_stage.ckpt != "shipped":
-            return ""
-        return (
-            f"the shipped {section} was trained on scenes, not on {self.data.name}, which bounds "
-            f"how good any picture can be; add {section}.ckpt=null to train one on {self.data.name}"
-        )
+        """Say that the shipped first stage, which bounds what can be drawn, knows scenes alone.
+
+        And that states of captions in the cache are not read, where captions are.
+        """
+        section, notes = self.FIRST_STAGE.section, []
+        if self.data.name != "scenes" and self.first_stage.ckpt == "shipped":
+            data = self.data
+            own = f"; add {section}.ckpt=null to train one on {data.name}"
+            notes.append(
+                f"the shipped {section} was trained on scenes, not on {data.name}, which bounds "
+                f"how good any picture can be{own if data.path is None else ''}"
+            )
+        if self.data.path is not None and self.reads_text() and not self.known_text():
+            kept = read_index(self.data.path)["made"]["text"]
+            if kept is not None:
+                own = self.text.name  # type: ignore[attr-defined]
+                notes.append(
+                    f"text.name={own} is trained with the generator: the states of "
+                    f"{kept['name']} in {self.data.path} are not read"
+                )
+        return "; ".join(notes)
+
+    def check_cache(self) -> None:
+        """Check that the cache was made with this first stage, view and text encoder."""
+        section, path = self.FIRST_STAGE.section, self.data.path
+        assert path is not None
+        index = read_index(path)
+        made, wants = index["made"], dataclasses.asdict(self.data.view())
+        kept = {name: made.get(name) for name in wants}
+        for name, here, there in differences(wants, kept):
+            raise ValueError(
+                f"data.{name} is {here} here and {there} in the cache {path}; make them equal, or "
+                "encode again"
+            )
+        file = self.first_stage_file()
+        if file is None:
+            raise ValueError(f"{section}.ckpt must name the {section} that made the cache {path}")
+        if made["tokenizer"] not in (file_hash(file), tokens_of(file)):
+            other = index["about"].get("tokenizer")
+            raise ValueError(
+                f"{section}.ckpt: {file} ({file_hash(file)[:12]}) is not the {section} that the "
+                f"cache {path} was made with: {other} ({made['tokenizer'][:12]})"
+            )
+        if self._frozen_text() and made["text"] is not None:
+            for name, here, there in differences(self._frozen_text(), made["text"]):
+                raise ValueError(
+                    f"text.{name} is {here} here and {there} in the states of captions of the "
+                    f"cache {path}; make them equal, or encode again"
+                )
+
+    def known_text(self) -> bool:
+        """Say whether the cache holds the states of captions that the generator reads."""
+        assert self.data.path is not None
+        return bool(self._frozen_text()) and read_index(self.data.path)["made"]["text"] is not None
+
+    def _frozen_text(self) -> dict[str, Any]:
+        """Return what a cache says of the text encoder; nothing where it is trained, or unread."""
+        text = self.trained_settings()["text"]
+        return {} if text.get("name") in (None, "bytes") else plain_content(text)
 
     def check_fit(self, first: Geometry) -> None:
         """Check the paper's sections and the first stage; the module's own settings know how."""
@@ -418,11 +492,17 @@ class GeneratorRun(RunSettings):
 
     def encoded(
         self, data: Data, *views: EncodedView, resolution: int | None = None
-    ) -> Encode | PictureSource:
+    ) -> Encode | Cached | PictureSource:
         """Return what a generator learns from: the cache, or pictures."""
         if not self.data.cache:
             return self.source(data, resolution)
-        return Encode(data.shards("train", resolution), data.view(resolution), views)
+        if self.data.path is not None and resolution is None:
+            index = existing("data.path", f"{self.data.path}/{INDEX}")
+            assert index is not None
+            return Cached(index, data.view(), self.known_text())
+        shards, file = data.shards("train", resolution), self.first_stage_file()
+        about = {"data": resolved(self.data), "tokenizer": file}
+        return Encode(shards, data.view(resolution), views, self.data.crops, about=about)
 
     def base(self, m: Materials) -> Train:
         """Return the training of the generator."""
@@ -482,6 +562,15 @@ def measures_of_file(kind: FirstStageKind, path: Path) -> tuple[int, int | None,
         return kind.measures(build(kind.config, {k: v for k, v in config.items() if k in names}))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None  # it is refused, with its reason, when it is read
+
+
+def tokens_of(path: Path) -> str | None:
+    """Return the sha256 of the tokenizer whose tokens a file decodes, None where it is its own."""
+    try:
+        with safe_open(path, "np") as file:
+            return json.loads((file.metadata() or {})["config"]).get("tokens_of")
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
+        return None
 
 
 def used_text(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.cached import read_index
+from data.config import DataConfig
 from data.corpora import BROUGHT, corpora
 from experiments.papers.autoencoder import AutoencoderRun
 from experiments.papers.base import FirstStageKind, FirstStageSection, GeneratorRun, RunSettings
@@ -17,6 +19,9 @@ from experiments.papers.vqgan import VQGANRun
 from experiments.pipeline.ranks import launched
 from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick
 
+# settings of data that a run says itself: they are compared with those of its cache, or are none
+OWN = ("path", "cache", "resolution", "crop", "flip", "shuffle_buffer", "workers", "max_skipped")
+Pairs = Sequence[tuple[str, Any]]
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPERS: dict[str, type[RunSettings]] = {
     "vqgan": VQGANRun,
@@ -75,8 +80,12 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     preset = []
     if issubclass(cls, GeneratorRun):
         preset = _first_stage_preset(cls.FIRST_STAGE, yaml, line)
-    config = fill(cls, [*preset, *_with_corpus(paper, yaml, line)])
-    asked = dict(line).get("data.name", config.data.name)
+    layers = with_cache(yaml, line)
+    words = dict(layers[1])
+    config = fill(cls, [*preset, *with_corpus(paper, *layers)])
+    if words.get("data.root") and words.get("data.shards"):
+        raise ConfigError("data.root and data.shards exclude each other; set one")
+    asked = words.get("data.name", config.data.name)
     if asked != config.data.name:  # shards that are set win over any name
         shards = config.data.shards
         raise ConfigError(f"data={asked} and data.shards={shards} exclude each other; set one")
@@ -84,9 +93,27 @@ def load(paper: str, scale: str = "tiny", overrides: Sequence[str] = ()) -> RunS
     return config
 
 
-def _with_corpus(
-    paper: str, yaml: Sequence[tuple[str, Any]], line: Sequence[tuple[str, Any]]
-) -> list[tuple[str, Any]]:
+def with_cache(yaml: Pairs, line: Pairs) -> tuple[Pairs, Pairs]:
+    """Put the data that a cache was made of above the scale's own, where data.path names one.
+
+    Raises:
+        ConfigError: there is no cache.
+    """
+    chosen = dict([*yaml, *line])
+    path = chosen.get("data.path")
+    if path is None:
+        return yaml, line
+    try:
+        made_of = read_index(path)["about"]["data"]
+    except (ValueError, KeyError) as error:
+        told = f"{path} does not say what it was made of" if isinstance(error, KeyError) else error
+        raise ConfigError(f"data.path: {told}") from error
+    known = {f.name for f in dataclasses.fields(DataConfig)}
+    brought = [(f"data.{k}", v) for k, v in made_of.items() if k in known and k not in OWN]
+    return [*yaml, *brought], [pair for pair in line if pair != ("data.name", "cache")]
+
+
+def with_corpus(paper: str, yaml: Pairs, line: Pairs) -> list[tuple[str, Any]]:
     """Put what a corpus brings below the layer that names it, so that a user's words win.
 
     Where the line names other data than the scale, what the scale says of its own gives way.

@@ -144,7 +144,7 @@ class Captions(Stage):
         write_json(folder / "captions.json", rows)
         if not self.first:  # the others are of the same split, and said already
             log.note(skips.told(split))
-        return {"samples": len(rows), "skipped": dict(skips.counts)}
+        return {"samples": len(rows), **skips.found()}
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what the samples say, in order."""
@@ -263,6 +263,11 @@ class Data:
             corpus = corpora()[c.name]
             try:
                 if corpus.kind in KINDS:
+                    if val is not None:
+                        raise ConfigError(
+                            f"data.val_shards goes with data.shards; {c.name} says itself which "
+                            "pictures are validation"
+                        )
                     found = file_stamps(list(map(str, index(c.name, c.root))))
                     return Listed(c.name, os.path.abspath(c.root), found)
                 train, official = shards_of(c.name, c.root)

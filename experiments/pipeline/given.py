@@ -226,9 +226,9 @@ def _short(image: Any, size: int, resample: Any) -> Any:
 
 
 def _adm(image: Any, size: int, resample: Any) -> Any:
-    from data.images import adm_crop
+    from data.crops import adm
 
-    return adm_crop(image, size)
+    return adm(image, size)
 
 
 def _squash(image: Any, size: int, resample: Any) -> Any:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from data.config import DataConfig
+from eval.choices import CHOICES, wanted, weight_files
 from eval.extractors import (
     LEVELS,
     DigitRows,
@@ -14,15 +15,17 @@ from eval.extractors import (
     ReconstructionRows,
     SceneRows,
 )
+from eval.spaces import SPACES
 from experiments.papers.base import APART, Drawing, Materials, RunSettings
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits
 from experiments.pipeline.features import Features
+from experiments.pipeline.given import Prepared
 from experiments.pipeline.sample import Sample
 from experiments.pipeline.score import Score, Scored
 from experiments.pipeline.stage import FileStage, Stage, order
 from experiments.pipeline.train import FirstStageRecipe, Train
-from experiments.settings import pick
+from experiments.settings import ConfigError, pick
 
 
 class Scoring(NamedTuple):
@@ -122,6 +125,11 @@ def plan(paper: str, run: RunSettings) -> Plan:
     real = Features(Pictures(data.captions("val", e.prompts)), rows, first)
     own = Scored("reconstruction", "eval" if alone else run.FIRST_STAGE.section, real)
     if drawing is None:
+        if e.scores:
+            raise ConfigError(
+                "eval.scores are of generated pictures; python -m eval.reconstruction scores what "
+                "a first stage gives back"
+            )
         return Plan(first, Score((own,), e.bootstrap, e.seed), real)
     samples: dict[str, Sample] = {}
     sets: list[Scored] = []
@@ -140,6 +148,8 @@ def plan(paper: str, run: RunSettings) -> Plan:
             samples[f"{prefix}{end}"] = sample
             about = {} if not sample.part else reduction(run.data.resolution)
             made = Features(sample, extractor)
+            if split == "val":
+                sets += further(run, data, prefix, sample)
             sets.append(Scored(scoring.scorer, f"{prefix}{end}", made, reference, about))
     edits = None
     if e.edits and scenes is not None:
@@ -148,6 +158,37 @@ def plan(paper: str, run: RunSettings) -> Plan:
         edits = Edits(drawing.generator, captions, e.edits, drawing.sampling, e.seed)
         sets.append(Scored("edits", "edit", Features(edits, EditRows(scenes))))
     return Plan(first, Score((*sets, own), e.bootstrap, e.seed), real, drawing, samples, edits)
+
+
+def further(run: RunSettings, data: Data, prefix: str, sample: Sample) -> list[Scored]:
+    """Return the scores that eval.scores asks for besides, of one set of pictures.
+
+    Raises:
+        ConfigError: an unknown one, or weights that are not here.
+    """
+    e = run.eval
+    for what, names, known in (("scores", e.scores, CHOICES), ("features", e.features, SPACES)):
+        for name in names:
+            pick(f"eval.{what}", name, [*known])
+    try:
+        chosen = wanted(e.scores, e.features, weight_files(e.weights))
+    except ValueError as error:
+        raise ConfigError(f"eval.scores: {str(error).splitlines()[0]}") from error
+    if run.data.name == "digits" and any(one.reference for one in chosen):
+        raise ConfigError("eval.scores: data=digits has no real pictures to compare with")
+    size = run.data.resolution
+    made = Prepared(sample, size, "squash", "box") if sample.part else sample
+    real = Pictures(data.reference("val"))
+    return [
+        Scored(
+            one.scorer,
+            prefix,
+            Features(made, one.extractor),
+            Features(real, one.extractor) if one.reference else None,
+            reduction(size) if sample.part else {},
+        )
+        for one in chosen
+    ]
 
 
 def reduction(resolution: int) -> dict[str, str]:

@@ -154,6 +154,8 @@ class SplitStage(Stage):
     """
 
     RANKS = "split"
+    APART: ClassVar[bool] = False
+    """Whether a part that fails says nothing of the others, which are made all the same."""
 
     def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
         """Name the file that stands in the folder once a part is done, for every part."""
@@ -205,11 +207,11 @@ def plain_paths(value: Any) -> Any:
 
 def _fields(node: Any) -> dict[str, Any]:
     keyed = [f for f in dataclasses.fields(node) if not f.metadata.get("unkeyed")]
-    return {f.name: _content(getattr(node, f.name)) for f in keyed}
+    return {f.name: plain_content(getattr(node, f.name)) for f in keyed}
 
 
-def _content(value: Any) -> Any:
-    """Plain containers of what a field means."""
+def plain_content(value: Any) -> Any:
+    """Return plain containers of what a field means, as a key is made of them."""
     if isinstance(value, Stage):
         return {"key": value.key, "of": value.name}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -218,9 +220,9 @@ def _content(value: Any) -> Any:
         files = sorted(p for p in value.rglob("*") if p.is_file()) if value.is_dir() else [value]
         return {"sha256": [file_hash(path) for path in files]}
     if isinstance(value, Mapping):
-        return {str(k): _content(v) for k, v in value.items()}
+        return {str(k): plain_content(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_content(v) for v in value]
+        return [plain_content(v) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a field of a stage holds a {type(value).__name__}, which has no key")

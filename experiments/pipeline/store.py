@@ -9,7 +9,6 @@ say, that finds the stage in work.
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +33,8 @@ class Store:
         root: the folder of all stage folders; nothing is written before the first stage runs.
         leader: whether this process decides; default: rank 0 does.
         homes: folders of stages that lie elsewhere.
+        apart: their marks, which say when they were done, stand in `root` and not in them, so that
+            equal work leaves equal folders.
     """
 
     def __init__(
@@ -41,15 +42,25 @@ class Store:
         root: Path | str,
         leader: bool | None = None,
         homes: Mapping[Stage, Path] | None = None,
+        apart: bool = False,
     ) -> None:
         self.root = Path(root)
         self.folders = Folders(self.root, homes)
         self.leader = is_leader() if leader is None else leader
+        self.apart = apart
+
+    def mark(self, stage: Stage) -> Path:
+        """Return the file that says that a stage is done."""
+        folder = self.folders[stage]
+        if not self.apart or stage not in self.folders.homes:
+            return folder / "done.json"
+        where = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:12]
+        return self.root / f"{stage.folder}-in-{where}.json"
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
         """Read the marker of a finished stage; None where the result does not stand."""
         try:
-            marker = json.loads((self.folders[stage] / "done.json").read_text())
+            marker = json.loads(self.mark(stage).read_text())
         except (FileNotFoundError, ValueError):
             return None
         whole = isinstance(marker, dict) and marker.pop("sum", None) == _sum(marker)
@@ -129,11 +140,11 @@ class Store:
         """Take the marks off damaged results; of a split one the sound parts stay."""
         for stage, (file, marker) in damaged.items():
             log.note(f"{file} is damaged; {stage.name} is done again")
+            files = [Path(file)]
             if isinstance(stage, SplitStage) and not self._keep_parts(stage, marker, machine):
-                shutil.rmtree(self.folders[stage])
-                continue
-            (self.folders[stage] / "done.json").unlink(missing_ok=True)
-            Path(file).unlink(missing_ok=True)
+                files = [self.folders[stage] / name for name in marker["files"]]
+            for path in [self.mark(stage), *files]:
+                path.unlink(missing_ok=True)
 
     def _keep_parts(self, stage: SplitStage, marker: dict[str, Any], machine: Machine) -> bool:
         """Note again what every part of a finished result wrote; False where it had others."""
@@ -144,7 +155,7 @@ class Store:
         except (OSError, KeyError, ValueError):  # made in batches of another size, or its input is
             return False  # damaged, too
         for name, part in zip(parts, sums, strict=True):
-            _Noted(part, marker["busy"] / len(parts)).write(self.folders[stage], name)
+            _Noted(stage.key, part, marker["busy"] / len(parts)).write(self.folders[stage], name)
         return True
 
     def _lead(
@@ -170,7 +181,7 @@ class Store:
                 parts = stage.parts(self.folders, machine)
                 marker["busy"] = round(sum(_Noted.of(folder, name).seconds for name in parts), 2)
             marker |= {"what": what, "files": written(folder), "fields": stage.content}
-            write_json(folder / "done.json", {**marker, "sum": _sum(marker)})
+            write_json(self.mark(stage), {**marker, "sum": _sum(marker)})
             # after the mark, by which a rank that is late knows that no part is missing: locks and
             # sums of parts, and what a kill left half written
             for left in [p for kind in ("lock", "sum", "tmp") for p in folder.glob(f".*.{kind}")]:
@@ -194,13 +205,19 @@ class Store:
         stages: Sequence[Stage],
         lead: bool,
     ) -> None:
-        """Make the parts that nobody else makes; who leads leaves when all are done."""
+        """Make the parts that nobody else makes; who leads leaves when all are done.
+
+        Raises:
+            ValueError: parts that failed, of a stage whose parts stand apart.
+        """
         work = _Parts(stage, self.folders, machine, log)
-        missing = [i for i in range(len(work.names)) if not work.stands(i)]
+        missing = [i for i in range(len(work.names)) if not work.stands(i, read=lead)]
+        failed: dict[int, ValueError] = {}
         for i in missing if lead else []:
             if work.is_damaged(i):
                 file = work.folder / work.names[i]
                 log.note(f"{file} or a file beside it is damaged; it is made again")
+                (work.folder / f".{work.names[i]}.sum").unlink()
         counter = log.counter(stage.name, len(work.names), len(work.names) - len(missing))
         after = [t for t in stages if isinstance(t, SplitStage) and t.follows == stage]
         followers = [
@@ -212,7 +229,15 @@ class Store:
             while missing:
                 made = 0
                 for i in missing:
-                    if self.done(stage) is None and work.make(i):
+                    try:
+                        mine = self.done(stage) is None and work.make(i)
+                    except ValueError as error:
+                        if not stage.APART:
+                            raise
+                        failed[i] = error
+                        log.note(f"{work.names[i]} failed: {error}")
+                        continue
+                    if mine:
                         made += 1
                         counter.update(counter.done + 1)
                         for follower in followers:
@@ -220,11 +245,18 @@ class Store:
                                 follower.make(i)
                 if not lead:
                     break
-                missing = [i for i in missing if not work.stands(i)]
+                missing = [i for i in missing if i not in failed and not work.stands(i)]
                 if missing and not made:
                     time.sleep(PAUSE)
         finally:
             counter.close()
+        if failed:
+            told = ", ".join(work.names[i] for i in failed)
+            raise ValueError(
+                f"{len(failed)} of {len(work.names)} parts of {stage.name} failed: {told} (first: "
+                f"{next(iter(failed.values()))}); the others are kept, and once this is put right "
+                "the same command makes what is missing"
+            )
 
     @contextmanager
     def locked(
@@ -317,18 +349,22 @@ class _Parts:
         """What makes a part; loading it may take long."""
         return self.stage.open(self.folder, *self.use)
 
-    def stands(self, i: int) -> bool:
-        """Say whether the files of part i are as they were written."""
-        try:
-            noted = _Noted.of(self.folder, self.names[i]).files
-            return bool(noted) and noted == {f: file_hash(self.folder / f) for f in noted}
-        except OSError:
+    def stands(self, i: int, read: bool = False) -> bool:
+        """Say whether the files of part i were written, and with `read` whether they are so yet."""
+        noted = _Noted.of(self.folder, self.names[i])
+        if not noted.files or noted.key != self.stage.key:
             return False
+        if not read:
+            return all((self.folder / file).exists() for file in noted.files)
+        with suppress(OSError):
+            return noted.files == {f: file_hash(self.folder / f) for f in noted.files}
+        return False
 
     def is_damaged(self, i: int) -> bool:
         """Say whether part i, which does not stand, was written once."""
         name = self.names[i]
-        return (self.folder / name).exists() and (self.folder / f".{name}.sum").exists()
+        ours = _Noted.of(self.folder, name).key in ("", self.stage.key)
+        return ours and (self.folder / name).exists() and (self.folder / f".{name}.sum").exists()
 
     def make(self, i: int) -> bool:
         """Make part i; False where it stands, or another process makes it."""
@@ -345,7 +381,7 @@ class _Parts:
                 seconds = time.monotonic() - begun
                 files = [*self.stage.beside(i, folders, machine), name]
                 sums = {file: file_hash(self.folder / file) for file in files}
-                _Noted(sums, seconds).write(self.folder, name)
+                _Noted(self.stage.key, sums, seconds).write(self.folder, name)
                 return True
         return False
 
@@ -353,6 +389,8 @@ class _Parts:
 class _Noted(NamedTuple):
     """What stands beside a finished part until the whole stage is done."""
 
+    key: str
+    """Of the stage; parts of another one in the same home are none of this one's."""
     files: dict[str, str]
     """Name -> sha256 of all files that it wrote; empty where nothing whole is noted."""
     seconds: float
@@ -362,10 +400,10 @@ class _Noted(NamedTuple):
     def of(cls, folder: Path, name: str) -> "_Noted":
         try:
             content = json.loads((folder / f".{name}.sum").read_text())
-            noted = cls({**content["files"]}, float(content["seconds"]))
+            noted = cls(content["key"], {**content["files"]}, float(content["seconds"]))
         except (OSError, ValueError, TypeError, KeyError):  # not there, no JSON, no mapping
-            return cls({}, 0.0)
-        return noted if name in noted.files else cls({}, 0.0)
+            return cls("", {}, 0.0)
+        return noted if name in noted.files else cls("", {}, 0.0)
 
     def write(self, folder: Path, name: str) -> None:
         write_json(folder / f".{name}.sum", self._asdict())

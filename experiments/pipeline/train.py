@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.files import file_hash
+from data.view import ShardList
 from experiments.pipeline.data import PictureSource, Shards
-from experiments.pipeline.encode import Encode
+from experiments.pipeline.encode import Cached, Encode
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.stage import (
     UNKEYED,
@@ -133,7 +134,7 @@ class Train(FileStage):
     what: str
     """Name of what is trained."""
     recipe: Recipe
-    source: Encode | PictureSource
+    source: Encode | Cached | PictureSource
     loop: Loop
     seed: int
     """Of initial weights, order of the samples, and noise."""
@@ -172,9 +173,9 @@ class Train(FileStage):
         if is_leader():
             save_weights(folder / recipe.FILE, *weights)
         skipped = {}
-        if not isinstance(self.source, Encode) and data.skips.counts:
-            log.note(data.skips.told("train, over all passes"))
-            skipped = {"skipped": data.skipped}
+        if isinstance(self.source, PictureSource) and data.left_out.counts:
+            log.note(data.left_out.told("train, over all passes"))
+            skipped = data.left_out.found()
         return {"parameters": sum(p.numel() for p in module.parameters()), **skipped}
 
     def _data(self, inputs: Folders, machine: Machine) -> Any:
@@ -188,18 +189,18 @@ class Train(FileStage):
             "seed": self.seed,
             "epoch_batches": loop.length,
         }
-        val = None if self.val is None else self.val.shards(inputs)
-        order = Order(workers=0, shuffle_buffer=0) if isinstance(source, Encode) else source.order
         web = WebData(
-            source.shards.shards(inputs),
-            val,
+            ShardList(()) if isinstance(source, Cached) else source.shards.shards(inputs),
+            None if self.val is None else self.val.shards(inputs),
             source.view,
-            order,
+            source.order if isinstance(source, PictureSource) else Order(),
             **shared,
             val_batches=self.monitor.val_batches,
             max_skipped=machine.max_skipped,
         )
-        return TokenData(inputs[source], **shared, val=web) if isinstance(source, Encode) else web
+        if isinstance(source, PictureSource):
+            return web
+        return TokenData(source.folder_of(inputs), **shared, val=web, text=source.reads_text)
 
     def file(self, inputs: Folders) -> Path:
         """Path of the weights."""

@@ -69,6 +69,10 @@ def verdict(claim: Claim, runs: Sequence[SweepRun], metrics: Mapping[str, Metric
         and claim.setting in run.settings
         and all(text_of(run.settings.get(k)) == text_of(v) for k, v in claim.where.items())
     ]
+    if not any(run.scores for run in runs):
+        return Verdict(
+            "not measured", f"run: python -m experiments.sweep sweeps/{claim.sweep}.yaml"
+        )
     there = list(dict.fromkeys(text_of(run.settings[claim.setting]) for run in found))
     wanted = [text_of(value) for value in claim.values]
     named = wanted if claim.test in ("better", "best", "order") else []

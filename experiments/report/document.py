@@ -36,6 +36,16 @@ def section(title: str, body: str, about: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{intro}{body}</section>" if body else ""
 
 
+def anchor(name: str, body: str) -> str:
+    """Return a part of a page that `link_to` leads to."""
+    return f'<div id="{escape(name)}">{body}</div>' if body else ""
+
+
+def link_to(name: str, text: str) -> str:
+    """Return a link to an anchor of the same page."""
+    return f'<a href="#{escape(name)}">{escape(text)}</a>'
+
+
 def details(summary: str, body: str) -> str:
     """Return what is shown on demand; empty without a body."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else ""
@@ -151,6 +161,7 @@ table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabu
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.25rem 0.35rem 0;
   white-space: nowrap; border-bottom: 1px solid var(--rule); }
 td:first-child, td small { white-space: normal; }
+td:first-child { min-width: 9rem; }
 th { color: var(--muted); font-weight: 500; }
 .scores table { width: 100%; max-width: 44rem; }
 .scores td:last-child { width: 45%; }
@@ -158,6 +169,9 @@ img { display: block; max-width: 100%; height: auto; }
 img.small { image-rendering: pixelated; width: 100%; }
 .boxes { display: grid; gap: 0.75rem; margin-top: 0.75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+a { color: var(--accent); }
+.wall img { width: 7rem; min-width: 5rem; }
+.wall td:first-child { min-width: 9rem; }
 .pairs { --least: 10rem; }
 .traces, .charts { --least: 25.5rem; gap: 1.5rem; }
 .examples { --least: 9.5rem; font-size: 0.85rem; line-height: 1.4; }

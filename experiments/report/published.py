@@ -129,11 +129,15 @@ def _wrong(claim: Claim) -> str:
     return ""
 
 
+def load_all() -> dict[str, Published]:
+    """Return the published numbers by paper."""
+    return {path.stem: load_published(path) for path in sorted(REPORTED.glob("*.yaml"))}
+
+
 def all_published() -> Published:
-    """Return the published numbers of all papers."""
+    """Return the published numbers of all papers together."""
     found = Published()
-    for path in sorted(REPORTED.glob("*.yaml")):
-        one = load_published(path)
-        found.tables |= {f"{path.stem}/{name}": table for name, table in one.tables.items()}
+    for paper, one in load_all().items():
+        found.tables |= {f"{paper}/{name}": table for name, table in one.tables.items()}
         found.claims += one.claims
     return found

@@ -2,8 +2,8 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,7 +17,7 @@ from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
 from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.settings import build, plain
-from lightning_modules.common.text import TEXT_ENCODERS, Condition
+from lightning_modules.common.text import TEXT_ENCODERS, Condition, FrozenEncoder, KnownStates
 from lightning_modules.common.training import SeededModule
 
 
@@ -257,9 +257,23 @@ class GeneratorModule(SeededModule):
         with torch.no_grad(), self.full_precision():
             return self.first_stage.encode(batch["image"])
 
+    @contextmanager
+    def _knowing(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Let the text encoder take the states that a batch brings of its captions."""
+        encoder = self._attached["text"]
+        if "text" in batch and isinstance(encoder, FrozenEncoder):
+            encoder.known = KnownStates(batch["caption"], **batch["text"])
+            try:
+                yield
+            finally:
+                encoder.known = None
+        else:
+            yield
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Log and return the loss."""
-        loss, scalars = self.loss(batch, self.generator)
+        with self._knowing(batch):
+            loss, scalars = self.loss(batch, self.generator)
         self.log_scalars("train", {"loss": loss, **scalars}, batch["caption"])
         return loss
 

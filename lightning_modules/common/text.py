@@ -3,15 +3,15 @@
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from lightning_modules.common.checkpoint import load_foreign, load_strict
 from lightning_modules.common.config import TextConfig
@@ -29,6 +29,11 @@ class Condition:
     """[B, P] float, one text vector per caption, or None."""
     image: Tensor | None = None
     """[B, P] float, one image vector per sample, or None."""
+
+    def rows(self) -> list[Tensor]:
+        """Return the vectors [L, D] of every caption, without padding that is masked."""
+        masks = [slice(None)] * len(self.tokens) if self.mask is None else list(self.mask)
+        return [tokens[mask] for tokens, mask in zip(self.tokens, masks, strict=True)]
 
 
 @lru_cache(maxsize=100_000)
@@ -93,15 +98,62 @@ class ByteEncoder(nn.Module):
         return spaced.split()[: self.config.max_length]
 
 
+class KnownStates:
+    """What a frozen encoder made of some captions before, and of the empty one.
+
+    Args:
+        captions: C texts.
+        states: [T, D], the vectors of all captions and of the empty one, one behind the other.
+        lengths: [C + 1], vectors of each.
+        pooled: [C + 1, P], where the encoder has pooled vectors.
+    """
+
+    def __init__(
+        self, captions: Sequence[str], states: Tensor, lengths: Tensor, pooled: Tensor | None = None
+    ) -> None:
+        # the empty one comes first, should a caption be empty too: both are the same
+        self.places = {"": len(captions), **{text: i for i, text in enumerate(captions)}}
+        self.rows = states.split(lengths.tolist())
+        self.pooled = pooled
+
+    def holds(self, captions: Sequence[str]) -> bool:
+        """Say whether all captions are known."""
+        return all(caption in self.places for caption in captions)
+
+    def condition(self, captions: Sequence[str], masked: bool) -> Condition:
+        """Return what the encoder would, in float32; `masked` with a mask of what is padding."""
+        places = [self.places[caption] for caption in captions]
+        rows = [self.rows[place] for place in places]
+        tokens = pad_sequence([row.float() for row in rows], batch_first=True)  # [B, L, D]
+        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, L]
+        pooled = None if self.pooled is None else self.pooled[places].float()
+        return Condition(tokens, mask if masked else None, pooled)
+
+
 class FrozenEncoder(ABC):
-    """A frozen model that is loaded at its first use.
+    """A frozen model that is loaded at its first use, and not for captions whose states are known.
 
     A plain object, so that no generator that holds one has its weights in the state dict.
     """
 
+    masked: ClassVar[bool] = False
+    """Whether captions of different lengths are padded, and the padding is masked."""
+
     def __init__(self, config: TextConfig) -> None:
         self.config = config
+        self.known: KnownStates | None = None
         self._model: Any = None
+
+    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions, or return what is known of them."""
+        if self.known is not None and self.known.holds(captions):
+            return self.known.condition(captions, self.masked)
+        return self.encode(captions, device)
+
+    @abstractmethod
+    def encode(self, captions: list[str], device: torch.device) -> Condition:
+        """Encode captions."""
 
     @abstractmethod
     def _load(self, device: torch.device) -> Any:
@@ -146,7 +198,7 @@ class OpenClipEncoder(FrozenEncoder):
             logging.disable(silenced)
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+    def encode(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to pooled vectors [B, P] float32, also given as one token [B, 1, P]."""
         model = self.model(device)
         pooled = model.encode_text(self._tokenizer(captions).to(device)).float()
@@ -171,6 +223,7 @@ class OpenClipEncoder(FrozenEncoder):
 class T5Encoder(FrozenEncoder):
     """Hidden states of a T5 encoder (Muse: T5-XXL)."""
 
+    masked = True
     usual = "google/t5-v1_1-xxl"
 
     def _load(self, device: torch.device) -> Any:
@@ -199,7 +252,7 @@ class T5Encoder(FrozenEncoder):
         return tokenizer
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+    def encode(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to hidden states [B, L, D] float32, L the longest."""
         t5 = self.model(device)
         batch = self._tokenizer(
@@ -232,9 +285,9 @@ class ByT5Encoder(T5Encoder):
         return ByT5Tokenizer()  # bytes need no vocabulary
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+    def encode(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to hidden states [B, L, D] and pooled vectors [B, P], float32."""
-        states = super().__call__(captions, device)
+        states = super().encode(captions, device)
         if self._clip is not None:
             states.pooled = self._clip(captions, device).pooled
         return states
@@ -359,14 +412,14 @@ class ClipTextEncoder(FrozenEncoder):
             ) from error
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], device: torch.device) -> Condition:
+    def encode(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions to tokens [B, L, D] float32, L the model's length, and pooled [B, P]."""
         length = self.model(device).config.max_position_embeddings
         return self.states(clip_token_ids(captions, length, self.config.pad_id).to(device))
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> Condition:
-        """Encode token ids [B, L] as `__call__` encodes captions."""
+        """Encode token ids [B, L] as `encode` does captions."""
         place, model = self.config.hidden_state, self.model(ids.device)
         found = model(input_ids=ids, output_hidden_states=place != -1)
         tokens = found.last_hidden_state if place == -1 else found.hidden_states[place]

@@ -20,7 +20,8 @@ def test_a_row_per_picture_with_all_its_captions(tmp_path: Path, year: int) -> N
     assert not faults and [row.split for row in rows] == ["train"] * 3 + ["val"] * 2
     first = rows[0]
     assert first.key == ("COCO_train2014_000000000001" if year == 2014 else "000000000001")
-    assert first.file == f"train{year}/{first.key}.jpg" and (tmp_path / first.file).is_file()
+    assert (first.base, first.file) == (f"train{year}", f"{first.key}.jpg")
+    assert (tmp_path / first.base / first.file).is_file()
     assert sorted(first.captions) == [f"picture 1 said in way {i}" for i in range(5)]
     assert first.meta == {"original_width": 24, "original_height": 20, "image_id": 1}
 
@@ -34,7 +35,7 @@ def test_pictures_may_lie_a_level_deeper(tmp_path: Path, places: str) -> None:
         (tmp_path / "aside").rename(tmp_path / places.format(name))
     (tmp_path / "annotations" / "captions_val2014.json").rename(tmp_path / "captions_val2014.json")
     rows = list(coco.rows(tmp_path, 2014, Counter()))
-    assert all((tmp_path / row.file).is_file() for row in rows) and len(rows) == 4
+    assert all((tmp_path / row.base / row.file).is_file() for row in rows) and len(rows) == 4
     assert len(coco.index(tmp_path, 2014)) == 4
 
 

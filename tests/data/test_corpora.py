@@ -136,7 +136,7 @@ def test_a_user_wins_over_a_corpus_and_it_over_the_scale() -> None:
     )  # fmt: skip
     coco = load("paella", "paper", ["data=coco2014", "data.root=x"]).data
     assert not any(getattr(coco, name) is not None for name in FILTERS) and coco.resolution == 256
-    own = load("muse", "paper", ["data=laion", "data.root=x", "data.shards=y"]).data
+    own = load("muse", "paper", ["data=laion", "data.shards=y"]).data
     assert (own.name, own.shards, own.min_aesthetic) == ("laion", "y", 4.9)
 
 

@@ -24,7 +24,7 @@ def test_labels_of_imagenet_follow_the_sorted_ids(tmp_path: Path, flat: bool, pl
         (2, "great white shark"),
     }
     val, _ = corpus_rows("imagenet", tmp_path, "val", faults)
-    assert len(val) == 12 and all((tmp_path / row.file).is_file() for row in [*rows, *val])
+    assert len(val) == 12 and all((tmp_path / r.base / r.file).is_file() for r in [*rows, *val])
     for row in val:  # the fourth to the eighth picture are those of the second class, and so on
         assert row.label == (int(row.key[-8:]) - 1) // 4
     index = folders.imagenet_index(tmp_path)
@@ -139,6 +139,18 @@ def test_a_table_that_cannot_be_read_is_named(
     with pytest.raises(ValueError) as caught:
         corpus_rows("imagefolder", tmp_path, "train", Counter())
     assert says in str(caught.value) and "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_links_to_folders_are_counted_not_followed(tmp_path: Path) -> None:
+    planted.picture(tmp_path / "away" / "b.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"lies below .*; links to folders are not followed"):
+        folders.index(tmp_path / "root")
+    planted.picture(tmp_path / "root" / "a.png")
+    faults: Counter[str] = Counter()
+    rows, _ = corpus_rows("imagefolder", tmp_path / "root", "train", faults)
+    assert [row.file for row in rows] == ["a.png"] and list(faults.values()) == [1]
 
 
 def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:

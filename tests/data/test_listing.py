@@ -25,6 +25,19 @@ from tests import planted
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
+def test_a_folder_of_the_layout_may_be_a_link(tmp_path: Path) -> None:
+    planted.picture(tmp_path / "disk" / "a.png")
+    planted.picture(tmp_path / "b.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "train").symlink_to(tmp_path / "disk")
+    rows = [Row(name, f"{name}.png", base="train") for name in ("a", "../b")]
+    url = listing(tmp_path, tmp_path / "root", *rows)
+    assert {s["__key__"]: s.get("__fault__") for s in read_listing(url)} == {
+        "a": None,
+        "../b": OUTSIDE,
+    }
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(TEXT, st.lists(TEXT, max_size=3), st.none() | st.integers(0, 9)),
                 unique_by=lambda row: row[0], min_size=1, max_size=9))  # fmt: skip

@@ -1,6 +1,7 @@
 """Captions and pictures of a split agree, in any part of it, and nothing is decoded in vain."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 import data.select
 from data.select import captions, pictures
-from data.shards import write_shards
+from data.shards import SkipCounter, write_shards
 from data.sources import find_shards
 from data.view import ShardList, View
 
@@ -128,3 +129,33 @@ def test_metadata_filters(tmp_path: Path, decodes: list[bytes]) -> None:
         ValueError, match=r"0\.tar ... hold no sample to use \(7 filtered: min_size"
     ):
         kept(min_size=9_000)
+
+
+def test_captions_by_their_length_and_in_default(tmp_path: Path) -> None:
+    metas = {
+        "several": {"caption": ["a", "a cat", "a cat on a very long mat"]},
+        "alias": {"TEXT": "a dog"},
+        "long": {"caption": "a dog on a very long mat"},
+        "none": {"caption": [" ", None]},
+        "empty": {},
+    }
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key, meta in metas.items():
+            for suffix, content in {"png": b"junk", "json": json.dumps(meta).encode()}.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shards = ShardList((str(tmp_path / "0.tar"),))
+
+    def told(seed: int = 0, **settings) -> tuple[dict[str, str], dict[str, int]]:
+        skips = SkipCounter(0.9)
+        found = list(captions(shards, View(8, seed=seed, **settings), skips=skips))
+        return {row["key"]: row["caption"] for row in found}, dict(skips.counts)
+
+    found, counts = told(min_caption=2, max_caption=9)
+    assert found == {"several": "a cat", "alias": "a dog"}
+    assert counts == {"seen": 5, "no caption": 2, "filtered: max_caption": 1}
+    assert told(min_caption=9)[1]["filtered: min_caption"] == 1
+    assert told(caption="a thing")[0]["none"] == told(caption="a thing")[0]["empty"] == "a thing"
+    drawn = [told(seed)[0]["several"] for seed in range(20)]
+    assert set(drawn) == set(metas["several"]["caption"]) and drawn[0] == told()[0]["several"]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import write_shards
-from data.tokens import Encoder, TokenData, encode_shard, finish_cache
+from data.cache import Encoder, Encoding, encode_shard, finish_cache
+from data.cached import part_names
+from data.shards import CHANGED, GONE, write_shards
+from data.tokens import TokenData
 from data.view import Order, ShardList, View
 from data.webdata import WebData
 
@@ -149,15 +151,58 @@ def test_workers_go_on_from_epoch_to_epoch_and_end_with_the_training(uneven: Sha
     assert not workers & set(torch.multiprocessing.active_children())
 
 
+def written(folder: Path, shards: int, each: int) -> list[str]:
+    image = np.zeros((8, 8, 3), np.uint8)
+    made = ({"key": f"{i:04d}", "image": image, "caption": "x"} for i in range(shards * each))
+    return write_shards(made, folder, each)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fate", ["gone", "changed"])
+def test_a_shard_that_goes_or_changes_is_counted_and_the_others_go_on(
+    tmp_path: Path, workers: int, fate: str
+) -> None:
+    paths = written(tmp_path, 10, 30)
+    data = data_of(ShardList(tuple(paths)), 1, workers, epoch_batches=75)  # two passes
+    seen = Counter(key for batch in data.stream(0) for key in batch["key"])
+    assert set(seen.values()) == {2} and data.skipped == {"seen": 600}
+    if fate == "gone":
+        Path(paths[3]).unlink()
+    else:
+        written(tmp_path / "other", 1, 7)
+        (tmp_path / "other" / "00000.tar").replace(paths[3])
+    epochs = [Counter(key for b in data.stream(e) for key in b["key"]) for e in range(1, 5)]
+    lost = {f"{i:04d}" for i in range(90, 120)}
+    assert lost.isdisjoint(epochs[-1]) and len(epochs[-1]) == 270
+    kind = {"gone": GONE, "changed": CHANGED}[fate]
+    assert data.skipped[kind] > 120 and set(data.skipped) == {"seen", kind}
+    assert paths[3] in data.left_out.examples[kind]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_worker_refuses_is_one_sentence(tmp_path: Path, workers: int) -> None:
+    paths = written(tmp_path, 4, 30)
+    data = data_of(ShardList(tuple(paths)), 1, workers, epoch_batches=1000, max_skipped=0.2)
+    with pytest.raises(ValueError, match=r"^\d+ of 50\d samples were skipped: ") as error:
+        for number, _ in enumerate(data.stream(0)):
+            if number == 20:
+                for path in paths[1:]:
+                    Path(path).unlink()
+    assert "\n" not in str(error.value)
+
+
 def test_the_cache_of_a_training_set_has_its_order(uneven: ShardList, tmp_path: Path) -> None:
     def encode(images: torch.Tensor) -> torch.Tensor:
         return ((images[:, 0] + 1) * 127.5).round().long()
 
     view = View(8, flip=True)
-    for index, url in enumerate(uneven.paths):
-        name = tmp_path / f"{index:05d}.safetensors"
-        encode_shard(name, url, uneven, view, {"a": Encoder(encode, 256)}, max_skipped=0.9)
-    finish_cache(tmp_path, len(uneven.paths), {"tokenizer": "x", "num_codes": 256})
+    sources = dict(zip(part_names(uneven.paths), uneven.paths, strict=True))
+    made = {"tokenizer": "x", "num_codes": 256, "crops": 1, "flip": True}
+    encoding = Encoding(view, {"a": Encoder(encode, 256)}, batch_size=4)
+    for name, url in sources.items():
+        path = tmp_path / f"{name}.safetensors"
+        encode_shard(path, url, uneven, encoding, made=made, max_skipped=0.9)
+    finish_cache(tmp_path, sources, made)
     options = {"batch_size": GLOBAL, "epoch_batches": 18, "seed": 3}
     web = WebData(uneven, None, view, Order(0, 24), max_skipped=0.9, **options)
     cached = TokenData(tmp_path, shuffle_buffer=24, **options)

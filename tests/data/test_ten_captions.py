@@ -25,7 +25,7 @@ def test_birds(tmp_path: Path, split: str, train: int) -> None:
         assert {row.label for row in found} == {0, 1} and {row.label for row in val} == {2}
         assert found[0].key == "001.Black_footed_Albatross/Black_footed_Albatross_0000_00"
     row = found[0]
-    assert (tmp_path / row.file).is_file() and len(row.captions) == 10
+    assert (tmp_path / row.base / row.file).is_file() and len(row.captions) == 10
     assert row.captions[3].endswith("said in way 3 .")
     assert all(path.exists() for path in index("cub200", str(tmp_path)))
 

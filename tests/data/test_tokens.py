@@ -1,23 +1,28 @@
 """The token cache is exact and resumable; its order is a pure function of seed, epoch and rank."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 import data.select
+from data.cache import Encoder, Encoding, TextStates, count_tokens, encode_shard, finish_cache
+from data.cached import part_names, read_index
 from data.images import to_tensor
 from data.select import captions, pictures
 from data.shards import LOST, SkipCounter, write_shards
 from data.sources import find_shards
-from data.tokens import Encoder, TokenData, count_tokens, encode_shard, finish_cache
+from data.tokens import TokenData
 from data.view import Order, ShardList, View
 from data.webdata import WebData
 
@@ -40,18 +45,26 @@ def shards(tmp_path_factory) -> ShardList:
     return ShardList(tuple(write_shards(samples, tmp_path_factory.mktemp("shards"), 6)))
 
 
-def write(shards: ShardList, folder: Path, *encoders: Encoder, view=None, **options) -> dict:
+def write(
+    shards: ShardList, folder: Path, *encoders: Encoder, view=None, stamp: str = "", **options
+) -> dict:
     """Encode all shards; views after the first are called 1, 2, ..."""
     views = {str(i): encoder for i, encoder in enumerate(encoders or [Encoder(encode, 256)])}
-    for index, url in enumerate(shards.paths):
-        path = folder / f"{index:05d}.safetensors"
-        encode_shard(path, url, shards, view or View(8), views, **{"batch_size": 4, **options})
-    settings = {"tokenizer": "abc", "num_codes": views["0"].num_codes}
-    return finish_cache(folder, len(shards.paths), settings)
+    encoding = Encoding(view or View(8), views, **{"batch_size": 4, **options})
+    made = {"stamp": stamp, "tokenizer": "abc", "crops": encoding.crops}
+    made["flip"] = encoding.view.flip
+    made["text"] = {"name": "letters"} if encoding.text else None
+    for name, url in zip(part_names(shards.paths), shards.paths, strict=True):
+        encode_shard(folder / f"{name}.safetensors", url, shards, encoding, made=made)
+    return finish_cache(folder, named(shards), {**made, "num_codes": views["0"].num_codes})
+
+
+def named(shards: ShardList) -> dict[str, str]:
+    return dict(zip(part_names(shards.paths), shards.paths, strict=True))
 
 
 def all_of(folder: Path, name: str = "tokens") -> np.ndarray:
-    view = TokenData(folder, batch_size=1).views[name]
+    view = TokenData(folder, batch_size=1).tensors[name]
     return view[np.arange(len(view))]
 
 
@@ -82,7 +95,7 @@ def test_codes_are_counted(shards: ShardList, cache: Path, tmp_path: Path) -> No
     for wrong in ((cache, 200), (cache, 256, "abd")):
         with pytest.raises(ValueError, match="another tokenizer, of 256 codes"):
             count_tokens(*wrong)
-    with pytest.raises(ValueError, match=r"no finished cache .* no cache\.json"):
+    with pytest.raises(ValueError, match=r"no finished cache of tokens: there is no cache\.json"):
         count_tokens(tmp_path / "none", 256)
 
 
@@ -150,12 +163,12 @@ def test_a_finished_shard_is_not_encoded_again(shards: ShardList, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".safetensors") == [
         "00000.safetensors", "00001.safetensors",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="no finished token cache"):
+    with pytest.raises(ValueError, match="no finished cache of tokens"):
         TokenData(tmp_path, batch_size=1)
     with pytest.raises(ValueError, match=r"00002\.safetensors is missing or damaged"):
-        finish_cache(tmp_path, 4, {})
+        finish_cache(tmp_path, named(shards), {})
     summary = write(shards, tmp_path, counted, stamp="one")
-    assert len(calls) == 6 + 4 and summary["count"] == COUNT and summary["shards"] == 4
+    assert len(calls) == 6 + 4 and summary["count"] == COUNT and len(summary["parts"]) == 4
     assert json.loads((tmp_path / "cache.json").read_text()) == summary
     write(shards, tmp_path, counted, stamp="one")
     assert len(calls) == 10
@@ -174,8 +187,9 @@ def test_a_damaged_file_is_named(shards, tmp_path: Path, name: str, kept: int | 
     (tmp_path / name).unlink()
     if kept is not None:
         (tmp_path / name).write_bytes(content[:kept])
-    for use in (lambda: TokenData(tmp_path, batch_size=1), lambda: finish_cache(tmp_path, 4, {})):
-        with pytest.raises(ValueError, match=rf"{name} is missing or damaged: delete"):
+    finish = lambda: finish_cache(tmp_path, named(shards), {})  # noqa: E731
+    for use in (lambda: TokenData(tmp_path, batch_size=1), finish):
+        with pytest.raises(ValueError, match=rf"{name} is missing or damaged: encode again"):
             use()
 
 
@@ -184,21 +198,31 @@ def test_missing_rows_are_noticed(shards: ShardList, tmp_path: Path) -> None:
     (tmp_path / "cache.json").write_text(json.dumps({**summary, "count": COUNT + 1}))
     with pytest.raises(ValueError, match="is damaged, its files do not hold the 24 rows"):
         TokenData(tmp_path, batch_size=1)
-    (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(ValueError, match="no finished token cache"):
-        TokenData(tmp_path, batch_size=1)
+    for broken in ("{", "[]", "{}", "\xff"):
+        (tmp_path / "cache.json").write_text(broken, "latin-1")
+        with pytest.raises(ValueError, match=r"cache\.json is damaged, or none of this version"):
+            TokenData(tmp_path, batch_size=1)
 
 
 def test_bad_samples_are_counted_over_all_shards(shards: ShardList, tmp_path: Path) -> None:
     bad = tmp_path / "bad.tar"
-    bad.write_bytes(b"no tar")
+    whole = Path(shards.paths[0]).read_bytes()
+    bad.write_bytes(whole[: len(whole) // 7])  # one of six samples
     both = ShardList((*shards.paths, str(bad)))
-    with pytest.raises(ValueError, match=r"6 of 29 samples were skipped: 6 in broken .*bad\.tar"):
-        write(both, tmp_path / "a")
+    write(both, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"5 of 29 samples were skipped: 5 in broken .*bad\.tar"):
+        finish_cache(tmp_path / "a", named(both), {}, SkipCounter(max_skipped=0.1))
     skips = SkipCounter(max_skipped=0.3)
-    summary = finish_cache(tmp_path / "a", 5, {}, skips)
-    assert summary["skipped"] == {"seen": COUNT + 6, LOST: 6}
-    assert skips.told("train").startswith("train: 23 samples, 6 skipped: 6 in broken shards (est")
+    summary = finish_cache(tmp_path / "a", named(both), {}, skips)
+    assert summary["skipped"] == {"seen": COUNT + 6, LOST: 5}
+    assert skips.told("train").startswith("train: 24 samples, 5 skipped: 5 in broken shards (est")
+    bad.write_bytes(b"no tar")
+    with pytest.raises(ValueError, match=r"bad\.tar cannot be read \(last: "):
+        write(both, tmp_path / "c")
+    bad.unlink()
+    with pytest.raises(ValueError, match=r"bad\.tar cannot be read \(last: .* No such file"):
+        write(both, tmp_path / "c")
+    assert not [*(tmp_path / "c").glob("*bad*")]
     none = ShardList(shards.paths[:1], holdout=1.0)  # all keys are validation
     with pytest.raises(ValueError, match="hold no sample to encode"):
         write(none, tmp_path / "b")
@@ -331,9 +355,9 @@ def moments(images: Tensor) -> Tensor:
 
 def test_moments_are_kept_in_half_precision(shards, truth, tmp_path: Path) -> None:
     summary = write(shards, tmp_path, Encoder(moments, None), view=View(8, flip=True))
-    assert summary["num_codes"] is None and summary["count"] == COUNT
+    assert summary["made"]["num_codes"] is None and summary["count"] == COUNT
     source = TokenData(tmp_path, batch_size=COUNT, epoch_batches=4)
-    assert set(source.views) == {"moments", "moments_flip"}
+    assert source.views == ["moments"] and {*source.tensors} == {"moments", "moments_flip"}
     mirrored = 0
     for batch in batches(source):
         assert "tokens" not in batch and batch["moments"].dtype == torch.float32
@@ -351,8 +375,102 @@ def test_moments_that_half_precision_cannot_hold_are_refused(shards, tmp_path: P
 
 
 def test_rows_are_read_across_files(cache: Path) -> None:
-    view = TokenData(cache, batch_size=1).views["tokens"]
+    view = TokenData(cache, batch_size=1).tensors["tokens"]
     everything = view[np.arange(COUNT)]  # [23, 4, 4] of four files
     assert everything.shape == (COUNT, 4, 4)
     where = np.array([22, 0, 5, 6, 6, 18])
     np.testing.assert_array_equal(view[where], everything[where])
+
+
+def test_several_crops_are_kept_and_drawn(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 40, 3)).astype(np.uint8)
+    made = [{"key": str(i), "image": image, "caption": "x"} for i in range(5)]
+    wide = ShardList(tuple(write_shards(made, tmp_path / "s", 3)))
+    view = View(8, crop="random", flip=True)
+    write(wide, tmp_path / "one", view=view)
+    write(wide, tmp_path / "three", view=view, crops=3)
+    source = TokenData(tmp_path / "three", batch_size=5, epoch_batches=40)
+    endings = ["", "_crop1", "_crop1_flip", "_crop2", "_crop2_flip", "_flip"]
+    assert [*source.tensors] == [f"tokens{end}" for end in endings] and source.views == ["tokens"]
+    for end in ("", "_flip"):  # the first crop is the one that a cache of one crop has
+        one, three = (all_of(tmp_path / name, f"tokens{end}") for name in ("one", "three"))
+        np.testing.assert_array_equal(one, three)
+    known = {name: all_of(tmp_path / "three", name) for name in source.tensors}
+    assert len({rows.tobytes() for rows in known.values()}) == 6
+    keys = source.rows["key"].to_pylist()
+    drawn: dict[str, set[str]] = {key: set() for key in keys}
+    for batch in batches(source):
+        for key, tokens in zip(batch["key"], batch["tokens"].numpy(), strict=True):
+            drawn[key] |= {
+                n for n, rows in known.items() if (rows[keys.index(key)] == tokens).all()
+            }
+    assert all(names == {*known} for names in drawn.values())
+
+
+def letters(captions: Sequence[str]) -> TextStates:
+    """One state [3] per letter, and the number of letters as pooled vector [1]."""
+    states = [torch.tensor([[ord(c), i, 0.5] for i, c in enumerate(f"{t}.")]) for t in captions]
+    return TextStates(states, torch.tensor([[float(len(t))] for t in captions]))
+
+
+def test_states_of_captions_come_with_the_batches(shards: ShardList, tmp_path: Path) -> None:
+    write(shards, tmp_path, text=letters)
+    stored = load_file(tmp_path / "00003.text.safetensors")
+    assert {name: t.dtype for name, t in stored.items()} == {
+        "states": torch.float16, "pooled": torch.float16, "lengths": torch.int64,
+    }  # fmt: skip
+    assert len(stored["lengths"]) == 5 + 1 and len(stored["states"]) == int(stored["lengths"].sum())
+    source = TokenData(tmp_path, batch_size=7, epoch_batches=4, text=True)
+    for batch in batches(source):
+        expected = letters([*batch["caption"], ""])
+        found = batch["text"]
+        assert found["lengths"].tolist() == [len(rows) for rows in expected.states]
+        assert torch.equal(found["states"].float(), torch.cat(expected.states))
+        assert torch.equal(found["pooled"].float(), expected.pooled)
+    assert "text" not in batches(TokenData(tmp_path, batch_size=7, epoch_batches=1))[0]
+
+
+def test_states_that_float16_cannot_hold_are_bfloat16(shards: ShardList, tmp_path: Path) -> None:
+    def large(captions: Sequence[str]) -> TextStates:
+        states, _ = letters(captions)
+        return TextStates([rows * 1000 for rows in states], None)
+
+    write(shards, tmp_path, text=large)
+    batch = batches(TokenData(tmp_path, batch_size=7, epoch_batches=1, text=True))[0]
+    assert batch["text"]["states"].dtype == torch.bfloat16 and "pooled" not in batch["text"]
+    expected = torch.cat(large([*batch["caption"], ""]).states).bfloat16()
+    assert torch.equal(batch["text"]["states"], expected)
+
+
+def test_a_cache_without_states_has_none(cache: Path) -> None:
+    with pytest.raises(ValueError, match="holds no states of captions"):
+        TokenData(cache, batch_size=1, text=True)
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "other"])
+def test_damaged_states_are_named(damage: str, shards: ShardList, tmp_path: Path) -> None:
+    write(shards, tmp_path, text=letters)
+    path = tmp_path / "00001.text.safetensors"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.write_bytes((tmp_path / "00003.text.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"00001\.text\.safetensors (is missing|does not hold)"):
+        TokenData(tmp_path, batch_size=1, text=True)
+    write(shards, tmp_path, text=letters) if damage == "gone" else None
+    assert path.exists()
+
+
+def test_what_a_part_is_made_of(shards: ShardList, tmp_path: Path) -> None:
+    write(shards, tmp_path, view=View(8, seed=3))
+    table = pyarrow.parquet.read_table(tmp_path / "00001.parquet").to_pylist()
+    assert [row["key"] for row in table] == [f"{i:04d}" for i in range(6, 12)]
+    assert table[2] == {
+        "key": "0008", "captions": ["number 8"], "label": 8, "width": 8, "height": 8, "row": 2,
+    }  # fmt: skip
+    index = read_index(tmp_path)
+    assert [part["rows"] for part in index["parts"]] == [6, 6, 6, 5]
+    assert index["parts"][1]["source"] == shards.paths[1]
+    assert {*index["parts"][1]["files"]} == {"00001.safetensors", "00001.parquet"}

@@ -21,7 +21,7 @@ from eval.clip import (
     score_preference,
     unit,
 )
-from eval.extractors import ClipRows, SeveralRows
+from eval.extractors import ClipRows
 from eval.rows import Measured
 from lightning_modules.common.checkpoint import load_strict
 from tests.tiny_networks import clip_file, randomised
@@ -128,7 +128,11 @@ def test_a_prefix_is_part_of_the_caption_and_of_the_name(tiny: Any, pictures: An
 
 def test_preferences_have_their_own_scales(tiny: Any, pictures: Any) -> None:
     kinds = [ClipRows(*tiny, kind=kind) for kind in ("clip", "hpsv2", "pickscore")]
-    made = measured(pictures, SeveralRows(tuple(kinds)))
+    parts = [measured(pictures, kind) for kind in kinds]
+    made = Measured(
+        {k: v for part in parts for k, v in part.rows.items()},
+        models={k: v for part in parts for k, v in part.models.items()},
+    )
     cosine = made.rows["cosine.clip"]
     np.testing.assert_array_equal(made.rows["preference.hpsv2"], cosine)
     scale = float(load_clip(*tiny).logit_scale.exp())
@@ -140,8 +144,6 @@ def test_preferences_have_their_own_scales(tiny: Any, pictures: Any) -> None:
         score_preference(Measured({"index": np.zeros(1)}), [], None, prefix="eval")
     with pytest.raises(ValueError, match="no cosines"):
         score_clip(Measured({"index": np.zeros(1)}), [], None, prefix="eval")
-    with pytest.raises(ValueError, match=r"two extractors make the rows cosine.clip"):
-        measured(pictures, SeveralRows((kinds[0], kinds[0])))
 
 
 def test_the_centre_is_cut_first_or_last(tiny: Any) -> None:

@@ -18,7 +18,7 @@ from eval.frechet import (
 from eval.rows import Measured
 from eval.scorers import METRICS
 from eval.spaces import SPACES
-from eval.statistics import read_reference, write_reference
+from eval.statistics import read_reference
 
 
 def rows(n: int, seed: int, d: int = 8, shift: float = 0.0) -> np.ndarray:
@@ -79,8 +79,6 @@ def test_every_space_that_both_sides_have_is_scored() -> None:
 
 def test_moments_of_a_file_serve_as_a_reference(tmp_path: Path) -> None:
     made, real = rows(40, 0, shift=0.2), rows(60, 1)
-    stats = FeatureStats.of(real)
-    write_reference(tmp_path / "ours.npz", stats)
     np.savez(tmp_path / "cleanfid.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
     spatial = np.cov(real[:, :3], rowvar=False)
     np.savez(
@@ -88,14 +86,15 @@ def test_moments_of_a_file_serve_as_a_reference(tmp_path: Path) -> None:
         sigma=np.cov(real, rowvar=False), mu_s=real[:, :3].mean(0), sigma_s=spatial,
     )  # fmt: skip
     expected = distance(made, real)
-    for name, count in (("ours", "60"), ("cleanfid", "unknown number of"), ("adm", "unknown")):
+    for name in ("cleanfid", "adm"):
         reference = read_reference(tmp_path / f"{name}.npz", "inception_tf")
         found = score_frechet(
             measured(made, "features.inception_tf"), [], reference, prefix="eval"
         )[0]
         assert list(found) == ["eval/fid_tf", "eval/fid_tf_infinity"]
         assert found["eval/fid_tf"]["value"] == pytest.approx(expected, rel=1e-5)
-        assert found["eval/fid_tf"]["reference"].startswith(count)
+        assert found["eval/fid_tf"]["reference"].startswith("unknown number")
+        assert f"{name}.npz, sha256" in reference.models["features.inception_tf"]
     s = score_sfid(measured(made[:, :3], "spatial.inception_tf"), [], reference, prefix="eval")[0]
     assert s["eval/sfid_tf"]["value"] == pytest.approx(distance(made[:, :3], real[:, :3]), rel=1e-5)
 
@@ -105,6 +104,10 @@ def test_what_holds_no_moments_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", feats=np.zeros((3, 2)))
     np.savez(tmp_path / "flat.npz", mu=np.zeros(3), sigma=np.zeros(3))
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    narrow = read_reference(tmp_path / "narrow.npz", "inception")
+    with pytest.raises(ValueError, match="features of 3 and of 8 numbers do not compare"):
+        score_frechet(measured(rows(9, 0)), [], narrow, prefix="eval")
     for name in ("text", "other", "flat", "pickled", "none"):
         with pytest.raises(ValueError, match=rf"{name}\.npz holds no statistics"):
             read_reference(tmp_path / f"{name}.npz", "inception")
@@ -129,6 +132,28 @@ def test_influence_is_the_derivative_of_the_distance() -> None:
         moved[1][i] -= step
         slope = (weighted(moved[0]) - weighted(moved[1])) / (2 * step)
         assert slope == pytest.approx(float(found[i]), rel=0.02, abs=0.02)
+
+
+def test_fewer_pictures_than_features_are_scored_by_a_thin_root() -> None:
+    """The same distance, limit and influence as the whole covariance gives, in the time of n^3."""
+    made, real = rows(30, 0, 50, 0.3), FeatureStats.of(rows(90, 1, 50))
+    stats = FeatureStats.of(made)
+    found = frechet_score(made, real)
+    assert found["value"] == pytest.approx(frechet_distance(stats, real), rel=1e-7)
+    values, vectors = torch.linalg.eigh(stats.covariance)
+    vectors, values = vectors[:, values > 1e-10], values[values > 1e-10]
+    assert len(values) == 29
+    root, inverse = vectors * values.sqrt(), vectors / values.sqrt()
+    middle, turn = torch.linalg.eigh(root.T @ real.covariance @ root)
+    carry = inverse @ turn * middle.clamp(min=0).sqrt() @ turn.T @ inverse.T
+    centred = torch.from_numpy(made).double() - stats.mean
+    expected = ((centred - centred @ carry + 2 * (stats.mean - real.mean)) * centred).sum(1)
+    torch.testing.assert_close(frechet_influence(stats, real, made), expected, rtol=1e-6, atol=1e-6)
+    sizes = np.unique(np.linspace(3, 30, 15).astype(int))
+    order = np.random.default_rng(7).permutation(30)
+    line = [distance(made[order[:n]], rows(90, 1, 50)) for n in sizes]
+    limit = np.polynomial.Polynomial.fit(1 / sizes, line, 1)(0.0)
+    assert frechet_infinity(made, real, 7) == pytest.approx(float(limit), rel=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.4])

@@ -2,14 +2,27 @@
 
 import hashlib
 import threading
+import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from eval.downloads import CLIPS, DINOV2, INCEPTION, INCEPTION_PT, WeightFile, checkpoints
+from eval import downloads
+from eval.downloads import (
+    CLIPS,
+    DINOV2,
+    INCEPTION,
+    INCEPTION_PT,
+    LPIPS_LINEAR,
+    VGG16,
+    WeightFile,
+    checkpoints,
+    find_lpips,
+)
 from eval.extractors import InceptionRows
 
 CONTENT = bytes(range(256)) * 500
@@ -102,11 +115,13 @@ def test_caches_of_others_are_looked_into(home: Path) -> None:
     (folder / "snapshots" / "abc").mkdir(parents=True)
     (folder / "snapshots" / "abc" / "net.pt").symlink_to(folder / "blobs" / RIGHT)
     assert file.find() == folder / "blobs" / RIGHT
-    unknown = WeightFile("a network", "net.pt", "http://127.0.0.1:9/", "", "owner/name")
-    assert unknown.find() == folder / "blobs" / RIGHT
+    other = WeightFile(
+        "a network", "x.pt", "http://127.0.0.1:9/", "0" * 64, "owner/name", ("net.pt",)
+    )
+    assert other.find() == folder / "blobs" / RIGHT  # the same weights in another layout
     (folder / "blobs" / RIGHT).write_bytes(CONTENT[:100])  # the hub names large files by their hash
     with pytest.raises(ValueError, match="is not here"):
-        unknown.find()
+        other.find()
     (home / "tmp").mkdir()
     (home / "tmp" / "net.pt").write_bytes(CONTENT)  # where clean-fid keeps it
     assert file.find() == home / "tmp" / "net.pt"
@@ -119,8 +134,27 @@ def test_a_given_file_is_taken_as_it_is(home: Path) -> None:
         InceptionRows.of(home / "missing.pt")
 
 
+def test_the_parts_of_lpips_lie_side_by_side(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"VGG16 of LPIPS is not here .*vgg16-397923af.pth"):
+        monkeypatch.setattr("urllib.request.urlopen", Refused())
+        find_lpips()
+    checkpoints().mkdir(parents=True, exist_ok=True)
+    for name in ("VGG16", "LPIPS_LINEAR"):
+        file = replace(getattr(downloads, name), sha256="")
+        monkeypatch.setattr(downloads, name, file)
+        (checkpoints() / file.name).write_bytes(name.encode())
+    folder = find_lpips()
+    assert sorted(p.name for p in folder.iterdir()) == ["vgg.pth", "vgg16-397923af.pth"]
+    assert find_lpips(folder) == folder == find_lpips()
+
+
+class Refused:
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no network")
+
+
 def test_published_files_are_known_by_a_checksum() -> None:
-    for file in (INCEPTION, INCEPTION_PT, DINOV2, *CLIPS.values()):
+    for file in (INCEPTION, INCEPTION_PT, DINOV2, VGG16, LPIPS_LINEAR, *CLIPS.values()):
         assert len(file.sha256) == 64 or file.repository
         assert file.url.endswith(file.name)
     assert INCEPTION_PT.name.endswith(f"-{INCEPTION_PT.sha256[:8]}.pth")

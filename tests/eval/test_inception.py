@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from cleanfid import fid as cleanfid
+from cleanfid import inception_pytorch
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from PIL import Image
+from torchvision.models import inception_v3
 
 from eval.extractors import InceptionRows
 from eval.frechet import FeatureStats, frechet_distance
@@ -145,6 +148,21 @@ def test_pytorch_fids_network_needs_its_own_file(weights: Path, tmp_path: Path) 
         InceptionRows(other, "legacy_pytorch").load("cpu", folder=tmp_path)
     with pytest.raises(ValueError, match=r"other.pth is no TorchScript Inception"):
         InceptionRows(other).load("cpu", folder=tmp_path)
+
+
+def test_pytorch_fids_network_is_clean_fids_own(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    torch.save(state, tmp_path / "pt.pth")
+    (image,) = images(picture_folder(tmp_path / "p", 1, [(50, 64)], 4))
+    made = InceptionRows.of(tmp_path / "pt.pth", "legacy_pytorch").load("cpu", folder=tmp_path)
+    row = made([image], [], 0).rows["features.inception_pt"]
+    with patch.object(inception_pytorch, "load_state_dict_from_url", lambda *a, **k: state):
+        network = inception_pytorch.InceptionV3([3], resize_input=False).eval()
+    pixels = build_resizer("legacy_pytorch")(image.permute(1, 2, 0).numpy()).transpose(2, 0, 1)
+    expected = network(torch.from_numpy(pixels)[None] / 255)[0].flatten(1)
+    np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_inception_score_has_known_ends() -> None:

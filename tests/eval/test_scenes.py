@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from data.scene_captions import caption, caption_in_part
-from data.scene_drawing import Scene, Thing, draw_scene, place, sample_scene
+from data.scene_drawing import BACKGROUNDS, SIZES, Scene, Thing, draw_scene, place, sample_scene
+from data.scenes import scenes
 from eval import scenes as module
 from eval.classifier import load_classifier, reading_accuracy, train_classifier
 from eval.classifier_config import WEIGHTS, ClassifierConfig
@@ -271,6 +272,27 @@ def test_clip_finds_the_own_caption(clip: SceneClip) -> None:
     assert retrieval_accuracy(clip, 600) >= 0.95
 
 
+def test_clip_understands_captions_in_part(clip: SceneClip) -> None:
+    samples = list(scenes("partial", 400, seed=17))
+    images = to_tensor([s["image"] for s in samples])
+    texts = [s["caption"] for s in samples]
+    own = clip.cosine(images, texts)
+    other = clip.cosine(images, texts[200:] + texts[:200])
+    assert (own > other).double().mean() >= 0.95
+    # what is left out draws the text to none of its values
+    free = {
+        "a small red circle left of a large blue square": [
+            Scene((RED, BLUE), "row", background) for background in BACKGROUNDS
+        ],
+        "a red circle left of a large blue square on grey": [
+            Scene((replace(RED, size=size), BLUE), "row", "grey") for size in SIZES
+        ],
+    }
+    for text, shown in free.items():
+        cosines = clip.cosine(pictures(shown), [text] * len(shown))
+        assert cosines.max() - cosines.min() < 0.2
+
+
 def test_labels_that_a_caption_tells() -> None:
     config = ClassifierConfig()
     whole = text_labels("a small red circle above a large blue square on white", config)
@@ -328,8 +350,8 @@ def test_clip_knows_every_word_of_every_caption(clip: SceneClip) -> None:
 
 
 def test_shipped_weights_are_small_and_say_how_they_were_made() -> None:
-    # eval.classifier was eval.judge when these were made; another command would be another hash
-    made_by = {"clip": "eval.judge", "judge": "eval.judge", "lpips": "eval.perceptual"}
+    # eval.classifier was eval.judge when the judge was made; another command would be another hash
+    made_by = {"clip": "eval.classifier", "judge": "eval.judge", "lpips": "eval.perceptual"}
     files = {f.name.split("-")[0]: f for f in WEIGHTS.glob("*.safetensors")}
     assert files.keys() == made_by.keys()
     assert sum(f.stat().st_size for f in files.values()) <= 3_000_000

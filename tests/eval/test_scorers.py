@@ -17,7 +17,6 @@ from eval.extractors import (
     InceptionRows,
     ReconstructionRows,
     SceneRows,
-    SeveralRows,
 )
 from eval.rows import Extractor
 from eval.scorers import METRICS, SCORERS
@@ -41,12 +40,11 @@ def extractors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("networks")
     inception = InceptionRows(inception_file(folder), spatial=True, classes=True)
     model, file = clip_file(folder)
-    kinds = ("clip", "hpsv2", "pickscore")
-    clips = SeveralRows(tuple(ClipRows(model, file, kind) for kind in kinds))
     return {
         **EXTRACTORS,
         **dict.fromkeys(("sfid", "inception_score"), inception),
-        **dict.fromkeys(("clip_score", "preference"), clips),
+        "clip_score": ClipRows(model, file),
+        "preference": ClipRows(model, file, "pickscore"),
     }
 
 

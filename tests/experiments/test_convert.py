@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import file_hash
+from data.files import file_hash, write_json
 from experiments import sample
 from experiments.cli import command
 from experiments.convert import run
@@ -209,8 +209,9 @@ def test_codes_that_occur_in_a_cache_are_kept(
     tokens = torch.tensor([[[1, 4], [5, 11]], [[1, 1], [4, 4]]], dtype=torch.int32)
     save_file({"tokens": tokens[:1]}, cache / "00000.safetensors")
     save_file({"tokens": tokens[1:]}, cache / "00001.safetensors")
-    made = {"num_codes": 12, "shards": 2, "tokenizer": file_hash("t.safetensors")}
-    (cache / "cache.json").write_text(json.dumps(made))
+    made = {"num_codes": 12, "tokenizer": file_hash("t.safetensors")}
+    parts = [{"name": f"{i:05d}"} for i in range(2)]
+    write_json(cache / "cache.json", {"made": made, "parts": parts, "count": 2})
     words = ("--paper", "vqgan", "--from", "t.safetensors", "--codes", "cache", "--out")
     assert convert(*words, "kept") == 0
     ours = load_first_stage("kept.safetensors")
@@ -220,7 +221,8 @@ def test_codes_that_occur_in_a_cache_are_kept(
 
     torch.save(torch.zeros(11, dtype=torch.int64), "short.pt")
     torch.save({"a": torch.zeros(1), "b": torch.zeros(1)}, "two.pt")
-    (cache / "cache.json").write_text(json.dumps({**made, "tokenizer": "other"}))
+    other = {"made": {**made, "tokenizer": "other"}, "parts": parts, "count": 2}
+    write_json(cache / "cache.json", other)
     for source, codes, message in (
         ("t.safetensors", "cache", "cache was made with another tokenizer"),
         ("t.safetensors", "short.pt", "12 whole numbers"),

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 
 from data.listing import read_listing
 from data.select import captions
-from data.view import ShardList, View
+from data.view import Order, ShardList, View
+from data.webdata import WebData
 from experiments.cli import command
 from experiments.run import run as run_command
 from tests import planted
@@ -85,6 +87,7 @@ def test_missing_pictures_are_counted_and_named(tmp_path: Path) -> None:
     ("name", "train", "val", "label"),
     [
         ("imagenet", 24, 12, True),
+        ("ffhq", 10, 10, False),
         ("cub200", 16, 8, True),
         ("oxford102", 16, 8, True),
         ("imagefolder", 16, 8, True),
@@ -113,6 +116,29 @@ def test_parquet_end_to_end(tmp_path: Path) -> None:
     assert {row["label"] for row in val} == {0, 1} and val[0]["caption"] == "validation 0 0"
 
 
+def test_keys_decide_where_a_corpus_does_not(tmp_path: Path) -> None:
+    root = planted.faces(tmp_path / "faces", range(64))
+    words = ["data=celebahq", f"data.root={root}", "eval.prompts=8"]
+    run = go("vqgan", tmp_path / "out", tmp_path / "cache", *words)
+    keys = [{row["__key__"] for row in listed(run, split)} for split in ("train", "val")]
+    assert len(keys[0] | keys[1]) == 64 and not keys[0] & keys[1] and 4 <= len(keys[1]) <= 32
+
+
+def test_every_visit_draws_another_caption(coco: Path, tmp_path: Path) -> None:
+    """Of training; a picture of validation keeps its own."""
+    run = go("vqgan", tmp_path / "o", tmp_path / "c", "data=coco2014", f"data.root={coco}")
+    lists = [ShardList.load(run.folder(f"data-{s}") / "shards.json") for s in ("train", "val")]
+    data = WebData(*lists, View(8), Order(), batch_size=8, epoch_batches=20, val_batches=3)
+    said = defaultdict[str, set[str]](set)
+    for batch in data.stream():
+        for key, caption in zip(batch["key"], batch["caption"], strict=True):
+            said[key].add(caption)
+            assert caption.startswith(f"picture {int(key[-12:])} said in way ")
+    assert len(said) == 40 and sum(map(len, said.values())) > 80  # of four visits each
+    first, again = ([b["caption"] for b in data.val_stream()] for _ in range(2))
+    assert first == again
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -121,10 +147,12 @@ def test_parquet_end_to_end(tmp_path: Path) -> None:
         (["data=coco2017", "data.root=coco"], "another version: data=coco2014"),
         (["data=imagenet", "data.root=coco"], "the train split of ImageNet is missing"),
         (["data=cc3m", "data.root=coco"], "no shard of cc3m in coco: there is no cc3m-train-*.tar"),
-        (["data=ffhq", "data.root=empty"], "no picture (.jpg, .png, .webp) lies below"),
+        (["data=ffhq", "data.root=empty"], "no picture (.jpg, .jpeg, .png, .webp) lies below"),
         (["data=cub200", "data.root=empty"], "cub200 says nowhere which pictures"),
         (["data=oxford102", "data.root=empty"], "oxford102 says nowhere which pictures"),
         (["data=parquet", "data.root=empty"], "no parquet file of a train split in empty"),
+        (["data=cc3m", "data.root=coco", "data.shards=x"], "data.root and data.shards exclude"),
+        (["data=coco2014", "data.root=coco", "data.val_shards=x"], "data.val_shards goes with"),
         (["data.root=coco"], "data.root goes with a corpus, not with scenes"),
         (["data=coco2014", "data.root=coco", "data.max_caption=0"], "data.max_caption must be at"),
         (["data=coco2015", "data.root=coco"], "did you mean coco20"),

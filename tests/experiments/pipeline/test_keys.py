@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from experiments.pipeline.plan import plan
 from experiments.pipeline.publish import Titles
 from experiments.pipeline.runner import execute
 from experiments.pipeline.stage import Stage
-from experiments.settings import UserError, describe
+from experiments.settings import ConfigError, UserError, describe
 from lightning_modules.common.checkpoint import load_weights
 from tests import planted
 
@@ -94,6 +95,9 @@ def test_papers_share_a_first_stage() -> None:
 
 # Every setting ----
 
+# settings that no other value of their own makes a plan; what their keys are is asked below
+ELSEWHERE = ("data.name", "data.shards", "data.root", "data.path", "data.crops",
+             "eval.scores", "eval.features", "eval.weights")  # fmt: skip
 OF_TRAINERS = ("accelerator", "strategy", "compile", "checkpoint_activations",
                "keep_every", "val_batches", "log_every",
                "progress")  # fmt: skip
@@ -162,7 +166,7 @@ def test_every_setting_is_in_a_key_or_of_the_machine_or_idle(paper: str, tmp_pat
     file.write_bytes(b"other")
     before, unkeyed = keys(paper, run), set()
     for setting in describe(run):
-        if setting.key in ("data.name", "data.shards", "data.root"):  # see below
+        if setting.key in ELSEWHERE:
             continue
         results = []
         for value in others(setting.default, setting.type, file):
@@ -175,6 +179,34 @@ def test_every_setting_is_in_a_key_or_of_the_machine_or_idle(paper: str, tmp_pat
         if not any(results):
             unkeyed.add(setting.key)
     assert unkeyed == machine(paper) | idle(paper)
+
+
+def test_further_scores_draw_nothing_anew() -> None:
+    words = ["eval.scores=[kid]", "eval.features=[scenes]"]
+    before, after = keys("paella", micro("paella")), keys("paella", micro("paella", *words))
+    assert {name for name, _ in {*before} - {*after}} == {"score"}
+    assert keys("paella", micro("paella", "eval.scores=[kid,prdc]", words[1])) != after
+
+
+@pytest.mark.parametrize(
+    ("paper", "words", "said"),
+    [
+        ("paella", ["eval.scores=[kit]"], "eval.scores: 'kit' is not one of fid, kid"),
+        ("paella", ["eval.scores=[kid]", "eval.features=[scene]"], "did you mean scenes?"),
+        ("paella", ["eval.features=[scenes]"], "eval.features must be empty without scores"),
+        ("paella", ["eval.scores=[kid]", "eval.weights=[x=y]"], "'x=y' is no NAME=FILE"),
+        ("paella", ["eval.scores=[sfid]", "eval.features=[scenes]"], "of Inception-v3 alone"),
+        ("vqgan", ["eval.scores=[kid]"], "python -m eval.reconstruction"),
+        (
+            "paella",
+            ["data=digits", "eval.scores=[kid]", "eval.features=[scenes]", "tokenizer.ckpt=null"],
+            "data=digits has no real pictures",
+        ),
+    ],
+)
+def test_further_scores_that_cannot_be(paper: str, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        keys(paper, micro(paper, *words))
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -266,6 +298,12 @@ def test_a_corpus_is_known_by_its_lists_and_folders(tmp_path: Path) -> None:
     assert between["data-train"] != before["data-train"]
     (tmp_path / "coco" / "annotations" / "captions_val2014.json").touch()
     assert made()["data-val"] != between["data-val"]
+
+
+def test_crops_make_another_cache() -> None:
+    before, after = (keys("paella", micro("paella", "data.crop=random", *more))
+                     for more in ([], ["data.crops=2"]))  # fmt: skip
+    assert changes(before, after) == {"encode", *TRAINED}
 
 
 # What a stage is ----

@@ -402,7 +402,8 @@ def test_sampling_goes_on_where_it_was_interrupted(
         part = f"batch-4-{number:05d}.safetensors"
         names = [f"{4 * number + k:05d}.png" for k in range(4)] + [part]
         sums = {name: file_hash(folder / name) for name in names}
-        write_json(folder / f".{part}.sum", {"files": sums, "seconds": 1.0})
+        noted = {"key": folder.name[-12:], "files": sums, "seconds": 1.0}
+        write_json(folder / f".{part}.sum", noted)
     kept = {n: (folder / f"{n:05d}.png").stat().st_mtime_ns for n in (4, 7, 12, 15)}
     again = go("paella", tmp_path / "out", copied, "eval.batch_size=4")
     assert again.fate()["sample-val"] == "continues"

@@ -390,6 +390,77 @@ def test_a_part_is_made_once_and_by_any_rank(letters: Letters, tmp_path: Path, m
     assert marker is not None and marker["what"] == {"text": "012345"}
 
 
+def test_parts_that_stand_apart_fail_alone(letters: Letters, tmp_path: Path) -> None:
+    store, said = Store(tmp_path), list[str]()
+
+    class Broken(type(letters)):  # type: ignore[misc]
+        APART = True
+        NAME = "letters"
+        mended: ClassVar[bool] = False
+
+        def open(self, *arguments: Any) -> Callable[[int], None]:
+            make = super().open(*arguments)
+
+            def mostly(i: int) -> None:
+                if i in (1, 4) and not self.mended:
+                    raise ValueError(f"shard {i} is broken")
+                make(i)
+
+            return mostly
+
+    with pytest.raises(ValueError, match=r"2 of 6 parts .* b\.txt, e\.txt \(first: shard 1 is"):
+        run(store, Broken(), said)
+    assert [line.strip() for line in said[1:]] == [
+        "b.txt failed: shard 1 is broken",
+        "e.txt failed: shard 4 is broken",
+    ]
+    assert store.done(Broken()) is None and [i for _, i in letters.made] == [0, 2, 3, 5]
+    Broken.mended = True
+    run(store, Broken())
+    assert [i for _, i in letters.made] == [0, 2, 3, 5, 1, 4]
+
+
+def test_a_home_may_hold_what_another_stage_left(tmp_path: Path) -> None:
+    home, calls = tmp_path / "out", list[int]()
+
+    def made(number: int) -> Stage:
+        return step(lambda folder: calls.append(number) or {}, number)
+
+    for number in (1, 1, 2, 2, 1):
+        stage = made(number)
+        store = Store(tmp_path / "cache", homes={stage: home})
+        assert run(store, stage) == home and store.done(stage) is not None
+    assert calls == [1, 2, 1]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_marks_of_homes_may_stand_apart(tmp_path: Path) -> None:
+    for name in ("one", "two", "one"):
+        letters, home = Letters(), tmp_path / name
+        store = Store(tmp_path / "cache", homes={letters: home}, apart=True)
+        run(store, letters)
+        assert store.done(letters) is not None and store.mark(letters).parent == tmp_path / "cache"
+    assert len(Letters.made) == 12
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 6
+
+
+def test_parts_of_another_stage_in_a_home_are_asked_for_again(tmp_path: Path) -> None:
+    """Whether they still stand is the business of the stage, which makes or keeps them."""
+    home = tmp_path / "out"
+    home.mkdir()
+
+    def begun(number: int) -> tuple[Store, SplitStage]:
+        kind = type("Letters", (Letters,), {"made": [], "fails_at": 3, "VERSION": number})
+        return Store(tmp_path, homes={kind(): home}), kind()
+
+    for number, expected in ((1, [0, 1, 2]), (2, [0, 1, 2]), (2, [])):
+        store, letters = begun(number)
+        with pytest.raises(OSError, match="disk is full"):
+            run(store, letters)
+        assert [i for _, i in letters.made] == expected  # type: ignore[attr-defined]
+
+
 def test_only_missing_parts_are_made(letters: Letters, tmp_path: Path) -> None:
     store, said = Store(tmp_path), list[str]()
     type(letters).fails_at = 3

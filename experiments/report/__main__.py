@@ -1,0 +1,65 @@
+"""One page of what papers claim and what was measured: `python -m experiments.report`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.cli import Parser, command, speaker
+from experiments.grid import make_runs, read_sweep, sweep_files
+from experiments.points import collect
+from experiments.settings import ConfigError
+
+COMMAND = "python -m experiments.report"
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+HELP = f"""Puts the runs of sweeps together on one page: pictures of the same prompts side by side,
+every claim of the papers with its verdict, every table measured beside published. Nothing is
+trained or sampled: sweeps of which no run is done are left out.
+
+Without a FILE all sweeps of the project are looked for. Words are those with which the sweeps were
+run (experiments.sweep FILE ... key=value).
+
+examples:
+  {COMMAND} --out report
+  {COMMAND} sweeps/paella_steps.yaml sweeps/muse_steps.yaml seeds=3 --out report"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Write the page that the command line asks for.
+
+    Raises:
+        ConfigError: a wrong word or file, or sweeps of which nothing was run.
+    """
+    parser = Parser(COMMAND, HELP)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/report"), help="default: %(default)s"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="as of the sweeps")
+    args, words = parser.split(argv)
+    if args.help:
+        print(parser.format_help())
+        return
+    files, settings = sweep_files(words)
+    sweeps = []
+    for path in files or sorted(SWEEPS.glob("*.yaml")):
+        sweep = read_sweep(path)
+        try:
+            sweeps.append((sweep, make_runs(sweep, settings, None, seeds=args.seeds)[1]))
+        except ConfigError as error:
+            if files:
+                raise ConfigError(f"{path}: {error}") from error
+    from experiments.report.overview import Done, write_overview
+
+    found = [Done(sweep, runs) for sweep, runs in sweeps]
+    for done in found:
+        collect(done.runs)
+    if not any(run.scores for done in found for run in done.runs):
+        names = ", ".join(f"sweeps/{done.sweep.name}.yaml" for done in found[:2])
+        raise ConfigError(f"no run of {names} ... is done; run experiments.sweep first")
+    say = speaker()
+    for path in write_overview(found, args.out, shlex.join([*COMMAND.split(), *argv])):
+        say(f"  {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(run, sys.argv[1:]))
