@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx.experimental import _config as tracing
 from torch.overrides import TorchFunctionMode
 
 from lightning_modules.common.blocks import blocks_of
@@ -52,15 +51,7 @@ class Pretend(TorchFunctionMode):
         lower = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         self.lower = lower.get(precision)
         self._copies: dict[int, Tensor] = {}  # autocast casts a weight once per pass
-
-    def __enter__(self) -> Any:
-        self.before = tracing.meta_nonzero_assume_all_nonzero
-        tracing.meta_nonzero_assume_all_nonzero = True
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        tracing.meta_nonzero_assume_all_nonzero = self.before
-        super().__exit__(*error)
+        self._storages: list[Any] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -68,6 +59,8 @@ class Pretend(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in ANSWERS and len(args) == 1 and not kwargs and args[0].is_meta:
             return ANSWERS[func](args[0])
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and is_mask(args[1]):
+            return picked(*args)
         if self.lower is not None and func in LOWER | FULL:
             target = self.lower if func in LOWER else torch.float32
             args = [self._to(value, target) for value in args]
@@ -86,13 +79,27 @@ class Pretend(TorchFunctionMode):
         if not isinstance(value, nn.Parameter):
             return value.to(dtype)
         if id(value) not in self._copies:
-            self._copies[id(value)] = value.to(dtype)
+            self._copies[id(value)] = copy = value.to(dtype)
+            self._storages.append(copy.untyped_storage())
         return self._copies[id(value)]
 
     @property
     def copies(self) -> dict[int, int]:
         """Storage -> bytes of the weights that were cast."""
-        return {storage_of(v): v.untyped_storage().nbytes() for v in self._copies.values()}
+        return {id(storage): storage.nbytes() for storage in self._storages}
+
+
+def is_mask(index: Any) -> bool:
+    """Say whether an index is a mask without numbers."""
+    return isinstance(index, Tensor) and index.is_meta and index.dtype == torch.bool
+
+
+def picked(x: Tensor, mask: Tensor, value: Tensor | None = None) -> Tensor | None:
+    """Do x[mask], or x[mask] = value, as if the mask were true everywhere."""
+    if value is None:
+        return x.flatten(0, mask.ndim - 1).clone()
+    x.copy_(value.reshape(x.shape) if value.ndim else value)
+    return None
 
 
 def fused_attention(
@@ -103,13 +110,25 @@ def fused_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:
-    """Attend without the matrix of all pairs, as flash attention does: what is kept is linear."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask)[0]
+    """Attend as flash attention does, which keeps no matrix of all pairs."""
+    mask = None if attn_mask is None else attn_mask.to(query.dtype)
+    return _Fused.apply(query, key, value, mask)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        heads, count = query.shape[-3:-1]
+        # heads lie beside each other, so that they are joined without a copy
+        out = query.new_empty(*query.shape[:-3], count, heads, value.shape[-1]).transpose(-3, -2)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *([] if mask is None else [mask]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        return query.new_empty(query.shape), key.clone(), value.clone(), None
 
 
 @dataclass
@@ -125,8 +144,8 @@ class Kept:
     """The same of every call of a block."""
     entering: dict[int, int] = field(default_factory=dict)
     """The same of what enters blocks."""
-    alive: list[Tensor] = field(default_factory=list)
-    """All of them, so that no storage takes another one's place."""
+    alive: list[Any] = field(default_factory=list)
+    """All storages, so that none takes another one's place."""
 
     def bytes(self, recomputed: bool = False, without: Collection[int] = ()) -> int:
         """Count them.
@@ -151,15 +170,16 @@ def kept_by(module: nn.Module, step: Callable[[], Any]) -> Kept:
         module: what has the blocks and the weights.
         step: does the pass; its result is kept until all is counted.
     """
-    weights = {storage_of(v) for v in [*module.parameters(), *module.buffers()]}
+    owned = [v.untyped_storage() for v in [*module.parameters(), *module.buffers()]]
+    weights = set(map(id, owned))
     kept = Kept()
     inside: list[dict[int, int]] = []
 
     def note(value: Tensor, where: dict[int, int]) -> None:
-        place = storage_of(value)
-        if place not in weights:
-            where[place] = value.untyped_storage().nbytes()
-            kept.alive.append(value)
+        storage = value.untyped_storage()
+        if id(storage) not in weights:
+            where[id(storage)] = storage.nbytes()
+            kept.alive.append(storage)
 
     def pack(value: Tensor) -> Tensor:
         note(value, inside[-1] if inside else kept.outside)
@@ -186,11 +206,6 @@ def kept_by(module: nn.Module, step: Callable[[], Any]) -> Kept:
         for hook in hooks:
             hook.remove()
     return kept
-
-
-def storage_of(value: Tensor) -> int:
-    """Return what tells one storage from another, also without numbers."""
-    return value.untyped_storage()._cdata
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
