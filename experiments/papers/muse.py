@@ -106,6 +106,7 @@ class MuseRun(MuseConfig, TokenRun):
             self.seed,
             m.data.shards("val", size),
             trainer.monitor(),
+            self.data.shuffle_buffer,
         )
         low = Generator(base, m.first_stage)
         whole = Generator(

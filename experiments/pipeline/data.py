@@ -16,7 +16,7 @@ from data.config import EMBEDDED, DataConfig
 from data.corpora import KINDS, corpora, index
 from data.corpora import shards as shards_of
 from data.files import write_json
-from data.view import Order, ShardList, View
+from data.view import ShardList, View
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
 from experiments.settings import ConfigError
 
@@ -218,7 +218,6 @@ class PictureSource:
 
     shards: Shards
     view: View
-    order: Order
 
 
 @dataclass(frozen=True)

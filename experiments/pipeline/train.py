@@ -121,6 +121,8 @@ class Train(FileStage):
     val: Shards | None = field(default=None, metadata=UNKEYED)
     """What the validation loss is watched on; changes no weight."""
     monitor: Monitor = field(default=Monitor(), metadata=UNKEYED)
+    shuffle_buffer: int = 1000
+    """Training samples of all devices together that are shuffled at a time."""
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Train, and write the weights that are used from here on."""
@@ -173,14 +175,20 @@ class Train(FileStage):
             ShardList(()) if isinstance(source, Cached) else source.shards.shards(inputs),
             None if self.val is None else self.val.shards(inputs),
             source.view,
-            source.order if isinstance(source, PictureSource) else Order(),
+            Order(machine.workers, self.shuffle_buffer),
             **shared,
             val_batches=self.monitor.val_batches,
             max_skipped=machine.max_skipped,
         )
         if isinstance(source, PictureSource):
             return web
-        return TokenData(source.folder_of(inputs), **shared, val=web, text=source.reads_text)
+        return TokenData(
+            source.folder_of(inputs),
+            **shared,
+            shuffle_buffer=self.shuffle_buffer,
+            val=web,
+            text=source.reads_text,
+        )
 
     def file(self, inputs: Folders) -> Path:
         """Path of the weights."""

@@ -140,6 +140,39 @@ def test_cursors_serve_another_number_of_ranks(uneven: ShardList) -> None:
     assert joined == [keys for keys, _ in whole[4:]]
 
 
+def one_rank(rank: int, shards: ShardList, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    data = data_of(shards, 2)
+    for _ in data.stream(0, rank, 2):
+        pass
+    torch.save(data.state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_has_the_cursors_and_counts_of_all_ranks(uneven: ShardList, tmp_path) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one_rank, args=(rank, uneven, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = data_of(uneven)
+    list(alone.stream(0))
+    whole = alone.state_dict()
+    assert states[0] == states[1] == whole
+    assert len(whole["cursors"]) == GLOBAL
+    again = data_of(uneven)
+    again.load_state_dict(whole)
+    assert again.skipped == alone.skipped
+    list(again.stream(1))
+    list(alone.stream(1))
+    alone.state_dict(), again.state_dict()
+    assert again.skipped["seen"] >= alone.skipped["seen"]  # a window is read again
+
+
 def test_workers_go_on_from_epoch_to_epoch_and_end_with_the_training(uneven: ShardList) -> None:
     before = set(torch.multiprocessing.active_children())
     data = data_of(uneven, 1, 2)
