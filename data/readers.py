@@ -110,7 +110,7 @@ def read_tar(url: str, first: int = 0) -> Iterator[Sample]:
     found = grouped(_contents(url, start, errors), url)
     before = last = next(found, None) if first else None
     for sample in found:
-        if last is not before:
+        if last is not None and last is not before:
             yield last
         before, last = last, sample
     if last is not None and last is not before:
