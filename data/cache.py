@@ -33,8 +33,10 @@ from torch import Tensor
 from data.cached import INDEX, read_index
 from data.files import atomic, file_hash, write_json
 from data.images import open_image, to_tensor
+from data.readers import Sample
 from data.select import frozen, visited
-from data.shards import LOST, Sample, SkipCounter, apply
+from data.shards import LOSSES, apply
+from data.skips import SkipCounter
 from data.view import MAX_SKIPPED, ShardList, View
 from data.webdata import ShardPictures
 
@@ -167,8 +169,9 @@ def encode_shard(
                         encoded = encoder.encode(shown).cpu().numpy()[: len(batch)]
                     tensor = variant(name, number, mirror)
                     grids.setdefault(tensor, []).append(_packed(encoded, encoder.num_codes, path))
-    if not rows and skips.counts[LOST]:
-        raise ValueError(f"{url} cannot be read{skips.example}")
+    lost = [kind for kind in LOSSES if skips.counts[kind]]
+    if not rows and lost:
+        raise ValueError(f"{url} cannot be read (last: {skips.examples[lost[0]]})")
     # what comes from a channels-last tensor is not laid out as a file holds it
     tensors = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in grids.items()}
     with atomic(path.with_suffix(".parquet")) as temporary:
@@ -180,7 +183,7 @@ def encode_shard(
         with atomic(text_path) as temporary:
             save_torch(states, temporary)
     # one entry: the order of several in the file is another one in every process
-    told = {"made": made, "read": total, "skipped": skips.counts, "example": skips.example}
+    told = {"made": made, "read": total, "skipped": skips.counts, "examples": skips.examples}
     with atomic(path) as temporary:  # last: it stands for all
         save_file(tensors, temporary, {"encoded": json.dumps(told, sort_keys=True)})
 
@@ -276,12 +279,12 @@ def finish_cache(
         numbers = {"rows": rows, "read": told["read"], "counted": told_rows}
         parts.append({"name": name, "source": source, **numbers, "files": sums})
         skips.counts.update(told["skipped"])  # not judged by windows: the whole set is known
-        skips.example = told.get("example") or skips.example
+        skips.examples |= told["examples"]
     skips.check()
     count = sum(part["rows"] for part in parts)
     if not count:
         raise ValueError("the training shards hold no sample to encode")
-    summary = {"made": made, "count": count, "skipped": dict(skips.counts), "about": about or {}}
+    summary = {"made": made, "count": count, **skips.found(), "about": about or {}}
     write_json(folder / INDEX, {**summary, "parts": parts})
     return {**summary, "parts": parts}
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from data.view import MAX_SKIPPED, Crop, Order, View
+from data.view import MAX_SKIPPED, Crop, View
 
 EMBEDDED = ("scenes", "digits")  # drawn or shipped
 
@@ -59,14 +59,15 @@ class DataConfig:
     cache: bool = True
     """Encode the training shards to tokens once; false encodes in every step."""
     crop: Crop = "center"
-    """Where the square is cut from a training image, validation is cut in the centre; adm: both
-    are resized and cut in the centre as ADM does."""
+    """Which square of a training image: the largest in the centre or at random; adm: resized and
+    cut as ADM does; dalle: near the centre, as DALL-E and VQ-Diffusion do; resize_*: the short side
+    resized by that filter, then the centre. Validation sees the one that draws nothing."""
     crops: int = 1
     """Crops of every training image that a cache keeps, with a random crop."""
     flip: bool = False
     """Mirror half of the training images. Not for captions that say left or right."""
     shuffle_buffer: int = 1_000
-    """Encoded samples that a worker holds to shuffle them."""
+    """Training samples of all devices together that are shuffled at a time."""
     workers: int = 2
     """Processes that decode images; 0 decodes in the training process."""
     max_skipped: float = MAX_SKIPPED
@@ -119,7 +120,3 @@ class DataConfig:
     def view(self) -> View:
         """Return how samples become pictures, and which are left out."""
         return View(**{field.name: getattr(self, field.name) for field in fields(View)})
-
-    def order(self) -> Order:
-        """Return what orders training samples that are read as pictures."""
-        return Order(self.workers, self.shuffle_buffer)

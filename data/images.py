@@ -11,18 +11,23 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.crops import CROPS
+from data.skips import SampleError
 from data.view import Crop
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF")
 MAX_PIXELS = 64_000_000  # a header can promise more than any memory holds
+BOMB = "decompression bomb"
+TRUNCATED = "truncated image"
+CORRUPT = "corrupt image"
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an encoded image without decoding it.
+    """Open an encoded image without decoding it; of an animation the first frame.
 
     Raises:
         PIL.Image.DecompressionBombError: the header promises more than MAX_PIXELS.
-        OSError: not a JPEG, PNG or WebP.
+        OSError: not a JPEG, PNG, WebP or AVIF.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is ours
@@ -44,29 +49,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def adm_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize and cut the centre as ADM does (openai/guided-diffusion, image_datasets.py).
-
-    Halved with box filtering while the short side has twice the pixels or more, then bicubic to
-    the short side, then cut; references of ImageNet scores (and LDMAE's latents) are made so.
-
-    Args:
-        image: RGB.
-        resolution: width and height of the result.
-    """
-    side = min(image.size)
-    if max(image.size) > 8 * side:  # enlarged whole, a line of pixels would fill the memory
-        left, top = (max(0, length - 8 * side) // 2 for length in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    size = round(image.width * scale), round(image.height * scale)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
 def decode_image(
     data: bytes,
     resolution: int,
@@ -74,32 +56,37 @@ def decode_image(
     crop: Crop = "center",
     rng: random.Random | None = None,
     mirror: bool = False,
+    reduced: bool = False,
 ) -> np.ndarray:
-    """Decode, cut the largest square and resize it, smoothly, to [resolution, resolution, 3] uint8.
-
-    The square is cut before resizing: the same pixels as resizing the short side first, and a
-    picture of 1 x 60,000 pixels costs no memory. With crop "adm" both are done by `adm_crop`.
+    """Decode, cut and resize to [resolution, resolution, 3] uint8.
 
     Args:
-        data: encoded JPEG, PNG or WebP.
+        data: encoded JPEG, PNG, WebP or AVIF.
         resolution: width and height of the result.
-        crop: where along the long side the square is cut; adm is the centre.
-        rng: draws crop "random".
+        crop: one of `data.crops.CROPS`.
+        rng: draws what the crop draws.
         mirror: mirror it.
+        reduced: decode a JPEG at a half, a quarter or an eighth of its size where the crop allows
+            and that is still as large as the result. Faster; pixels differ slightly.
 
     Raises:
-        PIL.Image.DecompressionBombError: more than MAX_PIXELS.
-        OSError: the image is corrupt.
+        SampleError: BOMB (more than MAX_PIXELS by the header), TRUNCATED or CORRUPT.
     """
-    image = to_rgb(open_image(data))
-    if crop == "adm":
-        image = adm_crop(image, resolution)
-    else:
-        side = min(image.size)
-        where = (rng or random.Random(0)).random() if crop == "random" else 0.5
-        left, top = round((image.width - side) * where), round((image.height - side) * where)
-        box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    rule = CROPS[crop]
+    try:
+        image = open_image(data)
+        if reduced and rule.least is not None:
+            scale = rule.least(resolution) / min(image.size)
+            image.draft(
+                None, (int(-(-image.width * scale // 1)), int(-(-image.height * scale // 1)))
+            )
+        image = to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise SampleError(BOMB, why=str(error)) from error
+    except Exception as error:  # whatever damaged bytes make of their decoder
+        kind = TRUNCATED if "truncated" in str(error).lower() else CORRUPT
+        raise SampleError(kind, why=str(error)) from error
+    image = rule.cut(image, resolution, rng or random.Random(0))
     if mirror:
         image = ImageOps.mirror(image)
     return np.array(image)

@@ -38,8 +38,8 @@ class Source(Protocol):
     def stack(self, samples: list[Any]) -> Any:
         """Put the samples of some places of a batch together, in the process that made them."""
 
-    def take(self) -> dict[str, int]:
-        """Return what was counted since the last call."""
+    def take(self) -> tuple[dict[str, int], dict[str, str]]:
+        """Return what was left out since the last call, counted by kind, and examples of it."""
 
 
 class Cursor(NamedTuple):

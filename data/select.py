@@ -8,19 +8,13 @@ comes before. A picture that cannot be decoded leaves a gap.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import cast
 
+from data.crops import CROPS
 from data.images import decode_image, open_image
 from data.names import aliased, number
-from data.shards import (
-    FILTERED,
-    OTHER_SPLIT,
-    Sample,
-    SampleError,
-    SkipCounter,
-    apply,
-    parse,
-    read_samples,
-)
+from data.shards import Sample, apply, parse, read_samples
+from data.skips import FILTERED, OTHER_SPLIT, SampleError, SkipCounter
 from data.view import MAX_SKIPPED, Crop, ShardList, View
 
 
@@ -88,12 +82,12 @@ def described(sample: Sample, draw: str) -> Sample:
 
 
 def decoded(sample: Sample, view: View) -> Sample:
-    """Return an encoded sample as validation sees it: cut in the centre, its caption frozen.
+    """Return an encoded sample as validation sees it: its crop and its caption draw nothing anew.
 
     Returns:
         What `described` does, with "pixels" uint8 [H, W, 3].
     """
-    crop: Crop = "adm" if view.crop == "adm" else "center"
+    crop = cast(Crop, CROPS[view.crop].seen)
     pixels = decode_image(sample["data"], view.resolution, crop=crop)
     return {"pixels": pixels, **described(sample, frozen(view, sample["key"]))}
 
@@ -116,6 +110,7 @@ def visited(sample: Sample, view: View, draw: str, flip: bool) -> Sample:
         crop=view.crop,
         rng=drawn(draw, "crop"),
         mirror=flip and mirrored(draw),
+        reduced=True,
     )
     return {"pixels": pixels, **described(sample, draw)}
 

@@ -11,8 +11,7 @@ import math
 import os
 import tarfile
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +21,17 @@ from PIL import Image
 from data.files import atomic, decode_text
 from data.names import aliased
 from data.readers import IMAGE_KEYS, Sample, is_image, reader_of, stamp
-from data.remote import is_remote, stamps_of
-from data.view import MAX_SKIPPED, ShardList
+from data.remote import StalledError, is_remote, stamps_of
+from data.skips import NOTED, SEEN, SampleError, SkipCounter
+from data.view import ShardList
 
-SEEN = "seen"
-FILTERED = "filtered: "
-OTHER_SPLIT = f"{FILTERED}other split"
 LOST = "in broken shards (estimated)"
-WINDOW = 500
-IN_A_ROW = 20_000
+GONE = "in missing shards (estimated)"
+STALLED = "in shards that do not answer (estimated)"
+PICKLE = f"{NOTED}pickled member, not read"
+PICKLED = {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill"}
+CHANGED = "in shards that changed (estimated)"
+LOSSES = (LOST, GONE, STALLED, CHANGED)
 SIBLINGS = 32  # shards that are looked at to guess what a broken one held
 COUNTED = 4 * 10**9  # bytes of shards whose samples are counted one by one
 COUNTED_FAR = 10**8  # the same of remote ones, which have to be fetched for it
@@ -102,120 +103,6 @@ def _members(sample: Sample, image_format: str) -> dict[str, bytes]:
     }
 
 
-class SkipCounter:
-    """Counts samples by what became of them, and says when too many are bad.
-
-    `counts` holds SEEN, one entry per reason (the text of a SampleError, corrupt image, else the
-    exception's type), and one per metadata filter (prefix FILTERED; what these remove is not called
-    bad). What a broken shard loses comes at once: a window spans at least ten such losses.
-    """
-
-    def __init__(self, max_skipped: float = MAX_SKIPPED, window: int = WINDOW):
-        self.max_skipped = max_skipped
-        self.window = window
-        self.counts: Counter[str] = Counter()
-        self.recent: Counter[str] = Counter()  # since the last full window
-        self.untold: Counter[str] = Counter()  # since the last `take`
-        self.in_a_row = 0  # left out since a sample last passed
-        self.example = ""
-
-    def add(self, counts: Mapping[str, int]) -> None:
-        """Count.
-
-        Raises:
-            ValueError: a window is full and more than `max_skipped` of it is bad.
-        """
-        for counter in (self.counts, self.recent, self.untold):
-            counter.update(counts)
-        self.window = max(self.window, 10 * max(_bad(counts).values(), default=0))
-        if self._considered(self.recent) >= self.window:
-            recent, self.recent = self.recent, Counter()
-            self.check(recent)
-
-    def skip(self, error: Exception, where: str) -> None:
-        """Count a sample that is left out because of an error."""
-        reason = "corrupt image" if isinstance(error, OSError) else type(error).__name__
-        reason = str(error) if isinstance(error, SampleError) else reason
-        if not reason.startswith(FILTERED):
-            self._note(error, where)
-        images = error.images if isinstance(error, SampleError) else 1
-        self.add({SEEN: images - 1, reason: images})
-        self.in_a_row += 1
-        if self.in_a_row >= IN_A_ROW:
-            raise ValueError(f"none of the last {IN_A_ROW} samples was usable: {dict(self.counts)}")
-
-    def lose(self, error: Exception, url: str, lost: int) -> None:
-        """Count what a broken shard lacks, about `lost` samples."""
-        self._note(error, url)
-        self.add({SEEN: lost, LOST: lost})
-
-    def _note(self, error: Exception, where: str) -> None:
-        why = (str(error).splitlines() or [""])[0]
-        told = " ".join(f"{where}: {why[:200].rstrip(': ')}".split())  # one line
-        self.example = f" (last: {told})"
-
-    def take(self) -> dict[str, int]:
-        """Return what was counted since the last call, to be added up in another process."""
-        counts, self.untold = dict(self.untold), Counter()
-        return counts
-
-    def check(self, counts: Mapping[str, int] | None = None) -> None:
-        """Raise ValueError where more than `max_skipped` of the counted samples is bad.
-
-        What metadata filters remove is not counted at all: it is neither good nor bad.
-        """
-        counts = self.counts if counts is None else counts
-        skipped, seen = sum(_bad(counts).values()), self._considered(counts)
-        if skipped > self.max_skipped * seen:
-            raise ValueError(
-                f"{skipped} of {seen} samples were skipped: {_listed(_bad(counts))}{self.example}, "
-                f"more than max_skipped={self.max_skipped} allows; repair the shards or raise "
-                "max_skipped"
-            )
-
-    def told(self, split: str) -> str:
-        """Return a line that says what became of the samples of a split."""
-        bad = _bad(self.counts)
-        parts = [f"{self._considered(self.counts) - sum(bad.values())} samples"]
-        if others := self.counts[OTHER_SPLIT]:
-            parts.append(f"{others} {'validation' if split.startswith('train') else 'training'}")
-        parts += [
-            f"{n} {reason}"
-            for reason, n in sorted(self.counts.items())
-            if reason.startswith(FILTERED) and reason != OTHER_SPLIT
-        ]
-        reasons = f": {_listed(bad)}{self.example}" if bad else ""
-        return f"{split}: {', '.join(parts)}, {sum(bad.values())} skipped{reasons}"
-
-    @staticmethod
-    def _considered(counts: Mapping[str, int]) -> int:
-        """Return how many samples were seen and not removed by a filter."""
-        filtered = sum(n for reason, n in counts.items() if reason.startswith(FILTERED))
-        return max(0, counts.get(SEEN, 0) - filtered)
-
-
-def _bad(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the counts of samples that are left out for a fault."""
-    return {r: n for r, n in counts.items() if r != SEEN and not r.startswith(FILTERED)}
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
-
-
-class SampleError(Exception):
-    """A sample to leave out; the text is the reason that it is counted under.
-
-    Args:
-        reason: the text.
-        images: for how many it counts.
-    """
-
-    def __init__(self, reason: str, images: int = 1):
-        super().__init__(reason)
-        self.images = images
-
-
 def read_samples(
     urls: Iterable[str], skips: SkipCounter, siblings: Sequence[str] = ()
 ) -> Iterator[Sample]:
@@ -256,14 +143,27 @@ def read_shard(
             whole = _size(url)
             unread = count * whole // max(1, length) - count - first
             lacking = _fullest(url, siblings) - count - first
-            skips.lose(error, url, max(1, lacking if lacking > 0 else unread))
+            lost = max(1, lacking if lacking > 0 else unread)
+            kind = lost_by(error)
+            skips.note(kind, url, str(error))
+            skips.add({SEEN: lost, kind: lost})
             return
         if sample is None:
             return
         count += 1
         length += sum(BLOCK + len(data) + -len(data) % BLOCK for data in _files(sample))
         skips.add({SEEN: 1})
+        if pickled := PICKLED & sample.keys():
+            skips.note(PICKLE, url, f"{sample['__key__']}.{min(pickled)}")
+            skips.add({PICKLE: 1})
         yield sample
+
+
+def lost_by(error: Exception) -> str:
+    """Return the kind of fault that what a shard loses is counted under."""
+    if isinstance(error, FileNotFoundError):
+        return GONE
+    return STALLED if isinstance(error, StalledError) else LOST
 
 
 def count_rows(shards: ShardList) -> tuple[int, ...]:

@@ -8,9 +8,8 @@ reading what comes before it.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +17,11 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.order import Cursor, GlobalOrder, Slot, Source
-from data.shards import SkipCounter
+from data.skips import SkipCounter
 
+T = TypeVar("T")
 Cursors = dict[int, Cursor]
+Skipped = tuple[dict[str, int], dict[str, str]]
 
 
 class Slice(NamedTuple):
@@ -28,10 +29,12 @@ class Slice(NamedTuple):
 
     part: Any
     """What `Source.stack` made of the samples."""
-    skipped: dict[str, int]
-    """What was counted since the slice before."""
+    skipped: Skipped
+    """What was counted since the slice before, and examples of it."""
     cursors: Cursors
     """Where the slots stand after the last batch of an epoch; empty elsewhere."""
+    refusal: str = ""
+    """Why the worker gives up; the other fields are empty then."""
 
 
 class SliceStream(IterableDataset):
@@ -59,6 +62,12 @@ class SliceStream(IterableDataset):
         self.epoch, self.epoch_batches, self.known = epoch, epoch_batches, known
 
     def __iter__(self) -> Iterator[Slice]:
+        try:
+            yield from self._slices()
+        except ValueError as error:  # a sentence for who waits, not this worker's traceback
+            yield Slice(None, ({}, {}), {}, str(error))
+
+    def _slices(self) -> Iterator[Slice]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         own = np.array_split(np.array(self.slots), workers)[worker].tolist()
@@ -113,6 +122,8 @@ class EpochData(LightningDataModule):
         self.shuffle_buffer, self.workers, self.skips = shuffle_buffer, workers, skips
         self._borders: dict[str, dict[int, Cursors]] = {}  # order -> epoch -> cursors
         self._running: tuple[Any, Iterator[Slice]] | None = None
+        self.everywhere = SkipCounter(1.0)  # of all ranks, at the last checkpoint
+        self._before: Skipped = ({}, {})  # the same, at the one that was resumed from
 
     def shard_rows(self) -> tuple[int, ...]:
         """Return how many rows every shard has, good and bad."""
@@ -169,6 +180,11 @@ class EpochData(LightningDataModule):
         return iter(loader)
 
     @property
+    def left_out(self) -> SkipCounter:
+        """What was counted in all ranks until the last checkpoint; without one, in this rank."""
+        return self.everywhere if self.everywhere.counts else self.skips
+
+    @property
     def parts(self) -> int:
         """Number of slices in a batch: one of each worker; no worker is without a slot."""
         return min(max(1, self.workers), self.batch_size)
@@ -184,22 +200,42 @@ class EpochData(LightningDataModule):
         self._running = ((order.name, epoch, *where), it)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the cursors of the last border that was reached, of all ranks."""
+        """Return where all ranks stand at the last border that was reached, and what they counted.
+
+        All ranks must call it.
+        """
         if not self._borders:
             return {}
         name, known = next(reversed(self._borders.items()))
         epoch = max(known)
         cursors = {slot: list(cursor) for slot, cursor in known[epoch].items()}
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, cursors)
-            cursors = {slot: cursor for part in ranks for slot, cursor in part.items()}
-        return {"order": name, "epoch": epoch, "cursors": cursors}
+        ranks = gathered((cursors, dict(self.skips.counts), self.skips.examples))
+        self.everywhere = SkipCounter(1.0)
+        self.everywhere.merge(*self._before)
+        for _, counts, examples in ranks:
+            self.everywhere.merge(counts, examples)
+        return {
+            "order": name,
+            "epoch": epoch,
+            "cursors": {slot: cursor for part, _, _ in ranks for slot, cursor in part.items()},
+            "skipped": (dict(self.everywhere.counts), self.everywhere.examples),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the cursors of a checkpoint."""
+        """Go on from what a checkpoint says."""
         cursors = {slot: Cursor(*cursor) for slot, cursor in state_dict["cursors"].items()}
         self._borders = {state_dict["order"]: {state_dict["epoch"]: cursors}}
+        self._before = state_dict["skipped"]
+        self.everywhere.merge(*self._before)
+
+
+def gathered(item: T) -> list[T]:
+    """Return what every rank gives, in their order; all of them must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [item]
+    items: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items
 
 
 class EpochLoader:
@@ -216,11 +252,12 @@ class EpochLoader:
         order = data.order(self.world)
         slices = data.slices(order, self.epoch, *where)
         for number in range(1, len(self) + 1):
-            found = [next(slices) for _ in range(data.parts)]
-            counts: Counter[str] = Counter()
+            found = list(itertools.islice(slices, data.parts))
+            refused = next((one.refusal for one in found if one.refusal), None)
+            if refused:
+                raise ValueError(refused)
             for one in found:
-                counts.update(one.skipped)
-            data.skips.add(counts)
+                data.skips.merge(*one.skipped)
             if number == len(self):
                 cursors = {slot: cursor for one in found for slot, cursor in one.cursors.items()}
                 data.reach(order, self.epoch + 1, where, cursors, slices)

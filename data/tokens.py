@@ -116,9 +116,9 @@ class CachedRows:
         rows, visits = zip(*samples, strict=True)
         return self.data.read(np.array(rows), visits)
 
-    def take(self) -> dict[str, int]:
+    def take(self) -> tuple[dict[str, int], dict[str, str]]:
         """Return that nothing is left out."""
-        return {}
+        return {}, {}
 
 
 class TokenData(EpochData):

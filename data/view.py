@@ -10,7 +10,9 @@ from typing import Literal
 from data.files import write_json
 from data.remote import is_remote
 
-Crop = Literal["center", "random", "adm"]
+Crop = Literal[
+    "center", "random", "adm", "dalle", "resize_bicubic", "resize_bilinear", "resize_lanczos"
+]
 MAX_SKIPPED = 0.2  # share of bad samples at which reading stops, where nobody says otherwise
 
 
@@ -33,10 +35,10 @@ class View:
 
 @dataclass(frozen=True)
 class Order:
-    """What orders training samples that are read as pictures."""
+    """How training samples are read and shuffled."""
 
-    workers: int = 0  # who read; changes no order
-    shuffle_buffer: int = 0
+    workers: int = 0  # processes that read and decode; they change no order
+    shuffle_buffer: int = 0  # samples of all ranks that are shuffled at a time
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.images import join, stack
+from data.readers import Sample, stamp
 from data.select import decoded, encoded, select, visited
-from data.shards import OTHER_SPLIT, Sample, SkipCounter, apply, count_rows, held_rows, read_shard
+from data.shards import CHANGED, apply, count_rows, held_rows, lost_by, read_shard
+from data.skips import OTHER_SPLIT, SEEN, SkipCounter
 from data.stream import EpochData
 from data.view import MAX_SKIPPED, Order, ShardList, View
 
@@ -39,10 +41,16 @@ class ShardPictures:
     def __init__(self, shards: ShardList, view: View, seed: int, max_skipped: float):
         self.shards, self.view, self.seed = shards, view, seed
         self.skips = SkipCounter(max_skipped)
+        self._stamps: dict[str, tuple[int, int]] = {}  # of shards when they were first opened
 
     def rows(self, shard: int, first: int) -> Iterator[Sample | None]:
         """Yield encoded samples, and None where one is left out."""
         shards, url = self.shards, self.shards.paths[shard]
+        if shards.rows is not None and (kind := self._vanished(url)):
+            for _ in range(first, shards.rows[shard]):
+                self.skips.add({SEEN: 1, kind: 1})
+                yield None
+            return
         raw = first
         if first and shards.holdout:
             held = held_rows(url, shards)
@@ -53,6 +61,18 @@ class ShardPictures:
                 continue
             yield self._tried(sample, lambda raw: select(raw, shards, self.view))
 
+    def _vanished(self, url: str) -> str:
+        """Say why a shard is not what it was when it was first opened; "" where it is."""
+        try:
+            found = stamp(url)
+        except OSError as error:
+            self.skips.note(lost_by(error), url, str(error))
+            return lost_by(error)
+        if self._stamps.setdefault(url, found) != found:
+            self.skips.note(CHANGED, url, "its size or time is another one")
+            return CHANGED
+        return ""
+
     def show(self, row: Sample, visit: int) -> Sample | None:
         """Decode a sample as this pass sees it."""
         draw = f"{self.seed}/{visit}/{row['key']}"
@@ -62,8 +82,8 @@ class ShardPictures:
         """Put pictures together."""
         return stack(samples)
 
-    def take(self) -> dict[str, int]:
-        """Return what was counted since the last call."""
+    def take(self) -> tuple[dict[str, int], dict[str, str]]:
+        """Return what was counted since the last call, and examples of it."""
         return self.skips.take()
 
     def _tried(self, sample: Sample, function: Any) -> Sample | None:
@@ -138,8 +158,8 @@ class WebData(EpochData):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """What was counted in all workers of this rank: "seen", and samples left out by reason."""
-        return dict(self.skips.counts)
+        """What was counted in all ranks: "seen", and samples left out by kind of fault."""
+        return dict(self.left_out.counts)
 
     def shard_rows(self) -> tuple[int, ...]:
         """Return how many samples of the split every shard has, good and bad."""

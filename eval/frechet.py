@@ -93,15 +93,17 @@ def frechet_distance(a: FeatureStats | Moments, b: FeatureStats | Moments) -> fl
     Raises:
         ValueError: features of different widths, or a set of fewer than 2.
     """
+    return _distance(a, b)
+
+
+def _distance(
+    a: FeatureStats | Moments, b: FeatureStats | Moments, root: Tensor | None = None
+) -> float:
+    """The distance, with a root [d, r] of the covariance of b where it is known."""
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers do not compare")
-    return _distance(a, b, _root(b.covariance))
-
-
-def _distance(a: FeatureStats | Moments, b: FeatureStats | Moments, root: Tensor) -> float:
-    """The distance, with a root [d, d] of the covariance of b."""
     cov_a = a.covariance
-    root = root.to(cov_a)
+    root = (_root(b.covariance) if root is None else root).to(cov_a)
     product = root.T @ cov_a @ root
     trace_root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     gap = a.mean - b.mean.to(a.mean)
@@ -115,6 +117,13 @@ def _root(covariance: Tensor) -> Tensor:
         return triangle
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt()
+
+
+def _root_of(rows: Tensor, stats: FeatureStats) -> Tensor:
+    """R [d, r] with covariance = R R^T of rows [n, d]; fewer rows than numbers make it thin."""
+    if len(rows) >= len(stats.mean):
+        return _root(stats.covariance)
+    return (rows.to(stats.mean) - stats.mean).T / (stats.n - 1) ** 0.5
 
 
 def frechet_influence(
@@ -136,19 +145,25 @@ def frechet_influence(
     Returns:
         [n] float64, not centred.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    kept = values > 1e-10 * values[-1]
-    values, vectors = values[kept], vectors[:, kept]
+    rows = torch.as_tensor(rows)
+    if len(rows) < len(a.mean):
+        thin = _root_of(rows, a)  # [d, n]
+        values, turn = torch.linalg.eigh(thin.T @ thin)
+        kept = values > 1e-10 * values[-1]
+        values, vectors = values[kept], thin @ turn[:, kept] / values[kept].sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(a.covariance)
+        kept = values > 1e-10 * values[-1]
+        values, vectors = values[kept], vectors[:, kept]
     root, inverse = vectors * values.sqrt(), vectors / values.sqrt()  # [d, r]
     middle, turn = torch.linalg.eigh(root.T @ b.covariance.to(root) @ root)  # [r], [r, r]
-    half = inverse @ turn
-    carry = half * middle.clamp(min=0).sqrt() @ half.T  # [d, d]
+    half = inverse @ turn * middle.clamp(min=0).pow(0.25)  # [d, r], T = half half^T
     gap = a.mean - b.mean.to(a.mean)
     found = []
-    for part in torch.as_tensor(rows).split(ROWS):
+    for part in rows.split(ROWS):
         centred = part.to(a.mean) - a.mean
-        moved = centred - centred @ carry + 2 * gap
-        found.append((centred * moved).sum(dim=1))
+        own, carried = centred.square().sum(dim=1), (centred @ half).square().sum(dim=1)
+        found.append(2 * centred @ gap + own - carried)
     return torch.cat(found)
 
 
@@ -173,11 +188,16 @@ def frechet_infinity(rows: np.ndarray, real: FeatureStats | Moments, seed: int =
         raise ValueError(f"a line in 1/n needs at least 20 pictures, got {total}")
     order = np.random.default_rng(seed).permutation(total)
     sizes = np.unique(np.linspace(min(5000, max(total // 10, 2)), total, POINTS).astype(int))
-    root, stats = _root(real.covariance), FeatureStats(len(real.mean))
-    distances = []
+    width, root = len(real.mean), None
+    stats, distances = FeatureStats(width), []
     for size in sizes:
         stats.merge(FeatureStats.of(rows[order[stats.n : size]]))
-        distances.append(_distance(stats, real, root))
+        if size < width:
+            thin = _root_of(torch.from_numpy(rows[order[:size]]), stats)
+            distances.append(_distance(real, stats, thin))
+        else:
+            root = _root(real.covariance) if root is None else root
+            distances.append(_distance(stats, real, root))
     return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
 
 
@@ -202,8 +222,9 @@ def frechet_score(
     """
     a = FeatureStats.of(made)
     b = FeatureStats.of(real) if isinstance(real, np.ndarray) else real
+    value = _distance(b, a, _root_of(torch.from_numpy(made), a))
     influence = frechet_influence(a, b, made)
     if paired and isinstance(real, np.ndarray) and isinstance(b, FeatureStats):
         influence = influence + frechet_influence(b, a, real)
     error = float(influence.std()) / len(made) ** 0.5
-    return error_score(frechet_distance(a, b), error, len(made), **what)
+    return error_score(value, error, len(made), **what)

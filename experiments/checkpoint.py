@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -27,7 +28,7 @@ PLACES = ("text.path", "text.clip_pretrained")
 
 
 def find_device(name: str) -> torch.device:
-    """Find the device of that name; auto is the first GPU, or the CPU.
+    """Find the device of that name; auto is a GPU, of several ranks each its own, or the CPU.
 
     Raises:
         ConfigError: this machine has no such device.
@@ -35,7 +36,11 @@ def find_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

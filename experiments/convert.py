@@ -6,13 +6,15 @@ import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from data.cached import read_index
-from data.files import file_hash
+from data.files import file_hash, write_json
 from experiments.cli import Parser, blame, command, first_line, speaker
 from experiments.papers.registry import PAPERS, scale_file
 from experiments.settings import ConfigError, file_pairs, fill, parse_overrides, pick, resolved
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_modules.common.foreign import Foreign, State
 
 COMMAND = "python -m experiments.convert"
+PARTS = sorted({name for paper in PAPERS.values() for name in paper.PARTS})
 ASIDE = {"codes": "tokenizer", "stats": "autoencoder"}  # option -> first stage that it goes with
 
 EPILOG = f"""what can be read:
@@ -90,8 +93,12 @@ def run(argv: Sequence[str]) -> None:
                 f"--{option} goes with {article} {section}, which {paper} has none of"
             )
     aside = args.stats or args.codes
+    parts = {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
+    for name in parts:
+        if name not in PAPERS[paper].PARTS:
+            raise ConfigError(f"--{name}: {paper} has no {name}")
     if PAPERS[paper].FIRST_STAGE.paper != paper:
-        convert_generator(paper, source, args.tokenizer, aside, out, hints)
+        convert_generator(paper, source, args.tokenizer, aside, out, hints, parts)
         return
     if args.tokenizer is not None:
         raise ConfigError("--tokenizer goes with generators; a tokenizer is named by --from")
@@ -119,6 +126,7 @@ def make_parser() -> Parser:
         "that occur are kept",
         "stats": "mean and std of an autoencoder's latents (latents_stats.pt); without, an "
         "official one's latents are not normalised",
+        "prior": "Paella: the diffusion prior (prior_v1.pt), from a text to image vectors",
         "out": "X.safetensors; the tokenizer goes beside it",
     }
     papers = ", ".join(f"{name}{alone.get(name, '')}" for name in PAPERS)
@@ -187,6 +195,7 @@ def convert_generator(
     aside: Path | None,
     out: Path,
     hints: Mapping[str, Any],
+    parts: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Convert a generator with its first stage and write both, and a text encoder it came with.
 
@@ -199,14 +208,20 @@ def convert_generator(
         aside: what `read_first_stage` takes besides.
         out: the file to write.
         hints: what a user said, by dotted keys.
+        parts: files of further weights by name.
 
     Raises:
         ConfigError: an unfit file, files that do not belong together, or `out` exists.
     """
     beside = out.with_name(f"{out.stem}.tokenizer.safetensors")
     text = out.with_name(f"{out.stem}.text.safetensors")
-    for file in (out, beside, text):
+    others = {name: out.with_name(f"{out.stem}.{name}.safetensors") for name in parts}
+    for file in (out, beside, text, *others.values()):
         free(file)
+    read = {
+        name: reading(path, partial(PAPERS[paper].part_reader(name), path))
+        for name, path in parts.items()
+    }
     found: Foreign = reading(source, lambda: PAPERS[paper].reader()(source, hints))
     tokenizer = tokenizer or found.tokenizer
     if tokenizer is None:
@@ -228,9 +243,16 @@ def convert_generator(
     scale = file_pairs(PAPERS[paper], scale_file(paper, "paper"))
     config = fill(PAPERS[paper], [*scale, *pairs, *hints.items()])
     plain = plain_settings(paper, config, stage.module, found)
-    check(config, plain, found, source, stage.module)
+    check(config, plain, found, source, stage.module, read)
     write_first_stage(stage, beside)
     say = speaker()
+    for name, (tensors, settings) in read.items():
+        save(others[name], tensors, settings)
+        size = sum(v.numel() for v in tensors.values())
+        say(f"{name} {parts[name]}: {size:,} parameters -> {others[name]}")
+    if read:
+        named_parts = {n: {"file": p.name, "sha256": file_hash(p)} for n, p in others.items()}
+        write_json(out.with_suffix(".json"), {"parts": named_parts})
     if found.text and plain["text"]["path"] == text.name:
         save(text, found.text, {"paper": "clip"})
         say(f"text encoder {source} -> {text}")
@@ -270,7 +292,12 @@ def plain_settings(paper: str, config: Any, module: Any, found: Foreign) -> dict
 
 
 def check(
-    config: Any, plain: dict[str, Any], found: Foreign, source: Path, first_stage: Any
+    config: Any,
+    plain: dict[str, Any],
+    found: Foreign,
+    source: Path,
+    first_stage: Any,
+    parts: Mapping[str, tuple[State, dict[str, Any]]],
 ) -> None:
     """Check that the tensors fit the module and the first stage, without memory for a second copy.
 
@@ -279,7 +306,6 @@ def check(
     """
     import torch
 
-    from lightning_modules.common.checkpoint import load_strict
     from lightning_modules.registry import GENERATORS
 
     if found.num_codes != plain["num_codes"]:
@@ -295,8 +321,12 @@ def check(
         config.check_fit(geometry)
         config.check_sampling(config.sampling, geometry)
         with torch.device("meta"):
-            module = GENERATORS[plain["paper"]](plain)
-        load_strict(module, {k: v.to("meta") for k, v in found.state.items()}, str(source))
+            module = GENERATORS[plain["paper"]].assemble(
+                {k: v.to("meta") for k, v in found.state.items()},
+                plain,
+                {n: ({k: v.to("meta") for k, v in t.items()}, s) for n, (t, s) in parts.items()},
+                str(source),
+            )
         module.attach(first_stage)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -43,6 +44,9 @@ OPTIONS = {
     "grid": "--size",
     "rewrite": "--edit",
     "blend_with": "--interpolate",
+    "image_condition": "--style",
+    "prior": "--prior",
+    "attention": "--attention",
 }
 
 EPILOG = f"""settings:
@@ -64,6 +68,7 @@ examples:
   {COMMAND} --ckpt runs/x --image a.png --edit --prompt "..."         (editing without a mask)
   {COMMAND} --ckpt runs/x --image a.png --strength 0.6                (variations)
   {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
+  {COMMAND} --ckpt paella.safetensors --prompt "..." --prior          (text to image vector)
 
 Picture i of a call is 0000i.png and has seed N + i; its PNG text holds prompt, seed, checkpoint
 (with its sha256) and settings. The same words give the same bytes again on the same processor;
@@ -125,10 +130,12 @@ def draw(
         trained_size,
         vary,
     )
-    from experiments.report.pictures import grid, save_png, to_uint8
+    from experiments.report.pictures import grid, save_png, to_pixels, to_uint8
 
     picture = None if args.image is None else read_picture(args.image)
     mask = None if args.mask is None else read_picture(args.mask)
+    style = None if args.style is None else to_pixels(read_picture(args.style))
+    attention = parse_attention(args.attention)
     device = find_device(args.device)
     say = speaker()
     module = load(args.ckpt, args.tokenizer, device, args.paper)
@@ -161,6 +168,7 @@ def draw(
             # filled up, so that all batches have one shape, and bits do not hang on their number
             filled = [*part, *part[-1:] * (shape - len(part))]
             request = make_request(module, filled, prompts, args.negative, edit, size, args.edit)
+            request = conditioned(module, request, args.prior, style, attention)
 
             def on_step(step: int, *_: Tensor, done: int = first) -> None:
                 counter.update(done, f"step {step}")
@@ -204,6 +212,22 @@ def make_parser() -> Parser:
     add("--negative", metavar="TEXT", help="what guidance leads away from (default: no text)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first picture (default: 0)")
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default: 1)")
+    add(
+        "--prior",
+        action="store_true",
+        help="condition also on an image vector that the checkpoint's prior draws from the prompt",
+    )
+    add(
+        "--style",
+        type=Path,
+        metavar="FILE",
+        help="a picture whose CLIP vector is a condition beside the prompt",
+    )
+    add(
+        "--attention",
+        metavar="W,W,...",
+        help="factors of the attention to the last conditioning tokens, e.g. 1,1,0.5",
+    )
     add("--size", metavar="WxH", help="pixels (default: as trained; with --mask: as the image)")
     add("--image", type=Path, metavar="FILE", help="a picture to edit (JPEG, PNG or WebP)")
     add(
@@ -272,6 +296,9 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.prior and (args.style or args.image):
+        raise ConfigError("--prior draws the image vector that --style or --image gives; take one")
+    parse_attention(args.attention)
     if args.strength is not None and not 0 <= args.strength <= 1:
         raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
     ways = {"--mask": args.mask, "--expand": args.expand, "--edit": args.edit or None}
@@ -376,6 +403,58 @@ def make_request(
     return request
 
 
+def conditioned(
+    module: GeneratorModule,
+    request: Request,
+    prior: bool,
+    style: Tensor | None,
+    attention: Sequence[float] | None,
+) -> Request:
+    """Add what a picture is conditioned on besides its prompt.
+
+    Args:
+        module: the generator.
+        request: for B pictures.
+        prior: draw an image vector from the prompt.
+        style: [3, H, W] uint8, a picture of which the image vector is taken.
+        attention: factors of the attention to the last conditioning tokens.
+
+    Raises:
+        ConfigError: an option that this checkpoint's paper does not know.
+    """
+    import torch
+
+    more: dict[str, Any] = {"prior": True} if prior else {}
+    if style is not None:
+        pixels = (style.float() / 127.5 - 1).to(module.device)[None]  # [1, 3, H, W]
+        vector = module.image_condition(pixels)
+        if vector is None:
+            raise ConfigError("this checkpoint sees no image vectors: leave out --style")
+        more["image_condition"] = vector.expand(len(request.seeds), -1)
+    if attention is not None:
+        more["attention"] = torch.tensor(attention, device=module.device)
+    for name in more.keys() - module.ABILITIES:
+        raise ConfigError(f"this checkpoint's paper knows no {OPTIONS[name]}")
+    return replace(request, **more)
+
+
+def parse_attention(text: str | None) -> list[float] | None:
+    """Read the factors of --attention.
+
+    Raises:
+        ConfigError: no numbers from 0 up.
+    """
+    if text is None:
+        return None
+    try:
+        factors = [float(word) for word in text.split(",")]
+    except ValueError:
+        factors = []
+    if not factors or not all(0 <= factor < math.inf for factor in factors):
+        raise ConfigError(f"--attention takes numbers from 0 up, e.g. 1,1,0.5, got {text}")
+    return factors
+
+
 def out_folder(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     """Choose the folder: --out, or the first free samples/<checkpoint>-<seed>[-2, -3, ...].
 
@@ -415,12 +494,25 @@ def png_text(
     args: argparse.Namespace, task: Task, prompts: Sequence[str], settings: Any
 ) -> dict[str, str]:
     """Return what is written into a picture: enough to make it again."""
-    names = ("negative", "size", "image", "mask", "expand", "edit", "keep_known", "strength")
+    names = (
+        "negative",
+        "prior",
+        "style",
+        "attention",
+        "size",
+        "image",
+        "mask",
+        "expand",
+        "edit",
+        "keep_known",
+        "strength",
+    )
     used = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.mask is None and args.expand is None:
         used.pop("keep_known")
-    if not args.edit:
-        used.pop("edit")
+    for name in ("edit", "prior"):
+        if not getattr(args, name):
+            used.pop(name)
     if task.blend is not None:
         used |= {"blend_with": prompts[1], "blend": task.blend}
     return {

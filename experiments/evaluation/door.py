@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_json
-from eval.choices import CHOICES, Wanted, wanted
+from eval.choices import CHOICES, OF_MOMENTS, WIDTHS, Wanted, wanted
+from eval.spaces import SPACES
 from experiments.checkpoint import find_device
 from experiments.cli import first_line, show_outcome, speaker
 from experiments.evaluation.options import Door, Options, make_parser
@@ -20,6 +21,7 @@ from experiments.evaluation.results import guard, remember, result
 from experiments.evaluation.sources import (
     Source,
     asked,
+    check_named,
     ids,
     reconstructed,
     reference,
@@ -58,6 +60,7 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     if options.protocol is not None:
         for line in options.protocol.told():
             say(line)
+    check_named(options)
     choices = [CHOICES[score] for score in options.scores]
     prompts = asked(options)
     captioned = prompts is not None and getattr(prompts, "captioned", True)
@@ -70,6 +73,8 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
         measured = wanted(options.scores, options.features, options.weights, args.clip)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
+    if real is not None and isinstance(real.images, Path):
+        check_statistics(real.images, measured)
     if door.first_stage:
         made, real = reconstructed(options)
     else:
@@ -79,6 +84,35 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     score = scoring(options, made, real, measured)
     work(options, prompts, made, real, measured, score, shlex.join([*door.command.split(), *argv]))
     return 0
+
+
+def check_statistics(path: Path, measured: Sequence[Wanted]) -> None:
+    """Refuse a file of mean and covariance for what needs more, or other features.
+
+    Raises:
+        ConfigError: it holds no statistics, or not those that a score needs.
+    """
+    from eval.statistics import read_reference
+
+    for one in [one for one in measured if one.reference]:
+        if one.score not in OF_MOMENTS:
+            raise ConfigError(
+                f"{one.score} compares pictures, and {path} holds mean and covariance alone; name "
+                "a folder, or leave the score out"
+            )
+        try:
+            found = read_reference(path, one.space).moments
+        except ValueError as error:
+            raise ConfigError(f"--reference: {first_line(error)}") from error
+        space = SPACES[one.space]
+        name = space.rows if one.score == "fid" else space.spatial
+        if name not in found:
+            raise ConfigError(f"{path} holds no statistics for {one.score} (mu_s and sigma_s)")
+        wide, right = len(found[name].mean), WIDTHS.get(one.space)
+        if one.score == "fid" and right not in (None, wide):
+            raise ConfigError(
+                f"{path} holds statistics of {wide} features, and {one.space} has {right}"
+            )
 
 
 def scoring(
@@ -107,15 +141,17 @@ def pair_rows(options: Options) -> Any:
     Raises:
         ConfigError: the weights of LPIPS are not there.
     """
+    from eval.downloads import find_lpips
     from eval.extractors import ReconstructionRows
     from experiments.papers.base import LPIPS_SCENES
 
     given = options.weights.get("lpips")
-    if given is not None and not given.exists():
-        raise ConfigError(f"--weights lpips: there is no {given}")
     if given is None and options.features == ["scenes"]:
-        given = LPIPS_SCENES
-    return ReconstructionRows(lpips=given)
+        return ReconstructionRows(lpips=LPIPS_SCENES)
+    try:
+        return ReconstructionRows(lpips=find_lpips(given))
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def work(
@@ -162,11 +198,22 @@ def work(
         store.run(stages, machine, log, [score, *([] if pictures is None else [pictures])])
         if not store.leader:
             return
-        scores = score.scores(store.folders)
+        scores = named(options, score.scores(store.folders))
         content = result(options, store, scores, made, real, measured, pictures, prompts, command)
         write_json(out / "result.json", content)
     files = {"result": out / "result.json"}
     show_outcome(scores, files if pictures is None else {**files, "pictures": out / IMAGES})
+
+
+def named(options: Options, scores: dict[str, Any]) -> dict[str, Any]:
+    """Call the Frechet distances of reconstructions to their originals rFID, rFD."""
+    if not options.door.first_stage:
+        return scores
+    parts = ((name.partition("/"), score) for name, score in scores.items())
+    return {
+        f"{prefix}/r{name}" if name.startswith(("fid", "fd_")) else f"{prefix}/{name}": score
+        for (prefix, _, name), score in parts
+    }
 
 
 def check_list(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from experiments.checkpoint import (
     load,
     read_settings,
 )
-from experiments.cli import counted, first_line, prepare_torch
+from experiments.cli import counted, first_line, prepare_torch, speaker
 from experiments.evaluation.options import Options
 from experiments.papers.base import MAX_SEED
 from experiments.papers.registry import PAPERS
@@ -27,10 +28,10 @@ from experiments.pipeline.given import (
     FolderPictures,
     GivenGenerator,
     Prepared,
-    check_sizes,
     content_of,
     matched,
     pictures_of,
+    sizes_of,
 )
 from experiments.pipeline.prompts import (
     ClassList,
@@ -40,6 +41,7 @@ from experiments.pipeline.prompts import (
     Prompts,
     PromptSource,
     list_hash,
+    some,
 )
 from experiments.pipeline.reconstruct import Foreign, Reconstruct
 from experiments.pipeline.sample import Sample
@@ -56,6 +58,21 @@ class Source:
     images: Any
     """What `Features` reads; a Path of statistics."""
     told: dict[str, Any]
+
+
+def check_named(options: Options) -> None:
+    """Check what can be seen without reading anything.
+
+    Raises:
+        ConfigError: pictures are named in no way or two, or what is named is not there.
+    """
+    args = options.args
+    if options.door.first_stage and args.ckpt is None:
+        raise ConfigError("--ckpt is missing; name a tokenizer or an autoencoder")
+    if not options.door.first_stage and (args.ckpt is None) == (args.images is None):
+        raise ConfigError("name either --ckpt, a generator, or --images, a folder of pictures")
+    if args.ckpt is not None and not checkpoint_file(args.ckpt).exists():
+        raise ConfigError(f"there is no checkpoint {args.ckpt}")
 
 
 def asked(options: Options) -> Prompts | Captions | None:
@@ -157,11 +174,9 @@ def scored(options: Options, prompts: Prompts | Captions | None) -> Source:
     """Return the pictures that are scored, of a folder or a generator.
 
     Raises:
-        ConfigError: neither or both are named, or they do not fit what is asked.
+        ConfigError: they do not fit what is asked.
     """
     args = options.args
-    if (args.ckpt is None) == (args.images is None):
-        raise ConfigError("name either --ckpt, a generator, or --images, a folder of pictures")
     if args.images is not None:
         return folder(options, args.images, "--images", prompts, options.num, strict=True)
     assert prompts is not None
@@ -243,20 +258,25 @@ def folder(
             raise ValueError(f"{path} holds {counted(len(found), 'picture')}, not {count}")
         elif count is not None:  # a fair part, where names are sorted by what they show
             found = sorted(found, key=lambda n: list_hash([{"id": n, "prompt": ""}]))[:count]
-        sizes = check_sizes(path, found, strict)
-        content = content_of(path, found, options.args.cache / "contents")
+        sizes = sizes_of(path, found, strict)
+        content = content_of(path, [*sizes], options.args.cache / "contents")
     except ValueError as error:
         raise ConfigError(f"{option}: {first_line(error)}") from error
     own = prompts if isinstance(prompts, Prompts) else None
-    images = FolderPictures(path, tuple(found), content, path.name or "folder", own, strict)
-    kinds = {Path(name).suffix.lower().lstrip(".").replace("jpg", "jpeg") for name in found}
+    images = FolderPictures(path, tuple(sizes), content, path.name or "folder", own, strict)
+    kinds = {Path(name).suffix.lower().lstrip(".").replace("jpg", "jpeg") for name in sizes}
+    left_out = [name for name in found if name not in sizes]
+    if left_out:
+        files = counted(len(left_out), "file")
+        speaker()(f"      note: {files} of {path} cannot be read, left out: {some(left_out)}")
     told = {
         "name": str(path),
         "from": "folder",
         "sha256": content,
-        "n": len(found),
+        "n": len(sizes),
+        "left_out": len(left_out),
         "format": ", ".join(sorted(kinds)),
-        "sizes": [list(size) for size, _ in sizes.most_common()],
+        "sizes": [list(size) for size, _ in Counter(sizes.values()).most_common()],
     }
     return Source(images, told)
 
@@ -282,8 +302,10 @@ def sized(options: Options, source: Source, like: Source) -> Source:
         size = own[0][0]
     if size is None:
         if options.features == ["scenes"] or options.door.first_stage:
+            some_sizes = ", ".join(f"{w}x{h}" for w, h in own[:4])
             raise ConfigError(
-                f"{like.told['name']} holds pictures of several sizes; give --resolution and --crop"
+                f"{like.told['name']} holds pictures that are no squares of one size "
+                f"({some_sizes}); give --resolution and --crop"
             )
         return source
     others = [s for s in source.told["sizes"] if s != [size, size]]
@@ -303,11 +325,9 @@ def reconstructed(options: Options) -> tuple[Source, Source]:
     """Return what a first stage makes of pictures, and the pictures.
 
     Raises:
-        ConfigError: no first stage, or no pictures.
+        ConfigError: no pictures, or no such first stage.
     """
     args = options.args
-    if args.ckpt is None:
-        raise ConfigError("--ckpt is missing; name a tokenizer or an autoencoder")
     if args.images is not None:
         real = folder(options, args.images, "--images", None, options.num, strict=True)
     elif args.coco is not None:
@@ -342,8 +362,6 @@ def first_stage(options: Options) -> FileStage:
     kinds = sorted({cls.FIRST_STAGE.paper for cls in PAPERS.values()})
     if args.paper is not None:
         paper = pick("--paper", args.paper, kinds)
-        if not args.ckpt.exists():
-            raise ConfigError(f"--ckpt: there is no {args.ckpt}")
         hints = dict(parse_overrides(PAPERS[paper], options.words))
         prepare_torch()
         return Foreign(args.ckpt, paper, hints, PAPERS[paper].reader())

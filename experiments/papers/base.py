@@ -225,6 +225,7 @@ class RunSettings:
     """What every paper's run has."""
 
     READS: ClassVar[str] = "nothing yet"  # lines of help: what files of others can be read
+    PARTS: ClassVar[tuple[str, ...]] = ()  # further weights that a checkpoint can work with
     FIRST_STAGE: ClassVar[FirstStageKind]
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {}  # section -> name -> its dataclass
 
@@ -281,6 +282,11 @@ class RunSettings:
         """
         raise ValueError("no files of others are known of this paper")
 
+    @classmethod
+    def part_reader(cls, name: str) -> Callable[[Path], Any]:
+        """Return what reads a foreign file of one of PARTS: (file) -> tensors, settings."""
+        raise ValueError(f"this paper has no part {name}")
+
     @property
     def first_stage(self) -> Any:
         """The section of the first stage, wherever this run keeps it."""
@@ -299,6 +305,7 @@ class RunSettings:
             device=device_of(self.trainer.accelerator),
             batch_size=self.eval.batch_size,
             max_skipped=self.data.max_skipped,
+            workers=self.data.workers,
             progress=self.trainer.progress,
             classifiers=Path(self.cache) / "classifiers",
             trainer={name: getattr(self.trainer, name) for name in names},
@@ -307,9 +314,7 @@ class RunSettings:
 
     def source(self, data: Data, resolution: int | None = None) -> PictureSource:
         """Return the training pictures as they are read, without a cache."""
-        return PictureSource(
-            data.shards("train", resolution), data.view(resolution), self.data.order()
-        )
+        return PictureSource(data.shards("train", resolution), data.view(resolution))
 
     def lpips(self) -> Path | None:
         """Return the weights of the first stage's perceptual term; `shipped` are those of scenes.
@@ -368,6 +373,7 @@ class RunSettings:
                 self.seed,
                 data.shards("val"),
                 section.trainer.monitor(),
+                self.data.shuffle_buffer,
             )
         if not kind.statistics:
             return stage
@@ -511,8 +517,16 @@ class GeneratorRun(RunSettings):
         recipe = GeneratorRecipe(
             m.paper, self.trained_settings(), m.first_stage, self.data.resolution
         )
-        loop, monitor = self.trainer.loop(self.world), self.trainer.monitor()
-        return Train("train", recipe, source, loop, self.seed, m.data.shards("val"), monitor)
+        return Train(
+            "train",
+            recipe,
+            source,
+            self.trainer.loop(self.world),
+            self.seed,
+            m.data.shards("val"),
+            self.trainer.monitor(),
+            self.data.shuffle_buffer,
+        )
 
     def drawing(self, materials: Materials) -> Drawing:
         """Return what is drawn: one set of pictures, scored as `eval`."""

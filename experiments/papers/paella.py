@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments.papers.vqgan import TOKENIZER_PRESETS, TokenRun
@@ -13,6 +14,8 @@ class PaellaRun(PaellaConfig, TokenRun):
     """Paella: text to tokens by denoising and renoising a whole picture in a few steps."""
 
     READS: ClassVar[str] = "paella_v3.pt with vqgan_f4.pt, bare or under state_dict"
+    PARTS: ClassVar[tuple[str, ...]] = ("prior",)
+    ASIDE: ClassVar[tuple[str, ...]] = ("prior",)
     PRESETS: ClassVar[dict[str, Mapping[str, Any]]] = {
         "model": {"paper": MODELS["paper"]},
         "v1": {"paper": MODELS["v1"]},
@@ -26,6 +29,13 @@ class PaellaRun(PaellaConfig, TokenRun):
         from lightning_modules.paella import convert
 
         return convert.read
+
+    @classmethod
+    def part_reader(cls, name: str) -> Callable[[Path], Any]:
+        """Return what reads the diffusion prior."""
+        from lightning_modules.paella import convert
+
+        return convert.read_prior
 
     def check(self) -> None:
         """Check that the sections fit each other."""

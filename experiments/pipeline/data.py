@@ -16,7 +16,7 @@ from data.config import EMBEDDED, DataConfig
 from data.corpora import KINDS, corpora, index
 from data.corpora import shards as shards_of
 from data.files import write_json
-from data.view import Order, ShardList, View
+from data.view import ShardList, View
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
 from experiments.settings import ConfigError
 
@@ -144,7 +144,7 @@ class Captions(Stage):
         write_json(folder / "captions.json", rows)
         if not self.first:  # the others are of the same split, and said already
             log.note(skips.told(split))
-        return {"samples": len(rows), "skipped": dict(skips.counts)}
+        return {"samples": len(rows), **skips.found()}
 
     def rows(self, inputs: Folders) -> list[Asked]:
         """Return what the samples say, in order."""
@@ -218,7 +218,6 @@ class PictureSource:
 
     shards: Shards
     view: View
-    order: Order
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class Given(FileStage):
 class Statistics(FileStage):
     """An autoencoder whose latents are normalised by the statistics of this run's pictures."""
 
+    VERSION = 2
+
     autoencoder: FileStage
     shards: Shards
     view: View

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -145,9 +144,8 @@ class GivenMoments(Stage):
         return read_reference(self.path, self.space), []
 
     def count(self, inputs: Folders) -> int | None:
-        """Return how many pictures they are of; None where nobody knows."""
-        (moments, *_) = self.measured(inputs)[0].moments.values()
-        return moments.n
+        """Return how many pictures they are of: nobody knows."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ class Prepared:
             return picture
         image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
         resample = Image.Resampling[self.filter.upper()]
-        return _tensor(CUT[self.cut](image, self.size, resample))
+        return _tensor(_cut(image, self.cut, self.size, resample))
 
 
 def _tensor(image: Any) -> Tensor:
@@ -209,46 +207,22 @@ def _stacked(images: list[Tensor]) -> Images:
     return torch.stack(images) if len({i.shape for i in images}) == 1 else images
 
 
-def _square(image: Any, size: int, resample: Any) -> Any:
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), resample, box=box)
+def _cut(image: Any, cut: str, size: int, resample: Any) -> Any:
+    """Make a square of a picture of another size."""
+    from data.crops import adm, crop_first, resize_first
 
-
-def _short(image: Any, size: int, resample: Any) -> Any:
-    short = min(image.size)
-    # the other side truncated, the offset rounded half to even
-    width, height = (size if length == short else size * length // short for length in image.size)
-    image = image.resize((width, height), resample)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _adm(image: Any, size: int, resample: Any) -> Any:
-    from data.images import adm_crop
-
-    return adm_crop(image, size)
-
-
-def _squash(image: Any, size: int, resample: Any) -> Any:
-    return image.resize((size, size), resample)
-
-
-def _none(image: Any, size: int, resample: Any) -> Any:
+    if cut == "square":
+        return crop_first(image, size, resample=resample)
+    if cut == "short":
+        return resize_first(image, size, resample=resample)
+    if cut == "adm":
+        return adm(image, size)
+    if cut == "squash":
+        return image.resize((size, size), resample)
     raise ValueError(
-        f"it has {image.width}x{image.height} pixels and not {size}x{size}; --crop says how "
-        f"pictures of another size are prepared ({', '.join(CUTS)})"
+        f"a picture has {image.width}x{image.height} pixels and not {size}x{size}; --crop says "
+        f"how others are cut ({', '.join(CUTS)})"
     )
-
-
-CUT: dict[str, Callable[[Any, int, Any], Any]] = {
-    "square": _square,
-    "short": _short,
-    "adm": _adm,
-    "squash": _squash,
-    "none": _none,
-}
 
 
 def pictures_of(folder: Path) -> list[str]:
@@ -334,12 +308,12 @@ def matched(folder: Path, names: Sequence[str], asked: Sequence[Mapping[str, Any
     return found
 
 
-def check_sizes(folder: Path, names: Sequence[str], strict: bool) -> Counter[tuple[int, int]]:
-    """Count the sizes of pictures, from their headers alone.
+def sizes_of(folder: Path, names: Sequence[str], strict: bool) -> dict[str, tuple[int, int]]:
+    """Return width and height of pictures, from their headers alone.
 
     Args:
         folder: the folder.
-        names: the pictures in it.
+        names: the files in it.
         strict: refuse files that are no pictures; else they are left out.
 
     Raises:
@@ -347,22 +321,21 @@ def check_sizes(folder: Path, names: Sequence[str], strict: bool) -> Counter[tup
     """
     from PIL import Image
 
-    sizes: Counter[tuple[int, int]] = Counter()
-    broken: list[str] = []
+    from data.images import FORMATS
 
     def size_of(name: str) -> tuple[int, int] | None:
         try:
-            with Image.open(folder / name) as image:
+            with Image.open(folder / name, formats=FORMATS) as image:
                 return image.size
         except Exception:  # a broken file makes Pillow raise almost anything
             return None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, size in zip(names, pool.map(size_of, names), strict=True):
-            if size is None:
-                broken.append(name)
-            else:
-                sizes[size] += 1
-    if (strict and broken) or not sizes:
-        raise ValueError(f"{len(broken)} files of {folder} are no pictures: {some(broken)}")
-    return sizes
+        found = dict(zip(names, pool.map(size_of, names), strict=True))
+    broken = [name for name, size in found.items() if size is None]
+    if broken and (strict or len(broken) == len(found)):
+        raise ValueError(
+            f"{len(broken)} of {len(found)} files of {folder} cannot be read as pictures: "
+            f"{some(broken)}"
+        )
+    return {name: size for name, size in found.items() if size is not None}

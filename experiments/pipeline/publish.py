@@ -126,7 +126,13 @@ def _page(
         reconstructions=pairs,
         config_yaml=to_yaml(run),
         stages=[
-            StageRow(stage.name, stage.key, marker["seconds"], marker["what"].get("skipped", {}))
+            StageRow(
+                stage.name,
+                stage.key,
+                marker["seconds"],
+                marker["what"].get("skipped", {}),
+                marker["what"].get("examples", {}),
+            )
             for stage, marker in done.items()
         ],
     )

@@ -33,6 +33,8 @@ class Machine:
     """Pictures that are encoded, sampled or read at once: the one shape of all batches."""
     max_skipped: float = 0.2
     """Share of bad samples at which a stage stops."""
+    workers: int = 0
+    """Processes that read and decode training samples; 0 does so in the training process."""
     progress: str = "auto"
     """Display: auto, rich, plain or none."""
     classifiers: Path = Path("runs/cache/classifiers")

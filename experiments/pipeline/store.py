@@ -139,7 +139,8 @@ class Store:
     ) -> None:
         """Take the marks off damaged results; of a split one the sound parts stay."""
         for stage, (file, marker) in damaged.items():
-            log.note(f"{file} is damaged; {stage.name} is done again")
+            again = "is done again" if stage.RANKS != "split" else "is mended"
+            log.note(f"{file} is damaged; {stage.name} {again}")
             files = [Path(file)]
             if isinstance(stage, SplitStage) and not self._keep_parts(stage, marker, machine):
                 files = [self.folders[stage] / name for name in marker["files"]]
@@ -210,7 +211,7 @@ class Store:
         Raises:
             ValueError: parts that failed, of a stage whose parts stand apart.
         """
-        work = _Parts(stage, self.folders, machine, log)
+        work = _Parts(self, stage, machine, log)
         missing = [i for i in range(len(work.names)) if not work.stands(i, read=lead)]
         failed: dict[int, ValueError] = {}
         for i in missing if lead else []:
@@ -221,7 +222,7 @@ class Store:
         counter = log.counter(stage.name, len(work.names), len(work.names) - len(missing))
         after = [t for t in stages if isinstance(t, SplitStage) and t.follows == stage]
         followers = [
-            _Parts(t, self.folders, machine, log)
+            _Parts(self, t, machine, log)
             for t in after
             if all(s == stage or self.done(s) for s in t.inputs)
         ]
@@ -230,7 +231,7 @@ class Store:
                 made = 0
                 for i in missing:
                     try:
-                        mine = self.done(stage) is None and work.make(i)
+                        mine = work.make(i)
                     except ValueError as error:
                         if not stage.APART:
                             raise
@@ -241,8 +242,7 @@ class Store:
                         made += 1
                         counter.update(counter.done + 1)
                         for follower in followers:
-                            if self.done(follower.stage) is None:
-                                follower.make(i)
+                            follower.make(i)
                 if not lead:
                     break
                 missing = [i for i in missing if i not in failed and not work.stands(i)]
@@ -339,10 +339,15 @@ class Store:
 class _Parts:
     """The parts of a split stage, as one process makes them."""
 
-    def __init__(self, stage: SplitStage, folders: Folders, machine: Machine, log: Log) -> None:
-        self.stage, self.folder = stage, folders[stage]
+    def __init__(self, store: Store, stage: SplitStage, machine: Machine, log: Log) -> None:
+        folders = store.folders
+        self.store, self.stage, self.folder = store, stage, folders[stage]
         self.names = stage.parts(folders, machine)
         self.use = (folders, machine, log)
+
+    def done(self) -> bool:
+        """Say whether the whole stage is done."""
+        return self.store.done(self.stage) is not None
 
     @cached_property
     def maker(self) -> Callable[[int], None]:
@@ -369,13 +374,15 @@ class _Parts:
     def make(self, i: int) -> bool:
         """Make part i; False where it stands, or another process makes it."""
         name, (folders, machine, _) = self.names[i], self.use
-        if self.stands(i):
+        if self.done() or self.stands(i):
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
         # the lock belongs to the operating system, so that of a killed process is free
-        lock = FileLock(self.folder / f".{name}.lock")
-        with suppress(Timeout), lock.acquire(timeout=0):
-            if not self.stands(i):
+        path = self.folder / f".{name}.lock"
+        with suppress(Timeout), FileLock(path).acquire(timeout=0):
+            if self.done():  # locks and notes of parts went away, and none comes back
+                path.unlink(missing_ok=True)
+            elif not self.stands(i):
                 make, begun = self.maker, time.monotonic()
                 make(i)
                 seconds = time.monotonic() - begun

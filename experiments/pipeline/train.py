@@ -18,6 +18,7 @@ from experiments.pipeline.stage import (
     Machine,
     plain_paths,
 )
+from lightning_modules.common.interfaces import Geometry
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Recipe:
         """Load what the module needs, and return what makes it: first weights are all that draws.
 
         What is loaded draws too, by the making of its own networks, which are filled afterwards.
+        """
+        raise NotImplementedError
+
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module on torch's meta device, on a first stage of this grid.
+
+        It has shapes and no numbers, and takes neither memory nor files.
         """
         raise NotImplementedError
 
@@ -72,6 +80,10 @@ class FirstStageRecipe(Recipe):
         config = {"seed": seed, **plain_paths(self.settings)}
         return lambda: FIRST_STAGES[self.paper](config)
 
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module without numbers."""
+        return blank(self.maker(Folders(Path()), 0))
+
 
 @dataclass(frozen=True)
 class GeneratorRecipe(Recipe):
@@ -91,6 +103,14 @@ class GeneratorRecipe(Recipe):
         first, geometry = attachable(self.first_stage, self.resolution, inputs)
         config = {"paper": self.paper, "seed": seed, **geometry, **plain_paths(self.settings)}
         return lambda: GENERATORS[self.paper](config).attach(first)
+
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module without numbers."""
+        from lightning_modules.registry import GENERATORS
+
+        assert geometry is not None
+        config = {"paper": self.paper, **described(geometry), **plain_paths(self.settings)}
+        return blank(lambda: GENERATORS[self.paper](config))
 
     def begin(self, module: Any, inputs: Folders) -> bool:
         """Start from another checkpoint, where one is named."""
@@ -121,6 +141,8 @@ class Train(FileStage):
     val: Shards | None = field(default=None, metadata=UNKEYED)
     """What the validation loss is watched on; changes no weight."""
     monitor: Monitor = field(default=Monitor(), metadata=UNKEYED)
+    shuffle_buffer: int = 1000
+    """Training samples of all devices together that are shuffled at a time."""
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Train, and write the weights that are used from here on."""
@@ -153,9 +175,9 @@ class Train(FileStage):
         if is_leader():
             save_weights(folder / recipe.FILE, *weights)
         skipped = {}
-        if isinstance(self.source, PictureSource) and data.skips.counts:
-            log.note(data.skips.told("train, over all passes"))
-            skipped = {"skipped": data.skipped}
+        if isinstance(self.source, PictureSource) and data.left_out.counts:
+            log.note(data.left_out.told("train, over all passes"))
+            skipped = data.left_out.found()
         return {"parameters": sum(p.numel() for p in module.parameters()), **skipped}
 
     def _data(self, inputs: Folders, machine: Machine) -> Any:
@@ -173,14 +195,20 @@ class Train(FileStage):
             ShardList(()) if isinstance(source, Cached) else source.shards.shards(inputs),
             None if self.val is None else self.val.shards(inputs),
             source.view,
-            source.order if isinstance(source, PictureSource) else Order(),
+            Order(machine.workers, self.shuffle_buffer),
             **shared,
             val_batches=self.monitor.val_batches,
             max_skipped=machine.max_skipped,
         )
         if isinstance(source, PictureSource):
             return web
-        return TokenData(source.folder_of(inputs), **shared, val=web, text=source.reads_text)
+        return TokenData(
+            source.folder_of(inputs),
+            **shared,
+            shuffle_buffer=self.shuffle_buffer,
+            val=web,
+            text=source.reads_text,
+        )
 
     def file(self, inputs: Folders) -> Path:
         """Path of the weights."""
@@ -189,15 +217,28 @@ class Train(FileStage):
 
 def attachable(stage: FileStage, resolution: int, inputs: Folders) -> tuple[Any, dict[str, Any]]:
     """Return a first stage, and what a generator's plain settings say of it."""
-    from lightning_modules.common.interfaces import Geometry
     from lightning_modules.registry import load_first_stage
 
     first = load_first_stage(stage.file(inputs))
     codes, channels = getattr(first, "num_codes", None), getattr(first, "channels", None)
     geometry = Geometry.of(resolution, first.factor, codes, None if codes else channels)
-    settings = {
+    return first, described(geometry)
+
+
+def described(geometry: Geometry) -> dict[str, Any]:
+    """Return what a generator's plain settings say of its first stage."""
+    return {
         "grid": list(geometry.grid),
-        "num_codes": codes,
+        "num_codes": geometry.num_codes,
         "channels": geometry.channels,
     }
-    return first, settings
+
+
+def blank(make: Callable[[], Any]) -> Any:
+    """Make a module on torch's meta device."""
+    import torch
+
+    from lightning_modules.common.meta import Pretend
+
+    with Pretend(), torch.device("meta"):
+        return make().to("meta").train()

@@ -68,7 +68,9 @@ class StageRow(NamedTuple):
     key: str
     seconds: float
     skipped: Mapping[str, int] = {}
-    """Training samples that it read, "seen", and those that it left out, by reason."""
+    """Samples that it read, "seen", and those that it left out, by kind of fault."""
+    examples: Mapping[str, str] = {}
+    """The last one of a kind: shard and key."""
 
 
 @dataclass
@@ -302,17 +304,19 @@ def _reconstructions(page: RunPage) -> str:
 
 def _repeat(page: RunPage) -> str:
     total = clock(sum(s.seconds for s in page.stages))
-    rows = [[s.name, clock(s.seconds), s.key, _left_out(s.skipped)] for s in page.stages]
+    rows = [[s.name, clock(s.seconds), s.key, _left_out(s)] for s in page.stages]
     if rows:
         rows.append(["all", total, "", ""])
     files = [[name, str(path)] for name, path in page.files.items()]
     body = code(page.command)
-    body += html_table(["stage", "time", "key", "training samples left out"], rows)
+    body += html_table(["stage", "time", "key", "samples left out"], rows)
     body += html_table(["file", "path"], files)
     return section("Run it again", body + details("Resolved settings", code(page.config_yaml)))
 
 
-def _left_out(skipped: Mapping[str, int]) -> str:
+def _left_out(row: StageRow) -> str:
     """Name the reasons; a stage that reads the data several times counts a sample every time."""
-    reasons = ", ".join(f"{why}: {n}" for why, n in sorted(skipped.items()) if why != "seen")
-    return f"{reasons}, of {skipped.get('seen', 0)} read" if reasons else ""
+    told = {why: f" (last: {text})" for why, text in row.examples.items()}
+    counts = sorted((why, n) for why, n in row.skipped.items() if why != "seen")
+    reasons = ", ".join(f"{why}: {n}{told.get(why, '')}" for why, n in counts)
+    return f"{reasons}, of {row.skipped.get('seen', 0)} read" if reasons else ""

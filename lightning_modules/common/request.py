@@ -45,6 +45,8 @@ class Request:
     """[B, h, w] tokens of the picture that super-resolution enlarges."""
     image_condition: Tensor | None = None
     """[B, P] pooled image vectors beside the captions."""
+    prior: bool = False
+    """Draw `image_condition` from the captions by the checkpoint's prior."""
     attention: Tensor | None = None
     """[n] factors of the attention to the last n conditioning tokens."""
     grid: tuple[int, int] | None = None
@@ -67,3 +69,9 @@ def seeded_uniforms(seeds: Sequence[int], shape: tuple[int, ...], stream: int) -
     """Draw uniforms [B, *shape] of which row i depends on (seed i, stream) alone, on the CPU."""
     generators = [torch.Generator().manual_seed(mix_seed(seed, stream)) for seed in seeds]
     return torch.stack([torch.rand(shape, generator=g) for g in generators])
+
+
+def seeded_normals(seeds: Sequence[int], shape: tuple[int, ...], stream: int) -> Tensor:
+    """Draw normal numbers [B, *shape] of which row i depends on (seed i, stream) alone."""
+    generators = [torch.Generator().manual_seed(mix_seed(seed, stream)) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -130,6 +130,23 @@ class PriorConfig:
 
 
 @dataclass
+class PriorSampling:
+    """How the prior draws an image embedding; defaults: the released script."""
+
+    steps: int = 60
+    """Network calls, each twice where guided."""
+    guidance: float = 3.0
+    """Weight of the text's prediction against the null condition's; 1 is none."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm draws noise at every step, ddim none."""
+    grid: Literal["arroz", "torchtools"] = "arroz"
+    """Times of the steps; arroz skips that of full noise."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps")
+
+
+@dataclass
 class ObjectiveConfig:
     """Noising, loss and how often a condition is hidden in training."""
 
@@ -196,6 +213,8 @@ class SamplingConfig:
     """Labels that the typical filter always leaves."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Another way of sampling than the paper's loop."""
+    prior: PriorSampling = field(default_factory=PriorSampling)
+    """How a prior draws image vectors, where one is asked."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "typical_min_tokens")
@@ -245,6 +264,16 @@ class PaellaConfig:
             text.pooled or not model.clip_embd,
             f"model.clip_embd must be 0 without a CLIP encoder, got {model.clip_embd} with "
             f"text.name={text.name} and text.clip={text.clip}",
+        )
+
+    def check_prior(self, prior: PriorConfig) -> None:
+        """Check that this network sees what a prior draws."""
+        model = self.model
+        require(
+            self.network == "v3" and model.clip_image and model.clip_embd == prior.clip_embd,
+            f"the prior draws image vectors of length {prior.clip_embd}, which this network, "
+            f"network={self.network} with model.clip_image={model.clip_image} and "
+            f"model.clip_embd={model.clip_embd}, does not see",
         )
 
     def check_sampling(self, sampling: SamplingConfig, first: Geometry) -> None:

@@ -60,6 +60,18 @@ def read(source: Path, hints: Mapping[str, Any]) -> Foreign:
     return Foreign(what, model["num_labels"], settings, defaults, own)
 
 
+def read_prior(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a diffusion prior: its tensors, and the settings that `PaellaModule.assemble` takes.
+
+    Raises:
+        ValueError: another file.
+    """
+    kind, tensors, settings = convert(load_foreign(source))
+    if kind != "prior":
+        raise ValueError(f"this is a token predictor ({kind}), not the diffusion prior")
+    return tensors, {"paper": "paella prior", "prior": settings}
+
+
 def convert(
     state: Mapping[str, Tensor], hints: Mapping[str, Any] | None = None
 ) -> tuple[Kind, dict[str, Tensor], dict[str, Any]]:

@@ -1,19 +1,24 @@
 """Paella as a LightningModule: its network, loss and sampling loop on captioned tokens."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.generator import GeneratorModule
-from lightning_modules.common.request import OnStep, Request, seeded_uniforms
+from lightning_modules.common.request import OnStep, Request, seeded_normals, seeded_uniforms
+from lightning_modules.common.settings import build
+from lightning_modules.paella import prior as prior_process
 from lightning_modules.paella import process
-from lightning_modules.paella.config import PaellaConfig, SamplingConfig
+from lightning_modules.paella.config import PaellaConfig, PriorConfig, SamplingConfig
 from lightning_modules.paella.network import Paella
 from lightning_modules.paella.network_v1 import DenoiseUNet
+from lightning_modules.paella.prior import Prior
 from lightning_modules.samplers import serve
 from lightning_modules.samplers.kernel import Uniform
 from lightning_modules.samplers.serve import Conditions, Network
@@ -25,7 +30,7 @@ class PaellaModule(GeneratorModule):
     config_class = PaellaConfig
     config: PaellaConfig
     ABILITIES = frozenset(
-        {"negative", "blend_with", "start", "mask", "image_condition", "attention", "grid"}
+        {"negative", "blend_with", "start", "mask", "image_condition", "prior", "attention", "grid"}
     )
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -33,6 +38,32 @@ class PaellaModule(GeneratorModule):
         v1 = self.config.network == "v1"
         self.network = DenoiseUNet(self.config.v1) if v1 else Paella(self.config.model)
         self.num_codes: int = self.network.config.num_labels
+
+    @classmethod
+    def assemble(
+        cls,
+        state: Mapping[str, Tensor],
+        config: dict[str, Any],
+        parts: Mapping[str, tuple[dict[str, Tensor], dict[str, Any]]],
+        what: str,
+    ) -> Self:
+        """Build the token predictor of a checkpoint, with the part `prior` beside it."""
+        others = dict(parts)
+        tensors, settings = others.pop("prior", (None, {}))
+        module = super().assemble(state, config, others, what)
+        if tensors is not None:
+            prior = Prior(build(PriorConfig, settings["prior"]))
+            load_strict(prior, tensors, f"the prior of {what}")
+            module.config.check_prior(prior.config)
+            module.attach(None, prior=prior.eval().requires_grad_(False))
+        return module
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled."""
+        if isinstance(self.network, DenoiseUNet):
+            return self.network.config.c_clip, self.network.config.c_clip
+        return self.network.config.byt5_embd, self.network.config.clip_embd
 
     @property
     def size_unit(self) -> int:
@@ -112,6 +143,33 @@ class PaellaModule(GeneratorModule):
         if not seen or not hasattr(self._attached["text"], "encode_images"):
             return None
         return self.encode_images(images.to(self.device))
+
+    def imagine(self, prompts: Sequence[str], seeds: Sequence[int], settings: Any) -> Tensor:
+        """Draw image vectors [B, P] from captions by the prior; row i depends on seed i alone.
+
+        Args:
+            prompts: B captions.
+            seeds: B seeds.
+            settings: the section `sampling.prior`.
+
+        Raises:
+            ValueError: the checkpoint has no prior.
+        """
+        prior = self._attached.get("prior")
+        if prior is None:
+            raise ValueError("this checkpoint has no prior: convert it again with --prior FILE")
+        text = self._pooled(prompts)  # [B, P]
+        times = prior_process.time_grid(settings.steps, settings.grid)
+        noise = seeded_normals(seeds, (len(times), text.shape[1]), 2).to(text).transpose(0, 1)
+        return prior_process.sample(
+            prior.to(self.device),
+            text,
+            init=noise[0],
+            step_noise=noise[1:] if settings.sampler == "ddpm" else None,
+            times=times,
+            guidance=settings.guidance,
+            sampler=settings.sampler,
+        )
 
     def _condition(
         self, captions: Sequence[str], image: Tensor | None = None, attention: Tensor | None = None
@@ -199,6 +257,9 @@ class PaellaModule(GeneratorModule):
         settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
         self.config.check_sampling(settings, self.geometry)
+        if request.prior:
+            drawn = self.imagine(request.prompts, request.seeds, settings.prior)
+            request = replace(request, prior=False, image_condition=drawn)
         grid = request.grid_or(self.grid)
         predict = self.predictor(request)
         if not settings.sampler.own:

@@ -2,6 +2,7 @@
 
 import io
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import Crop, adm_crop, decode_image, join, stack, to_tensor
+import data.images
+from data.crops import adm
+from data.images import CORRUPT, TRUNCATED, decode_image, join, stack, to_rgb, to_tensor
 from data.select import decoded, visited
+from data.skips import SampleError
 from data.view import View
 
 
@@ -107,22 +111,82 @@ def test_a_mirror_turns_left_and_right() -> None:
     )
 
 
-@pytest.mark.parametrize("crop", ["center", "adm"])
-def test_an_extreme_shape_costs_no_memory(crop: Crop) -> None:
-    line = encoded(Image.new("RGB", (60_000, 1)))
-    assert decode_image(line, 256, crop=crop).shape == (256, 256, 3)
+def many_sizes() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    sizes = [(512, 512), (700, 512), (400, 900), (256, 256), (100, 300)]
+    coarse = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)) for _ in sizes]
+    pictures = [
+        c.resize(size, Image.Resampling.BICUBIC) for c, size in zip(coarse, sizes, strict=True)
+    ]
+    return [encoded(picture, "JPEG", quality=95) for picture in pictures]
+
+
+def test_a_reduced_decoding_looks_the_same_and_never_enlarges(monkeypatch) -> None:
+    """Where every pixel counts nothing is reduced."""
+    sizes: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        data.images, "to_rgb", lambda image: (sizes.append(image.size), to_rgb(image))[1]
+    )
+    for jpeg in many_sizes():
+        whole = Image.open(io.BytesIO(jpeg)).size
+        for crop, least in {"center": 256, "dalle": 288, "adm": 10**6}.items():
+            plain, fast = (
+                decode_image(jpeg, 256, crop=crop, rng=random.Random(0), reduced=reduced).astype(
+                    float
+                )
+                for reduced in (False, True)
+            )
+            assert np.abs(plain - fast).mean() < 1.5
+            assert sizes[-2] == whole and min(sizes[-1]) >= min(least, *whole)
+            if least < min(whole) // 2:
+                assert sizes[-1] != whole
+
+
+def test_avif_and_the_first_frame_of_an_animation() -> None:
+    assert decode_image(encoded(halves(), "AVIF", quality=90), 20)[10, 2, 0] > 230
+    for kind in ("WEBP", "PNG", "AVIF"):
+        moving = encoded(halves(), kind, save_all=True, append_images=[Image.new("RGB", (40, 40))])
+        assert decode_image(moving, 20)[10, 2, 0] > 230
+
+
+def test_sixteen_bits_of_colour_become_eight() -> None:
+    wide = np.zeros((4, 4, 3), np.uint16)
+    wide[..., 0] = 200 * 257
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
+
+    header = (4).to_bytes(4) * 2 + bytes([16, 2, 0, 0, 0])
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    png += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert decode_image(png, 4).tolist() == [[[200, 0, 0]] * 4] * 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda jpeg: jpeg[: len(jpeg) // 2], TRUNCATED),
+        (lambda jpeg: b"not an image", CORRUPT),
+        (lambda jpeg: b"", CORRUPT),
+        (lambda jpeg: b"GIF89a" + jpeg, CORRUPT),
+    ],
+)
+def test_what_cannot_be_decoded_has_a_kind(spoil, kind: str) -> None:
+    with pytest.raises(SampleError, match=kind):
+        decode_image(spoil(many_sizes()[0]), 8)
 
 
 def test_the_crop_of_adm_keeps_the_centre_in_training_and_validation() -> None:
     wide = Image.new("RGB", (95, 33), "black")
     wide.paste("white", (29, 0, 66, 33))
-    assert adm_crop(wide, 16).size == (16, 16)
-    assert np.asarray(adm_crop(wide, 16)).min() == 255
+    assert adm(wide, 16).size == (16, 16)
+    assert np.asarray(adm(wide, 16)).min() == 255
     sample = {"data": encoded(wide), "captions": [""], "key": "0", "meta": {}}
     view = View(16, crop="adm")
     pixels = [s["pixels"] for s in (decoded(sample, view), visited(sample, view, "0", flip=False))]
     np.testing.assert_array_equal(*pixels)
-    np.testing.assert_array_equal(pixels[0], np.asarray(adm_crop(wide, 16)))
+    np.testing.assert_array_equal(pixels[0], np.asarray(adm(wide, 16)))
 
 
 def test_enlarged_and_reduced_keep_the_mean() -> None:

@@ -30,8 +30,8 @@ class Numbers:
     def stack(self, samples: list) -> list:
         return samples
 
-    def take(self) -> dict[str, int]:
-        return {}
+    def take(self) -> tuple[dict[str, int], dict[str, str]]:
+        return {}, {}
 
 
 def drawn(order: GlobalOrder, source: Numbers, batches: int) -> list[list]:

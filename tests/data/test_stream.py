@@ -11,7 +11,7 @@ import torch
 
 from data.cache import Encoder, Encoding, encode_shard, finish_cache
 from data.cached import part_names
-from data.shards import write_shards
+from data.shards import CHANGED, GONE, write_shards
 from data.tokens import TokenData
 from data.view import Order, ShardList, View
 from data.webdata import WebData
@@ -140,6 +140,39 @@ def test_cursors_serve_another_number_of_ranks(uneven: ShardList) -> None:
     assert joined == [keys for keys, _ in whole[4:]]
 
 
+def one_rank(rank: int, shards: ShardList, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    data = data_of(shards, 2)
+    for _ in data.stream(0, rank, 2):
+        pass
+    torch.save(data.state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_has_the_cursors_and_counts_of_all_ranks(uneven: ShardList, tmp_path) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one_rank, args=(rank, uneven, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = data_of(uneven)
+    list(alone.stream(0))
+    whole = alone.state_dict()
+    assert states[0] == states[1] == whole
+    assert len(whole["cursors"]) == GLOBAL
+    again = data_of(uneven)
+    again.load_state_dict(whole)
+    assert again.skipped == alone.skipped
+    list(again.stream(1))
+    list(alone.stream(1))
+    alone.state_dict(), again.state_dict()
+    assert again.skipped["seen"] >= alone.skipped["seen"]  # a window is read again
+
+
 def test_workers_go_on_from_epoch_to_epoch_and_end_with_the_training(uneven: ShardList) -> None:
     before = set(torch.multiprocessing.active_children())
     data = data_of(uneven, 1, 2)
@@ -149,6 +182,46 @@ def test_workers_go_on_from_epoch_to_epoch_and_end_with_the_training(uneven: Sha
     assert workers == set(torch.multiprocessing.active_children()) - before != set()
     data.teardown("fit")
     assert not workers & set(torch.multiprocessing.active_children())
+
+
+def written(folder: Path, shards: int, each: int) -> list[str]:
+    image = np.zeros((8, 8, 3), np.uint8)
+    made = ({"key": f"{i:04d}", "image": image, "caption": "x"} for i in range(shards * each))
+    return write_shards(made, folder, each)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fate", ["gone", "changed"])
+def test_a_shard_that_goes_or_changes_is_counted_and_the_others_go_on(
+    tmp_path: Path, workers: int, fate: str
+) -> None:
+    paths = written(tmp_path, 10, 30)
+    data = data_of(ShardList(tuple(paths)), 1, workers, epoch_batches=75)  # two passes
+    seen = Counter(key for batch in data.stream(0) for key in batch["key"])
+    assert set(seen.values()) == {2} and data.skipped == {"seen": 600}
+    if fate == "gone":
+        Path(paths[3]).unlink()
+    else:
+        written(tmp_path / "other", 1, 7)
+        (tmp_path / "other" / "00000.tar").replace(paths[3])
+    epochs = [Counter(key for b in data.stream(e) for key in b["key"]) for e in range(1, 5)]
+    lost = {f"{i:04d}" for i in range(90, 120)}
+    assert lost.isdisjoint(epochs[-1]) and len(epochs[-1]) == 270
+    kind = {"gone": GONE, "changed": CHANGED}[fate]
+    assert data.skipped[kind] > 120 and set(data.skipped) == {"seen", kind}
+    assert paths[3] in data.left_out.examples[kind]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_worker_refuses_is_one_sentence(tmp_path: Path, workers: int) -> None:
+    paths = written(tmp_path, 4, 30)
+    data = data_of(ShardList(tuple(paths)), 1, workers, epoch_batches=1000, max_skipped=0.2)
+    with pytest.raises(ValueError, match=r"^\d+ of 50\d samples were skipped: ") as error:
+        for number, _ in enumerate(data.stream(0)):
+            if number == 20:
+                for path in paths[1:]:
+                    Path(path).unlink()
+    assert "\n" not in str(error.value)
 
 
 def test_the_cache_of_a_training_set_has_its_order(uneven: ShardList, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_impossible_settings_are_refused(options: dict, says: str) -> None:
     assert DataConfig(shards="x").name == "shards"
 
 
-def test_settings_give_view_and_order() -> None:
+def test_settings_give_a_view() -> None:
     config = DataConfig(
         shards="x",
         resolution=16,
@@ -213,10 +213,8 @@ def test_settings_give_view_and_order() -> None:
         flip=True,
         seed=3,
         min_size=20,
-        workers=5,
-        shuffle_buffer=7,
     )
-    assert config.view() == View(16, "adm", True, 3, 20) and config.order() == Order(5, 7)
+    assert config.view() == View(16, "adm", True, 3, 20)
 
 
 def test_scenes_train_and_validate(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -500,3 +501,68 @@ def test_a_folder_that_takes_no_files(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "vqgan_f4.pt" in capsys.readouterr().out
+
+
+# Paella's prior, and what else a picture can be conditioned on ----
+
+
+def draw(argv: list[str]) -> int:
+    return command(sample.run, argv)
+
+
+def official_paella_seeing(see: bool = True) -> dict[str, Tensor]:
+    """A tiny paella_v3.pt whose network sees image vectors, or not."""
+    torch.manual_seed(2)
+    network = Paella(dataclasses.replace(MODEL, clip_image=see))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.state_dict()
+
+
+def test_paellas_prior_converts_and_draws_the_image_vector(
+    convert: Callable[..., int], official: Path, tmp_path: Path, capsys
+) -> None:
+    torch.save({"state_dict": official_paella_seeing()}, tmp_path / "seeing.pt")
+    prior = Prior(PriorConfig(16, 8, 4, 1))
+    torch.save(prior.state_dict(), tmp_path / "prior.pt")
+    paella = ("--paper", "paella", "--from", str(tmp_path / "seeing.pt"), *PAELLA[4:])
+    assert convert(*paella, "--prior", str(tmp_path / "prior.pt"), *WORDS, "--out", "p") == 0
+    assert "prior" in capsys.readouterr().out and Path("p.prior.safetensors").is_file()
+    words = ["--ckpt", "p.safetensors", "--prompt", "a cat", "sampling.steps=2"]
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "s.png")
+    drawn = {}
+    for name, more in {
+        "plain": [],
+        "prior": ["--prior", "sampling.prior.steps=3"],
+        "other": ["--prior", "sampling.prior.steps=3", "sampling.prior.guidance=1"],
+        "style": ["--style", str(tmp_path / "s.png")],
+        "attention": ["--attention", "0,0"],
+    }.items():
+        assert draw([*words, *more, "--out", name]) == 0, name
+        drawn[name] = Path(name, "00000.png").read_bytes()
+        assert draw([*words, *more, "--out", f"{name}2"]) == 0
+        with Image.open(f"{name}/00000.png") as one, Image.open(f"{name}2/00000.png") as two:
+            assert one.tobytes() == two.tobytes()
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_a_prior_that_does_not_fit_is_refused(
+    convert: Callable[..., int], tmp_path: Path, capsys
+) -> None:
+    torch.save({"state_dict": official_paella_seeing(False)}, tmp_path / "blind.pt")
+    blind = ("--paper", "paella", "--from", str(tmp_path / "blind.pt"), *PAELLA[4:])
+    assert convert(*blind, "--prior", "@prior_v1.pt", *WORDS, "--out", "p") == 2
+    assert "the prior draws image vectors of length 16" in capsys.readouterr().err
+    assert convert(*PAELLA, "--prior", "@paella_v3.pt", *WORDS, "--out", "p") == 2
+    assert "this is a token predictor (v3), not the diffusion prior" in capsys.readouterr().err
+    assert not list(tmp_path.glob("p*"))
+    assert convert(*PAELLA, *WORDS, "--out", "p") == 0
+    for words, says in [
+        (["--prior"], "this checkpoint has no prior: convert it again with --prior FILE"),
+        (["--attention", "1,x"], "--attention takes numbers from 0 up"),
+        (["--prior", "--style", "x.png"], "take one"),
+    ]:
+        capsys.readouterr()
+        argv = ["--ckpt", "p.safetensors", "--prompt", "a", "sampling.steps=1", *words]
+        assert draw(argv) == 2
+        assert says in capsys.readouterr().err

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def process(argv: list[str], env: dict[str, str], killed_at: int | None, made: P
 
     def die(*arguments: Any) -> None:  # the table is written, and half of the tokens
         Path(arguments[1]).write_bytes(b"half")
+        while not [*made.parent.iterdir()]:  # until this or another process made a part
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
     Encode.open = counted  # type: ignore[method-assign]

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.images import adm_crop, to_tensor
+from data.crops import adm
+from data.images import to_tensor
 from experiments.report.pictures import to_uint8
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.ldmae.autoencoder import AutoencoderModule, TrainingNoise
@@ -236,7 +237,7 @@ def test_inference(golden):
 def test_preprocessing(golden):
     case = golden("ldmae/vmae_infer")
     picture = Image.fromarray(case.io["raw_image"].numpy())
-    cut = adm_crop(picture, case.config["img_size"])
+    cut = adm(picture, case.config["img_size"])
     tensor = to_tensor(np.array(cut))
     limit = float(re.search(r"atol ([\d.e-]+)", case.tolerance["preprocessed"])[1])
     torch.testing.assert_close(tensor, case.io["preprocessed"], atol=limit, rtol=0)

@@ -522,3 +522,111 @@ def test_nothing_is_loaded_where_all_parts_are_there(
     monkeypatch.setattr(type(letters), "open", None)
     run(store, letters)
     assert store.done(letters) is not None
+
+
+def test_two_runs_share_the_parts_of_one_stage(
+    letters: Letters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both lead a launch of their own, as the tasks of an array do."""
+    monkeypatch.setattr(stores, "PAUSE", 0.01)
+    said: list[list[str]] = [[], []]
+    threads = [
+        threading.Thread(target=run, args=(Store(tmp_path, leader=True), letters, lines))
+        for lines in said
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(i for _, i in letters.made) == [*range(6)]
+    assert len({name for name, _ in letters.made}) == 2
+    heads = sorted(lines[0].partition(": ")[2].partition(" in ")[0] for lines in said)
+    assert heads == ["runs", "takes part"]
+
+
+@dataclass(frozen=True, eq=False)
+class OtherParts(Letters):
+    """Machines that make other parts of the same stage."""
+
+    def parts(self, inputs: Folders, machine: Machine) -> Sequence[str]:
+        return [f"{letter}.txt" for letter in "abcdef"[: machine.batch_size]]
+
+
+def test_a_run_in_other_batches_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "PAUSE", 0.01)
+    stage = type("OtherParts", (OtherParts,), {"made": [], "fails_at": None})()
+    said: list[str] = []
+
+    def lead() -> None:
+        Store(tmp_path).run([stage], Machine(batch_size=6), Log([].append, "none"))
+
+    thread = threading.Thread(target=lead)
+    thread.start()
+    wait_for(Store(tmp_path).folders[stage] / "running.json")
+    Store(tmp_path).run([stage], Machine(batch_size=5), Log(said.append, "none"))
+    thread.join(timeout=30)
+    assert said[0] == "[1/1] otherparts: waits for another run that works on the same stage"
+    assert len({name for name, _ in stage.made}) == 1
+
+
+def test_of_a_damaged_split_result_the_sound_parts_stay(letters: Letters, tmp_path: Path) -> None:
+    store, said = Store(tmp_path), list[str]()
+    folder = run(store, letters)
+    before = store.done(letters)
+    (folder / "b.txt").write_text("7")
+    (folder / "e.txt").unlink()
+    letters.made.clear()
+    run(store, letters, said)
+    assert [i for _, i in letters.made] == [1, 4]
+    assert said[0] == f"      {folder / 'b.txt'} is damaged; letters is mended"
+    after = store.done(letters)
+    assert before is not None and after is not None and after["files"] == before["files"]
+    assert not [*folder.glob(".*")]
+
+
+@dataclass(frozen=True, eq=False)
+class Echo(Letters):
+    """Copies every letter as soon as it is written."""
+
+    letters: Letters | None = None
+
+    @property
+    def follows(self) -> SplitStage | None:
+        return self.letters
+
+    def open(
+        self, folder: Path, inputs: Folders, machine: Machine, log: Log
+    ) -> Callable[[int], None]:
+        assert self.letters is not None
+        source = inputs[self.letters]
+
+        def make(i: int) -> None:
+            self.made.append(("echo", i))
+            name = f"{'abcdef'[i]}.txt"
+            (folder / name).write_text((source / name).read_text())
+
+        return make
+
+
+def test_a_stage_that_follows_is_made_part_by_part(letters: Letters, tmp_path: Path) -> None:
+    kind = type("Echo", (Echo,), {"made": letters.made, "fails_at": None})
+    echo, store = kind(letters), Store(tmp_path)
+    type(letters).fails_at = 3
+    with pytest.raises(OSError, match="disk is full"):
+        store.run([letters, echo], Machine(), Log([].append, "none"))
+    who = [name if name == "echo" else "letters" for name, _ in letters.made]
+    assert who == ["letters", "echo"] * 3
+    type(letters).fails_at = None
+    store.run([letters, echo], Machine(), Log([].append, "none"))
+    assert [i for name, i in letters.made if name == "echo"] == [*range(6)]
+    marker = store.done(echo)
+    assert marker is not None and marker["what"] == {"text": "012345"} and marker["busy"] >= 0
+
+
+def test_stages_may_lie_elsewhere(letters: Letters, tmp_path: Path) -> None:
+    """Where a folder is not named by the key, what another stage left there is no result."""
+    home = tmp_path / "pictures"
+    store = Store(tmp_path / "cache", homes={letters: home})
+    assert run(store, letters) == home and store.done(letters) is not None
+    other = step()
+    assert Store(tmp_path / "cache", homes={other: home}).done(other) is None

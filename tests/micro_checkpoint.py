@@ -1,0 +1,34 @@
+"""A run folder with a generator of random weights: draws 32x32 pixels in no time."""
+
+from pathlib import Path
+
+import torch
+
+from data.files import file_hash, write_json
+from lightning_modules.common.checkpoint import save_weights
+from lightning_modules.paella.module import PaellaModule
+from lightning_modules.vqgan.module import VQGANModule
+
+TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
+             "z_channels": 4, "embed_dim": 4, "num_codes": 12, "norm_groups": 4}  # fmt: skip
+MODEL = {"c_in": 8, "c_out": 8, "num_labels": 12, "c_r": 8, "patch_size": 1, "c_cond": 8,
+         "c_hidden": [8, 8], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
+         "clip_embd": 0, "clip_image": False, "byt5_embd": 8, "dropout": 0.0}  # fmt: skip
+TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
+SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
+
+
+def write(folder: Path) -> Path:
+    """Write the files of a run folder."""
+    torch.manual_seed(0)
+    tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
+    config = {"paper": "paella", "seed": 0, "grid": [16, 16], "num_codes": 12, "model": MODEL}
+    generator = PaellaModule({**config, "text": TEXT})
+    for parameter in [*tokenizer.parameters(), *generator.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    file = folder / "tokenizer.safetensors"
+    save_weights(file, *tokenizer.export())
+    save_weights(folder / "checkpoint.safetensors", *generator.export())
+    first_stage = {"file": file.name, "sha256": file_hash(file)}
+    write_json(folder / "checkpoint.json", {"first_stage": first_stage, "sampling": SAMPLING})
+    return folder
