@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -90,6 +90,7 @@ def test_an_extreme_shape_costs_no_memory(name: str) -> None:
     assert cut(name, Image.new("RGB", (60_000, 1)), 256).shape == (256, 256, 3)
 
 
+@settings(deadline=None)
 @given(
     sides=st.tuples(st.integers(16, 250), st.integers(16, 250)), seed=st.integers(0, 99),
     name=st.sampled_from(sorted(CROPS)),

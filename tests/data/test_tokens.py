@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from safetensors.torch import load_file
@@ -239,6 +239,7 @@ def test_large_codebooks_take_four_bytes(shards: ShardList, tmp_path: Path) -> N
     assert batches(TokenData(tmp_path, batch_size=4))[0]["tokens"].min() >= 70_000
 
 
+@settings(deadline=None)
 @given(
     size=st.integers(1, 7),
     world=st.integers(1, 3),
