@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.files import decode_text, file_hash
+from data.files import decode_text, file_hash, write_text
 from experiments.checkpoint import checkpoint_file, find_device, load, read_settings
 from experiments.cli import (
     Parser,
@@ -24,7 +24,7 @@ from experiments.cli import (
 from experiments.papers.base import MAX_SEED
 from experiments.pipeline.generator import CHECKPOINT
 from experiments.progress import Counter
-from experiments.settings import ConfigError, describe, resolved
+from experiments.settings import ConfigError, describe, override, resolved
 from experiments.vocabulary import unseen
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 COMMAND = "python -m experiments.sample"
 MAX_IN_GRID = 100
+TRACED = 4  # pictures on the page of --trace
 OPTIONS = {
     "negative": "--negative",
     "start": "--image",
@@ -63,6 +64,7 @@ examples:
   {COMMAND} --ckpt runs/x --image a.png --expand 0,0,32,0             (outpainting)
   {COMMAND} --ckpt runs/x --image a.png --edit --prompt "..."         (editing without a mask)
   {COMMAND} --ckpt runs/x --image a.png --strength 0.6                (variations)
+  {COMMAND} --ckpt runs/x --prompt "..." --trace a.html --samplers own,eb
   {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
 
 Picture i of a call is 0000i.png and has seed N + i; its PNG text holds prompt, seed, checkpoint
@@ -176,12 +178,75 @@ def draw(
                 save_png(out / file_name(i), image, png_text(args, task, prompts, settings))
             made.extend(images[: max(0, MAX_IN_GRID - first)])
             counter.update(first + len(part))
+        if args.trace is not None:
+            page = played(module, settings, tasks[:TRACED], args, prompts, edit, size)
+            write_text(args.trace, page)
     finally:
         counter.close()
     columns = len(tasks) if args.interpolate else min(args.count, 10) if args.count > 1 else 8
     captions = [t.prompt if t.blend is None else f"blend {t.blend:.2f}" for t in tasks[: len(made)]]
     save_png(out / "grid.png", grid(torch.stack(made), columns, captions=captions))
     say(f"{counted(len(tasks), 'picture')} in {out}, all together in {out / 'grid.png'}")
+    if args.trace is not None:
+        say(f"step by step: {args.trace}")
+
+
+def played(
+    module: GeneratorModule,
+    settings: Any,
+    tasks: Sequence[Task],
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    edit: Edit | None,
+    size: tuple[int, int] | None,
+) -> str:
+    """Draw some tasks once more by every sampler that was asked for; returns the page of it.
+
+    Raises:
+        ConfigError: a sampler that does not fit, or pictures that are made window by window.
+    """
+    import torch
+
+    from experiments.pipeline.sample import decode_unfinished
+    from experiments.report.pictures import to_uint8
+    from experiments.report.trace import Played, trace_page
+
+    request = make_request(module, tasks, prompts, args.negative, edit, size, args.edit)
+    shown: list[list[Played]] = [[] for _ in tasks]
+    for name in args.samplers.split(",") if args.samplers else [""]:
+        states: list[Tensor] = []
+
+        def on_step(step: int, before: Tensor, after: Tensor, states: Any = states) -> None:
+            states.extend([after] if states else [before, after])
+
+        chosen = by_sampler(settings, name) if name else settings
+        try:
+            module.sample(request, chosen, on_step)
+        except ValueError as error:
+            raise ConfigError(first_line(error)) from error
+        if len({state.shape for state in states}) != 1:
+            raise ConfigError("--trace cannot follow pictures that are made window by window")
+        for i, one in enumerate(torch.stack(states, dim=1)):  # [T + 1, h, w]
+            frames = to_uint8(decode_unfinished(module.first_stage, one).cpu())
+            codes = module.first_stage.num_codes if one.ndim == 3 else None
+            calls = len(states) - 1 if module.calls is None else int(module.calls[i])
+            label = name or getattr(getattr(chosen, "sampler", None), "name", "own")
+            shown[i].append(Played(label, frames, one.cpu(), codes, calls))
+    return trace_page(f"Samplings of {args.ckpt.name}", [t.prompt for t in tasks], shown)
+
+
+def by_sampler(settings: Any, name: str) -> Any:
+    """Return settings with another sampler.
+
+    Raises:
+        ConfigError: no such sampler, or a paper that has its own loop alone.
+    """
+    if not hasattr(settings, "sampler"):
+        raise ConfigError("--samplers: this checkpoint's paper has its own loop alone")
+    try:
+        return override(settings, [f"sampler={name}"])
+    except ConfigError as error:
+        raise ConfigError(f"--samplers: {error}") from error
 
 
 def make_parser() -> Parser:
@@ -243,6 +308,12 @@ def make_parser() -> Parser:
         metavar="N",
         help="N pictures from the first prompt to the second",
     )
+    add("--trace", type=Path, metavar="FILE", help="HTML page that plays the first pictures")
+    add(
+        "--samplers",
+        metavar="NAMES",
+        help="--trace: play each picture by these samplers too, as own,eb,posterior",
+    )
     add("--out", type=Path, metavar="DIR", help="default: samples/<checkpoint>-<seed>, numbered")
     add(
         "--device",
@@ -272,6 +343,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.samplers and args.trace is None:
+        raise ConfigError("--samplers needs --trace, the page that shows them side by side")
     if args.strength is not None and not 0 <= args.strength <= 1:
         raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
     ways = {"--mask": args.mask, "--expand": args.expand, "--edit": args.edit or None}
