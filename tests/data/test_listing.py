@@ -112,6 +112,17 @@ def test_a_missing_file_is_a_fault_of_its_own(tmp_path: Path) -> None:
     assert faults == {"0": None, "1": MISSING, "2": "unreadable file"}
 
 
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    planted.picture(tmp_path / odd)
+    names = [odd, "a\0b.png", "\ud800.png"]
+    rows = [Row(os.path.splitext(name)[0], name, ("c",)) for name in names]
+    found = {s["__key__"]: s for s in read_listing(listing(tmp_path, tmp_path, *rows))}
+    assert all(key.encode() for key in found) and len(found) == 3
+    faults = [found[row.key].get("__fault__") for row in rows]
+    assert faults == [None, MISSING, MISSING]
+
+
 @pytest.mark.parametrize("text", ["", "3\n", '{"root": "/"}\n{"key": 1}\n', '{"root": "/"}\n{'])
 def test_another_file_is_no_listing(tmp_path: Path, text: str) -> None:
     path = tmp_path / "0.jsonl"
