@@ -39,8 +39,14 @@ def test_a_folder_of_the_layout_may_be_a_link(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(TEXT, st.lists(TEXT, max_size=3), st.none() | st.integers(0, 9)),
-                unique_by=lambda row: row[0], min_size=1, max_size=9))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(TEXT, st.lists(TEXT, max_size=3), st.none() | st.integers(0, 9)),
+        unique_by=lambda row: row[0],
+        min_size=1,
+        max_size=9,
+    )
+)
 def test_rows_come_back_whatever_they_say(tmp_path_factory, told: list) -> None:
     folder = tmp_path_factory.mktemp("listing")
     rows = [Row(key, f"{key}.jpg", tuple(texts), "", label) for key, texts, label in told]
