@@ -1,6 +1,7 @@
 """From the bytes of a web image to a square RGB picture, and from there to a batch."""
 
 import io
+import math
 import random
 import warnings
 from collections.abc import Sequence
@@ -49,6 +50,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def upright(data: bytes, least: int | None = None) -> Image.Image:
+    """Decode to upright RGB.
+
+    Args:
+        data: encoded JPEG, PNG, WebP or AVIF.
+        least: a JPEG may come at a half, a quarter or an eighth of its size, whose short side is
+            at least so long; None decodes every pixel.
+
+    Raises:
+        SampleError: BOMB (more than MAX_PIXELS by the header), TRUNCATED or CORRUPT.
+    """
+    try:
+        image = open_image(data)
+        if least is not None:
+            scale = least / min(image.size)
+            width, height = (math.ceil(side * scale) for side in image.size)
+            image.draft(None, (width, height))
+        return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise SampleError(BOMB, why=str(error)) from error
+    except Exception as error:  # whatever damaged bytes make of their decoder
+        kind = TRUNCATED if "truncated" in str(error).lower() else CORRUPT
+        # Pillow names a file in memory by its address
+        raise SampleError(kind, why=str(error).partition(" <_io.")[0]) from error
+
+
 def decode_image(
     data: bytes,
     resolution: int,
@@ -73,19 +100,7 @@ def decode_image(
         SampleError: BOMB (more than MAX_PIXELS by the header), TRUNCATED or CORRUPT.
     """
     rule = CROPS[crop]
-    try:
-        image = open_image(data)
-        if reduced and rule.least is not None:
-            scale = rule.least(resolution) / min(image.size)
-            image.draft(
-                None, (int(-(-image.width * scale // 1)), int(-(-image.height * scale // 1)))
-            )
-        image = to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise SampleError(BOMB, why=str(error)) from error
-    except Exception as error:  # whatever damaged bytes make of their decoder
-        kind = TRUNCATED if "truncated" in str(error).lower() else CORRUPT
-        raise SampleError(kind, why=str(error)) from error
+    image = upright(data, rule.least(resolution) if reduced and rule.least else None)
     image = rule.cut(image, resolution, rng or random.Random(0))
     if mirror:
         image = ImageOps.mirror(image)

@@ -19,7 +19,8 @@ from data.files import decode_text, write_text
 
 PER_LISTING = 500
 OUTSIDE, MISSING, UNREADABLE = "path outside the root", "missing file", "unreadable file"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "avif")  # endings of pictures
+SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class Row:
     """What else is known, under the names of img2dataset."""
     base: str = ""
     """A folder below the root that the corpus's layout names; it may be a link to elsewhere."""
+
+    def __post_init__(self) -> None:
+        # a name that is no UTF-8 becomes one: texts and tables hold no other
+        key = self.key.encode(errors="surrogatepass").decode(errors="backslashreplace")
+        object.__setattr__(self, "key", key)
 
 
 def write_listings(
@@ -89,18 +95,7 @@ def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
         if row.label is not None:
             meta["label"] = row.label
         suffix = row.file.rpartition(".")[2].lower()
-        data, fault = None, ""
-        path = inside(os.path.join(root, row.base), row.file)
-        if path is None:
-            fault = OUTSIDE
-        else:
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except FileNotFoundError:
-                fault = MISSING
-            except OSError:
-                fault = UNREADABLE
+        data, fault = _content(os.path.join(root, row.base), row.file)
         sample = {suffix: data, "json": json.dumps(meta).encode()}
         yield {
             **sample,
@@ -108,6 +103,20 @@ def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
             "__key__": row.key,
             "__url__": url,
         }
+
+
+def _content(base: str, name: str) -> tuple[bytes | None, str]:
+    """Return the bytes of a file below a folder, and why there are none."""
+    try:
+        path = inside(base, name)
+        if path is None:
+            return None, OUTSIDE
+        with open(path, "rb") as file:
+            return file.read(), ""
+    except (FileNotFoundError, ValueError):  # a NUL, or half of a surrogate pair, is in no name
+        return None, MISSING
+    except OSError:
+        return None, UNREADABLE
 
 
 def count_listing(url: str) -> int:

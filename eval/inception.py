@@ -14,7 +14,14 @@ from torch import Tensor
 
 from eval.interval import Score, Scored, Z
 from eval.metric import Metric
-from eval.networks import Images, content_of, exact, in_threads, of_one_size
+from eval.networks import (
+    Images,
+    content_of,
+    exact,
+    in_threads,
+    load_torchscript,
+    of_one_size,
+)
 from eval.rows import Asked, Measure, Measured
 from eval.spaces import INCEPTION
 from lightning_modules.common.checkpoint import load_foreign
@@ -102,7 +109,7 @@ def load_script(path: Path, device: torch.device | str) -> Any:
         ValueError: the file is none.
     """
     try:
-        script = torch.jit.load(path, map_location=device).eval()
+        script = load_torchscript(path, device).eval()
         _ = script.layers, script.output.weight
     except (RuntimeError, AttributeError) as error:
         raise ValueError(

@@ -96,6 +96,11 @@ class VQDiffusionModule(GeneratorModule):
             "bound": (bounds / p_t[t]).mean().detach() / x_0.shape[1],
         }
 
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled."""
+        return self.config.model.condition_dim, 0
+
     def _numbers(self, device: torch.device) -> tuple[Kernel, Tensor, Tensor]:
         """One-step kernels, C and the share of replaced tokens for all t: float32, on a device."""
         if device not in self._tables:

@@ -132,12 +132,22 @@ def test_aliases() -> None:
 def test_a_user_wins_over_a_corpus_and_it_over_the_scale() -> None:
     laion = load("paella", "paper", ["data=laion", "data.root=x", "data.min_aesthetic=6"]).data
     assert (laion.name, laion.shards, laion.min_aesthetic, laion.max_punsafe) == (
-        "laion", None, 6, 0.99,
-    )  # fmt: skip
+        "laion",
+        None,
+        6,
+        0.99,
+    )
     coco = load("paella", "paper", ["data=coco2014", "data.root=x"]).data
     assert not any(getattr(coco, name) is not None for name in FILTERS) and coco.resolution == 256
     own = load("muse", "paper", ["data=laion", "data.shards=y"]).data
     assert (own.name, own.shards, own.min_aesthetic) == ("laion", "y", 4.9)
+
+
+def test_other_data_than_the_scales_own_leave_nothing_of_it() -> None:
+    data = load("vqgan", "paper", ["data=digits"]).data
+    assert (data.name, data.root, data.resolution) == ("digits", None, 256)
+    data = load("muse", "paper", ["data=cc3m", "data.root=x"]).data
+    assert (data.name, data.root, data.shards) == ("cc3m", "x", None)
 
 
 def test_a_file_that_names_a_corpus_wins_over_it(tmp_path: Path) -> None:

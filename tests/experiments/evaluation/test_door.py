@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import eval.clip_score
@@ -22,10 +24,12 @@ import eval.prdc
 import eval.preference
 import eval.reconstruction
 from data.files import file_hash
+from eval.rows import load_measured
 from experiments.cli import command
 from experiments.evaluation.door import evaluate
 from experiments.evaluation.options import Door
 from experiments.report.pictures import load_png
+from lightning_modules.common.checkpoint import load_weights
 from tests import micro_checkpoint, planted
 
 ROOT = Path(__file__).parents[3]
@@ -296,6 +300,19 @@ REFUSED = {
         ["--ckpt", "CKPT", "--num", 4, "--reference", "VAL", "--weights", "inception=none.pt"],
         "there is no file none.pt",
     ),
+    "pictures for a score of pictures": (
+        ["--ckpt", "CKPT", "--num", 4, "--scores", "kid", "--features", "scenes", "--reference",
+         "NPZ"],
+        "kid compares pictures, and",
+    ),
+    "statistics of other features": (
+        ["--ckpt", "CKPT", "--num", 4, "--features", "scenes", "--reference", "NPZ"],
+        "holds statistics of 3 features, and scenes has 64",
+    ),
+    "no statistics": (
+        ["--ckpt", "CKPT", "--num", 4, "--features", "scenes", "--reference", "EMPTY"],
+        "holds no statistics",
+    ),
     "no prompts for a score of prompts": (
         ["--ckpt", "CKPT", "--num", 4, "--scores", "clip_score", "--features", "scenes"],
         "a score of pictures and prompts needs",
@@ -319,7 +336,9 @@ def test_refused_in_one_line_before_any_work(
     for i in (5001, 5002):
         planted.picture(few / f"{i}.png", i, size=(32, 32))
     paths = {"IMAGES": once / "images", "VAL": place.coco / "val2014", "COCO": place.coco}
-    paths |= {"FEW": few, "CKPT": place.ckpt}
+    paths |= {"FEW": few, "CKPT": place.ckpt, "NPZ": few / "a.npz", "EMPTY": few / "b.npz"}
+    np.savez(few / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(few / "b.npz", other=np.zeros(3))
     words, said = REFUSED[case]
     assert call(eval.fid.DOOR, *(paths.get(str(word), word) for word in words)) == 2
     err = capsys.readouterr().err
@@ -383,6 +402,60 @@ def test_a_data_set_of_runs_gives_prompts_and_reference(place: Place, tmp_path: 
     assert told["protocol"]["n"] == 12 == len(pngs(tmp_path / "out"))
     assert told["protocol"]["reference"]["captions"] == "shares none with the prompts"
     assert told["scores"].keys() == {"eval/fd_scenes", "eval/fd_scenes_floor", "eval/clip_scenes"}
+
+
+def test_statistics_stand_for_the_pictures_that_they_are_of(
+    place: Place, once: Path, tmp_path: Path
+) -> None:
+    words = ["--images", once / "images", "--features", "scenes"]
+    words += ["--cache", tmp_path / "cache", "--out"]
+    real = ["--reference", place.coco / "val2014", "--resolution", 32, "--crop", "square"]
+    assert call(eval.fid.DOOR, *words, tmp_path / "folder", *real) == 0
+    (rows,) = (tmp_path / "cache").glob("features-val2014-*")
+    names = json.loads((rows / "rows.json").read_text())
+    features = load_measured([rows / name for name in names]).rows["features"]
+    np.savez(
+        tmp_path / "real.npz",
+        mu=features.astype(float).mean(0),
+        sigma=np.cov(features.T.astype(float)),
+    )
+    given = ["--reference", tmp_path / "real.npz"]
+    assert call(eval.fid.DOOR, *words, tmp_path / "npz", *given) == 0
+    found = scores(tmp_path / "npz")
+    assert found.keys() == {"eval/fd_scenes", "eval/fd_scenes_infinity"}
+    assert found["eval/fd_scenes"]["value"] == pytest.approx(
+        scores(tmp_path / "folder")["eval/fd_scenes"]["value"], rel=1e-9
+    )
+
+
+def test_classes_in_turn(place: Place, tmp_path: Path, capsys: Any) -> None:
+    ckpt = micro_checkpoint.write(tmp_path / "run", classes=3)
+    words = ["--ckpt", ckpt, "--reference", place.coco / "val2014", "--features", "scenes"]
+    more = ["--num", 7, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    protocol = ["--protocol", "adm50k", "--scores", "fid"]
+    assert call(eval.fid.DOOR, *words, *more, *protocol) == 2
+    assert "--classes K is missing, which the protocol needs" in capsys.readouterr().err
+    assert call(eval.fid.DOOR, *words, *more, "--classes", 4, *protocol) == 2
+    assert "must ask for one class" in capsys.readouterr().err
+    assert call(eval.fid.DOOR, *words, *more, "--classes", 3, *protocol) == 0
+    rows = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert [row["label"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({*pngs(tmp_path / "out").values()}) == 7
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["protocol"]["reference"]["prepared"]["crop"] == "adm"
+
+
+def test_an_official_first_stage(place: Place, tmp_path: Path) -> None:
+    """As a Lightning checkpoint of taming would hold it."""
+    state, _ = load_weights(place.ckpt / "tokenizer.safetensors")
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    words = ["--images", place.coco / "val2014", "--num", 12, "--resolution", 16]
+    words += ["--crop", "square", "--features", "scenes", "--cache", tmp_path / "cache"]
+    official = ["--ckpt", tmp_path / "model.ckpt", "--paper", "vqgan", "model.norm_groups=4"]
+    assert call(eval.reconstruction.DOOR, *words, *official, "--out", tmp_path / "a") == 0
+    own = ["--ckpt", place.ckpt / "tokenizer.safetensors"]
+    assert call(eval.reconstruction.DOOR, *words, *own, "--out", tmp_path / "b") == 0
+    assert scores(tmp_path / "a") == scores(tmp_path / "b")
 
 
 def test_a_first_stage_of_pictures_of_any_size(place: Place, tmp_path: Path, capsys: Any) -> None:
