@@ -25,9 +25,14 @@ class CropRule(NamedTuple):
     where every pixel counts."""
 
 
-def crop_first(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-    """Cut the largest square in the centre, offsets rounded down, then resize it (bicubic)."""
-    return _resized(_square(image, lambda slack: slack // 2), size)
+def crop_first(
+    image: Image.Image,
+    size: int,
+    rng: random.Random | None = None,
+    resample: Filter = Filter.BICUBIC,
+) -> Image.Image:
+    """Cut the largest square in the centre, offsets rounded down, then resize it."""
+    return _resized(_square(image, lambda slack: slack // 2), size, resample)
 
 
 def random_crop(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
@@ -67,7 +72,10 @@ def dalle(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
 
 
 def resize_first(
-    image: Image.Image, size: int, rng: random.Random, resample: Filter = Filter.BICUBIC
+    image: Image.Image,
+    size: int,
+    rng: random.Random | None = None,
+    resample: Filter = Filter.BICUBIC,
 ) -> Image.Image:
     """Resize the short side to `size` and cut the centre, as torchvision's Resize and CenterCrop.
 
@@ -99,8 +107,8 @@ def _cut(image: Image.Image, side: int, offset: Callable[[int], int]) -> Image.I
     return image.crop((left, top, left + side, top + side))
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    return image.resize((size, size), Filter.BICUBIC)
+def _resized(image: Image.Image, size: int, resample: Filter = Filter.BICUBIC) -> Image.Image:
+    return image.resize((size, size), resample)
 
 
 CROPS: Mapping[str, CropRule] = {

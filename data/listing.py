@@ -19,7 +19,8 @@ from data.files import decode_text, write_text
 
 PER_LISTING = 500
 OUTSIDE, MISSING, UNREADABLE = "path outside the root", "missing file", "unreadable file"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "avif")  # endings of pictures
+SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)
 
 
 @dataclass(frozen=True, slots=True)

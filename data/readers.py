@@ -17,12 +17,11 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from data.listing import count_listing, listing_keys, read_listing
+from data.listing import IMAGE_KEYS, count_listing, listing_keys, read_listing
 from data.parquet import count_parquet, parquet_keys, read_parquet
 from data.remote import PIPE, open_shard
 from data.remote import stamp_of as stamp
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "avif")
 UNSAFE_NAME = "unsafe name"
 LINK = "link instead of a file"
 

@@ -47,6 +47,10 @@ CHOICES: dict[str, Choice] = {
     "pickscore": Choice("preference", reference=False, prompts=True),
 }
 WEIGHTS = (*SPACES, "clip_score", "hpsv2", "pickscore", "lpips")
+OF_MOMENTS = ("fid", "sfid")
+"""Scores that ask no more of a reference than mean and covariance."""
+WIDTHS = {**dict.fromkeys(INCEPTION, 2048), "dinov2": 1024, "scenes": 64}
+"""Numbers per picture, by features."""
 ONLY_INCEPTION = ("sfid", "inception_score")
 
 

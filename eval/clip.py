@@ -94,7 +94,7 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def image_transform(network: Any, crop: Crop) -> Callable[[np.ndarray], Tensor]:
-    """Return what prepares a picture [H, W, 3] uint8 for a model of open_clip: [3, S, S].
+    """Return what prepares a picture [3, H, W] uint8 for a model of open_clip: [3, S, S].
 
     Args:
         network: the model.
@@ -113,11 +113,11 @@ def image_transform(network: Any, crop: Crop) -> Callable[[np.ndarray], Tensor]:
 
     def prepare(image: np.ndarray) -> Tensor:
         if crop == "crop first":
-            height, width, _ = image.shape
+            height, width = image.shape[1:]
             least = min(height, width)
             top, left = (height - least) // 2, (width - least) // 2
-            image = image[top : top + least, left : left + least]
-        return transform(Image.fromarray(image))
+            image = image[:, top : top + least, left : left + least]
+        return transform(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))
 
     return prepare
 

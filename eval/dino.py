@@ -48,8 +48,9 @@ def dino_measure(path: Path, device: torch.device | str) -> Measure:
 
 
 def ready(image: np.ndarray) -> Tensor:
-    """Resize a picture [H, W, 3] uint8 without a crop and normalise it: [3, 224, 224] float32."""
-    small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """Resize a picture [3, H, W] uint8 without a crop and normalise it: [3, 224, 224] float32."""
+    whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    small = whole.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.asarray(small, np.float32).transpose(2, 0, 1)) / 255
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
     return (values - mean) / std

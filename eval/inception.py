@@ -1,5 +1,6 @@
 """Inception-v3 as clean-fid runs it: pool3, spatial features, classes; and Inception Score."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -7,8 +8,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from cleanfid import inception_pytorch
-from cleanfid.resize import build_resizer
+from PIL import Image
 from torch import Tensor
 
 from eval.interval import Score, Scored, Z
@@ -51,18 +53,16 @@ def inception_measure(
     model = f"{space.what} ({content_of(path)})"
     run = pytorch_runner(path, device) if mode == "legacy_pytorch" else None
     script: Any = None if run is not None else load_script(path, device)
-    resize = build_resizer(mode)
-
-    def ready(image: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(resize(image).transpose(2, 0, 1)))
 
     def measure(images: Images, asked: Asked, first: int) -> Measured:
         rows: dict[str, Tensor] = {}
         with exact():
             if run is not None:
-                rows[space.rows] = run(torch.stack(in_threads(ready, images)).to(device))
+                rows[space.rows] = run(torch.stack(in_threads(pytorch_resize, images)).to(device))
             elif mode == "clean":
-                pixels = torch.stack(in_threads(ready, images)).to(device)  # [B, 3, 299, 299]
+                pixels = torch.stack(in_threads(clean_resize, images)).to(
+                    device
+                )  # [B, 3, 299, 299]
                 found = script_layers((pixels - 128) / 128, script, spatial)
                 rows = dict(zip((space.rows, space.spatial), found, strict=False))
             else:
@@ -76,6 +76,26 @@ def inception_measure(
     return measure
 
 
+def clean_resize(image: np.ndarray) -> Tensor:
+    """Resize a picture [3, H, W] uint8 as clean-fid does in mode clean: [3, 299, 299] float32.
+
+    Pillow's bicubic, which is antialiased, of each channel as float32; cut off at 0 and 255, not
+    rounded.
+    """
+    made = np.empty((3, SIDE, SIDE), np.float32)
+    for k, channel in enumerate(image):
+        whole = Image.fromarray(channel.astype(np.float32))
+        small = whole.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        np.clip(np.asarray(small), 0, 255, out=made[k])
+    return torch.from_numpy(made)
+
+
+def pytorch_resize(image: np.ndarray) -> Tensor:
+    """Resize a picture [3, H, W] uint8 as pytorch-fid does: bilinear, without antialias."""
+    pixels = torch.from_numpy(image)[None].float()
+    return F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
+
+
 def load_script(path: Path, device: torch.device | str) -> Any:
     """Load the TorchScript network whose `layers` end in pool3 and whose `output` are classes.
 
@@ -83,7 +103,9 @@ def load_script(path: Path, device: torch.device | str) -> Any:
         ValueError: the file is none.
     """
     try:
-        script = torch.jit.load(path, map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, whose successor is no reader
+            script = torch.jit.load(path, map_location=device).eval()
         _ = script.layers, script.output.weight
     except (RuntimeError, AttributeError) as error:
         raise ValueError(

@@ -38,9 +38,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def in_threads(prepare: Callable[[np.ndarray], T], images: Images) -> list[T]:
-    """Prepare pictures, given as [H, W, 3] uint8, side by side: Pillow frees the interpreter."""
-    arrays = [image.permute(1, 2, 0).contiguous().numpy() for image in images]
-    return list(_pool().map(prepare, arrays))
+    """Prepare pictures, given as [3, H, W] uint8, side by side: Pillow frees the interpreter."""
+    return list(_pool().map(prepare, [image.numpy() for image in images]))
 
 
 def of_one_size(images: Images) -> Iterator[tuple[list[int], Tensor]]:

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from eval import (
+    calls,
     clip,
     digits,
     distances,
@@ -57,6 +58,7 @@ SCORERS: dict[str, Scorer] = {
     "preference": clip.score_preference,
 }
 METRICS: dict[str, Metric] = {
+    **calls.SHOWN,
     **scenes.SHOWN,
     **edits.SHOWN,
     **digits.SHOWN,

@@ -82,7 +82,9 @@ def parse_run(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--scale", default="tiny")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--until")
-    for flag in ("--print-config", "--dry-run", "--json"):
+    parser.add_argument("--memory")
+    parser.add_argument("--days", type=float, default=7.0)
+    for flag in ("--print-config", "--dry-run", "--plan", "--json"):
         parser.add_argument(flag, action="store_true")
     return parser.split(argv)
 

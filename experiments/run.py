@@ -71,8 +71,10 @@ def run(argv: Sequence[str]) -> int:
             return 0
         raise ConfigError(f"--paper is missing; it is one of {', '.join(PAPERS)}")
     pick("--paper", args.paper, list(PAPERS))
-    if args.json and not args.dry_run:
-        raise ConfigError("--json goes with --dry-run")
+    if args.json and not (args.dry_run or args.plan):
+        raise ConfigError("--json goes with --dry-run or --plan")
+    if args.memory and not args.plan:
+        raise ConfigError("--memory goes with --plan")
     settings = load(args.paper, args.scale, overrides)
     if args.help:
         print(paper_help(args.paper, args.scale, settings))
@@ -89,6 +91,12 @@ def run(argv: Sequence[str]) -> int:
         show_plan(stages, Store(settings.cache), out, args.json)
         if settings.note() and not args.json:
             print(f"note: {settings.note()}")
+        return 0
+    if args.plan:
+        prepare_torch()
+        from experiments.report.needs import show_needs
+
+        print(show_needs(planned, settings, args.memory, args.days, args.json))
         return 0
     prepare_torch()
     from experiments.pipeline.publish import Titles
@@ -116,6 +124,8 @@ def general_help() -> str:
         "--print-config": "print the resolved config as YAML",
         "--dry-run": "print which stages would run and which would be reused (--json for programs)",
         "--until STAGE": "stop after a stage, e.g. encode",
+        "--plan": "print what each training takes of its devices, and whether it fits "
+        "(--memory 80GiB, --days 7, --json)",
         "--paper NAME --help": "every setting of a paper: type, default, meaning",
     }
     lines += columns(options)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_json
-from eval.choices import CHOICES, Wanted, wanted
+from eval.choices import CHOICES, OF_MOMENTS, WIDTHS, Wanted, wanted
+from eval.spaces import SPACES
 from experiments.checkpoint import find_device
 from experiments.cli import first_line, show_outcome, speaker
 from experiments.evaluation.options import Door, Options, make_parser
@@ -72,6 +73,8 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
         measured = wanted(options.scores, options.features, options.weights, args.clip)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
+    if real is not None and isinstance(real.images, Path):
+        check_statistics(real.images, measured)
     if door.first_stage:
         made, real = reconstructed(options)
     else:
@@ -81,6 +84,35 @@ def evaluate(door: Door, argv: Sequence[str]) -> int:
     score = scoring(options, made, real, measured)
     work(options, prompts, made, real, measured, score, shlex.join([*door.command.split(), *argv]))
     return 0
+
+
+def check_statistics(path: Path, measured: Sequence[Wanted]) -> None:
+    """Refuse a file of mean and covariance for what needs more, or other features.
+
+    Raises:
+        ConfigError: it holds no statistics, or not those that a score needs.
+    """
+    from eval.statistics import read_reference
+
+    for one in [one for one in measured if one.reference]:
+        if one.score not in OF_MOMENTS:
+            raise ConfigError(
+                f"{one.score} compares pictures, and {path} holds mean and covariance alone; name "
+                "a folder, or leave the score out"
+            )
+        try:
+            found = read_reference(path, one.space).moments
+        except ValueError as error:
+            raise ConfigError(f"--reference: {first_line(error)}") from error
+        space = SPACES[one.space]
+        name = space.rows if one.score == "fid" else space.spatial
+        if name not in found:
+            raise ConfigError(f"{path} holds no statistics for {one.score} (mu_s and sigma_s)")
+        wide, right = len(found[name].mean), WIDTHS.get(one.space)
+        if one.score == "fid" and right not in (None, wide):
+            raise ConfigError(
+                f"{path} holds statistics of {wide} features, and {one.space} has {right}"
+            )
 
 
 def scoring(

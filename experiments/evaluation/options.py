@@ -68,6 +68,8 @@ class Options:
         self.resolution: int | None = self._value("resolution")
         self.crop: str = self._value("crop") or "none"
         self.filter: str = self._value("filter") or "bicubic"
+        if args.filter is not None and self.crop == "adm":
+            raise ConfigError("--filter goes with other crops; adm has filters of its own")
         self.reference: str | None = self._value("reference")
         self.data = self._data(of_data)
 

@@ -20,7 +20,7 @@ from experiments.pipeline.first_stage import Given
 from experiments.pipeline.generator import Generator
 from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import FileStage, Folders, plain_paths
-from experiments.pipeline.train import Recipe, Train, attachable
+from experiments.pipeline.train import Recipe, Train, attachable, blank, described
 from experiments.settings import resolved
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.muse.config import MODELS, PRESETS, SUPERRES_MODELS, UVIT_MODELS, MuseConfig
@@ -170,6 +170,19 @@ class SuperResRecipe(Recipe):
         if self.base is not None:
             base = load_generator(self.base.file(inputs), first_stage=self.low.file(inputs))
         return lambda: SuperResModule(config).attach(high, low=low, base=base)
+
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module without numbers."""
+        from lightning_modules.muse.module import SuperResModule
+
+        assert geometry is not None
+        measures: Any = (geometry.factor, geometry.num_codes)
+        if isinstance(self.high, Given) and self.high != self.low:
+            measures = measures_of_file(TOKENIZER, self.high.path) or measures
+        high = described(Geometry.of(self.resolution * self.factor, *measures))
+        settings = plain_paths(self.settings)
+        config = {"paper": self.paper, **described(geometry), "high": high, **settings}
+        return blank(lambda: SuperResModule(config))
 
     def export(self, module: Any, inputs: Folders) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the weights to sample with, and the settings with the tokenizer's hash."""

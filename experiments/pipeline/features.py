@@ -71,7 +71,8 @@ class Features(SplitStage):
         """Say which files hold the rows, in order."""
         names = list(self.parts(inputs, machine))
         write_json(folder / "rows.json", names)
-        there, wanted = len(self.measured(inputs)[0]), self.count(inputs)
+        # of a small set no picture may be left to be a reference, which scores allow for
+        there, wanted = len(self.measured(inputs)[0]) if names else 0, self.count(inputs)
         if there < wanted:
             log.note(f"{wanted - there} of {wanted} pictures could not be read and are left out")
         return {"batches": len(names), "pictures": there}

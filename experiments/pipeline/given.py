@@ -144,9 +144,8 @@ class GivenMoments(Stage):
         return read_reference(self.path, self.space), []
 
     def count(self, inputs: Folders) -> int | None:
-        """Return how many pictures they are of; None where nobody knows."""
-        (moments, *_) = self.measured(inputs)[0].moments.values()
-        return moments.n
+        """Return how many pictures they are of: nobody knows."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class Prepared:
             return picture
         image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
         resample = Image.Resampling[self.filter.upper()]
-        return _tensor(CUT[self.cut](image, self.size, resample))
+        return _tensor(_cut(image, self.cut, self.size, resample))
 
 
 def _tensor(image: Any) -> Tensor:
@@ -208,46 +207,22 @@ def _stacked(images: list[Tensor]) -> Images:
     return torch.stack(images) if len({i.shape for i in images}) == 1 else images
 
 
-def _square(image: Any, size: int, resample: Any) -> Any:
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    # cut first, so that what lies outside has no say in the border
-    return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
+def _cut(image: Any, cut: str, size: int, resample: Any) -> Any:
+    """Make a square of a picture of another size."""
+    from data.crops import adm, crop_first, resize_first
 
-
-def _short(image: Any, size: int, resample: Any) -> Any:
-    short = min(image.size)
-    # the other side truncated, the offset rounded half to even
-    width, height = (size if length == short else size * length // short for length in image.size)
-    image = image.resize((width, height), resample)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _adm(image: Any, size: int, resample: Any) -> Any:
-    from data.crops import adm
-
-    return adm(image, size)
-
-
-def _squash(image: Any, size: int, resample: Any) -> Any:
-    return image.resize((size, size), resample)
-
-
-def _none(image: Any, size: int, resample: Any) -> Any:
+    if cut == "square":
+        return crop_first(image, size, resample=resample)
+    if cut == "short":
+        return resize_first(image, size, resample=resample)
+    if cut == "adm":
+        return adm(image, size)
+    if cut == "squash":
+        return image.resize((size, size), resample)
     raise ValueError(
-        f"it has {image.width}x{image.height} pixels and not {size}x{size}; --crop says how "
-        f"pictures of another size are prepared ({', '.join(CUTS)})"
+        f"a picture has {image.width}x{image.height} pixels and not {size}x{size}; --crop says "
+        f"how others are cut ({', '.join(CUTS)})"
     )
-
-
-CUT: dict[str, Callable[[Any, int, Any], Any]] = {
-    "square": _square,
-    "short": _short,
-    "adm": _adm,
-    "squash": _squash,
-    "none": _none,
-}
 
 
 def pictures_of(folder: Path) -> list[str]:

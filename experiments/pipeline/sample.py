@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments.pipeline.stage import Folders, Log, Machine, SplitStage
 if TYPE_CHECKING:
     from torch import Tensor
 
+CALLS = "calls.json"
 SHOWN_STEPS = 12  # of a trace, at most
 
 
@@ -110,25 +112,35 @@ class Sample(SplitStage):
                 text = {"prompt": row["prompt"], "seed": str(row["seed"])}
                 save_png(folder / row["file"], image, text)
             trace.save(folder, module.first_stage, asked)
-            kept = tokens[:count].cpu().contiguous() if self.keep_tokens else tokens[:0]
+            kept = {"tokens": tokens[:count].cpu().contiguous() if self.keep_tokens else tokens[:0]}
+            if module.calls is not None:
+                kept["calls"] = module.calls[:count]
             with atomic(folder / names[i]) as temporary:
-                save_file({"tokens": kept}, temporary)
+                save_file(kept, temporary)
 
         return make
 
     def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
-        """Write what was asked, and the tokens of all batches in one file."""
+        """Write what was asked, the calls, and the tokens of all batches in one file."""
+        import torch
+        from safetensors.torch import load_file, save_file
+
         rows = self.rows(inputs)
         write_json(folder / "prompts.json", rows)
+        made = [load_file(folder / name) for name in self.parts(inputs, machine)]
+        calls = [number for part in made if "calls" in part for number in part["calls"].tolist()]
+        if len(calls) == len(rows):
+            write_json(folder / CALLS, calls)
         if self.keep_tokens:
-            import torch
-            from safetensors.torch import load_file, save_file
-
-            names = self.parts(inputs, machine)
-            tokens = torch.cat([load_file(folder / name)["tokens"] for name in names])
+            tokens = torch.cat([part["tokens"] for part in made])
             with atomic(folder / "tokens.safetensors") as temporary:
                 save_file({"tokens": tokens}, temporary)
         return {"pictures": len(rows)}
+
+    def calls(self, inputs: Folders) -> list[int] | None:
+        """Return the network calls of every picture; None where nobody counted."""
+        path = inputs[self] / CALLS
+        return json.loads(path.read_text()) if path.exists() else None
 
     def reader(
         self, inputs: Folders, machine: Machine

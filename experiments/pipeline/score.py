@@ -10,6 +10,7 @@ from typing import Any
 from data.files import write_json
 from experiments.pipeline.features import Features
 from experiments.pipeline.given import GivenMoments
+from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import Folders, Log, Machine, Stage
 
 LEAST = 4  # pictures of a reference, half of which give the floor
@@ -34,7 +35,7 @@ class Scored:
 class Score(Stage):
     """All scores of a run."""
 
-    VERSION = 3
+    VERSION = 4
 
     sets: tuple[Scored, ...]
     resamples: int
@@ -43,6 +44,7 @@ class Score(Stage):
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Reduce the rows, set by set."""
+        from eval.calls import score_calls
         from eval.scorers import SCORERS
 
         scores: dict[str, Any] = {}
@@ -65,6 +67,10 @@ class Score(Stage):
                 **one.about,
             )
             scores |= found
+            calls = one.made.images.calls(inputs) if isinstance(one.made.images, Sample) else None
+            if calls:
+                how = {"resamples": self.resamples, "seed": self.seed}
+                scores |= score_calls(calls, prefix=one.prefix, **how)
             verdicts[one.prefix] = (
                 dict(zip((str(i) for i in made.rows["index"].tolist()), read, strict=True))
                 if read

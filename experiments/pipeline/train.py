@@ -18,6 +18,7 @@ from experiments.pipeline.stage import (
     Machine,
     plain_paths,
 )
+from lightning_modules.common.interfaces import Geometry
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Recipe:
         """Load what the module needs, and return what makes it: first weights are all that draws.
 
         What is loaded draws too, by the making of its own networks, which are filled afterwards.
+        """
+        raise NotImplementedError
+
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module on torch's meta device, on a first stage of this grid.
+
+        It has shapes and no numbers, and takes neither memory nor files.
         """
         raise NotImplementedError
 
@@ -72,6 +80,10 @@ class FirstStageRecipe(Recipe):
         config = {"seed": seed, **plain_paths(self.settings)}
         return lambda: FIRST_STAGES[self.paper](config)
 
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module without numbers."""
+        return blank(self.maker(Folders(Path()), 0))
+
 
 @dataclass(frozen=True)
 class GeneratorRecipe(Recipe):
@@ -91,6 +103,14 @@ class GeneratorRecipe(Recipe):
         first, geometry = attachable(self.first_stage, self.resolution, inputs)
         config = {"paper": self.paper, "seed": seed, **geometry, **plain_paths(self.settings)}
         return lambda: GENERATORS[self.paper](config).attach(first)
+
+    def blank(self, geometry: Geometry | None) -> Any:
+        """Make the module without numbers."""
+        from lightning_modules.registry import GENERATORS
+
+        assert geometry is not None
+        config = {"paper": self.paper, **described(geometry), **plain_paths(self.settings)}
+        return blank(lambda: GENERATORS[self.paper](config))
 
     def begin(self, module: Any, inputs: Folders) -> bool:
         """Start from another checkpoint, where one is named."""
@@ -197,15 +217,28 @@ class Train(FileStage):
 
 def attachable(stage: FileStage, resolution: int, inputs: Folders) -> tuple[Any, dict[str, Any]]:
     """Return a first stage, and what a generator's plain settings say of it."""
-    from lightning_modules.common.interfaces import Geometry
     from lightning_modules.registry import load_first_stage
 
     first = load_first_stage(stage.file(inputs))
     codes, channels = getattr(first, "num_codes", None), getattr(first, "channels", None)
     geometry = Geometry.of(resolution, first.factor, codes, None if codes else channels)
-    settings = {
+    return first, described(geometry)
+
+
+def described(geometry: Geometry) -> dict[str, Any]:
+    """Return what a generator's plain settings say of its first stage."""
+    return {
         "grid": list(geometry.grid),
-        "num_codes": codes,
+        "num_codes": geometry.num_codes,
         "channels": geometry.channels,
     }
-    return first, settings
+
+
+def blank(make: Callable[[], Any]) -> Any:
+    """Make a module on torch's meta device."""
+    import torch
+
+    from lightning_modules.common.meta import Pretend
+
+    with Pretend(), torch.device("meta"):
+        return make().to("meta").train()

@@ -65,6 +65,15 @@ def recompute_blocks(module: nn.Module) -> None:
         block.forward = forward
 
 
+def keep_blocks(module: nn.Module) -> bool:
+    """Undo `recompute_blocks`; says whether it was done."""
+    again = [block for block in blocks_of(module) if block.recomputed]
+    for block in again:
+        block.recomputed = False
+        del block.forward
+    return bool(again)
+
+
 def _recomputed(block: Block, forward: Callable[..., Any], *args: Any, **more: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **more)

@@ -3,7 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -130,6 +130,11 @@ class GeneratorModule(SeededModule):
         return self.pixels_per_token
 
     @property
+    @abstractmethod
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled; 0 for none."""
+
+    @property
     def fixed_size(self) -> bool:
         """Whether pictures of another size than the trained one are made window by window."""
         return False
@@ -141,8 +146,14 @@ class GeneratorModule(SeededModule):
 
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """Encode captions on this module's device, in full precision whatever the trainer's."""
-        with torch.autocast(self.device.type, enabled=False):
+        with self.full_precision():
             return self._attached["text"](list(captions), self.device)
+
+    def full_precision(self) -> AbstractContextManager:
+        """Leave the trainer's lower precision, which the meta device does not have."""
+        if self.device.type == "meta":
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
 
     def share_text(self, other: "GeneratorModule") -> None:
         """Take the text encoder that another generator holds."""
@@ -159,7 +170,7 @@ class GeneratorModule(SeededModule):
                 f"text.name={self.config.text.name} has no image vectors; a variation starts from "
                 "the image's tokens instead"
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with self.full_precision():
             return self._attached["text"].encode_images(images)
 
     def image_condition(self, images: Tensor) -> Tensor | None:
@@ -243,7 +254,7 @@ class GeneratorModule(SeededModule):
         if "tokens" in batch:
             return batch["tokens"]
         # bf16 would flip the nearest codes of a cache that was made in full precision
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), self.full_precision():
             return self.first_stage.encode(batch["image"])
 
     @contextmanager

@@ -35,6 +35,9 @@ class Guidance:
     """Share of the way where guidance begins."""
     last: float = 1.0
     """Share of the way after which there is none."""
+    normalised: bool = True
+    """Whether the guided law of discrete tokens is a law again before a posterior reads it. If not,
+    its sum Z = sum_k own(k)^w null(k)^(1 - w) scales the rate at which masks open (2507.08965)."""
 
     @classmethod
     def constant(cls, scale: float, first: float = 0.0, last: float = 1.0) -> "Guidance":
@@ -52,8 +55,7 @@ class Guidance:
         if self.law == "cosine":
             share = (1 - torch.cos(math.pi * done**self.power)) / 2
         inside = (done >= self.first) & (done <= self.last)
-        scale = self.start + (self.end - self.start) * share
-        return torch.where(inside, scale, torch.ones_like(scale))
+        return torch.where(inside, self.start + (self.end - self.start) * share, 1.0)
 
     def scales(self, steps: int) -> list[float]:
         """Return the scales of T steps."""

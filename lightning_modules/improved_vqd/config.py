@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning_modules.common.checks import at_least, require, within
 from lightning_modules.common.interfaces import Geometry
-from lightning_modules.samplers.settings import SamplerConfig
+from lightning_modules.samplers.settings import SamplerConfig, check_normalised
 from lightning_modules.vq_diffusion import config as plain
 
 
@@ -61,14 +61,19 @@ class SamplingConfig(plain.SamplingConfig):
     """Share of the way before which there is no guidance."""
     guidance_last: float = 1.0
     """Share of the way after which there is no guidance."""
+    guidance_normalised: bool = True
+    """sampler=posterior: false lets the guided law's sum scale how fast masks open."""
     order: Literal["diffusion", "random", "purity"] = "purity"
     """Which masks open: any (the posterior of VQ-Diffusion), or a fixed number per call, at random
     or by purity, the probability of the likeliest code."""
     purity_weight: float = 1.0
     """order=purity: r; a code is drawn of p to the power of 1 + r purity, 0 of p itself."""
+    purity: Literal["largest", "raw"] = "largest"
+    """order=purity: divided by the picture's largest, as released, or as it is (Algorithm 2)."""
     reveal: Literal["schedule", "released", "constant"] = "schedule"
     """order=random and purity: so many tokens as the noise schedule reveals in `steps` calls, by
-    the released tables (1024 tokens), or tokens_per_call in each."""
+    the released tables (1024 tokens), or tokens_per_call in each, at times that each picture's
+    share of masks chooses anew."""
     tokens_per_call: int | None = None
     """order=random and purity: largest number of tokens that one call reveals; null is no limit."""
     compare: bool = True
@@ -81,6 +86,7 @@ class SamplingConfig(plain.SamplingConfig):
         at_least(self, 0, "purity_weight")
         within(self, 0, 1, "guidance_first", "guidance_last")
         at_least(self, 1, "tokens_per_call")
+        check_normalised(self.guidance_normalised, self.sampler)
         rate, order, rule = self.compare_truncation, self.order, self.rule
         require(0 < rate <= 1, f"compare_truncation must be in (0, 1], got {rate}")
         unset = "tokens_per_call must be set with reveal=constant, got null"
@@ -91,7 +97,7 @@ class SamplingConfig(plain.SamplingConfig):
     def plain(self) -> "SamplingConfig":
         """Return those of VQ-Diffusion's own loop, with which `compare` samples the weights."""
         opened: Any = {"order": "diffusion", "reveal": "schedule", "tokens_per_call": None}
-        opened["sampler"] = SamplerConfig()
+        opened |= {"sampler": SamplerConfig(), "guidance_normalised": True}
         return replace(self, guidance=1.0, truncation=self.compare_truncation, **opened)
 
 
@@ -138,10 +144,11 @@ class ImprovedVQDConfig(plain.VQDiffusionConfig):
             check_released(first.grid[0] * first.grid[1], self.model.diffusion_steps)
 
 
-# The paper reveals z tokens per call at the time whose share of masks is nearest; the released code
-# walks through all times with tables. Scales are those of the released code (the paper's s + 1).
+# The paper (Algorithm 2) reveals z tokens per call at the time whose share of masks is nearest, and
+# takes the purity as it is; the released code walks through all times with tables, and divides the
+# purity by the picture's largest. Scales are those of the released code (the paper's s + 1).
 PRESETS = {
-    "paper": SamplingConfig(reveal="constant", tokens_per_call=8),
+    "paper": SamplingConfig(reveal="constant", tokens_per_call=8, purity="raw"),
     "released": SamplingConfig(reveal="released"),
     "guidance": SamplingConfig(order="diffusion"),
     "purity": SamplingConfig(guidance=1.0, truncation=0.86, reveal="released"),

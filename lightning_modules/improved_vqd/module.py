@@ -140,6 +140,9 @@ class ImprovedVQDModule(VQDiffusionModule):
     def _loop(self, predict: Any, steps: list[Any], settings: Any, **arguments: Any) -> Tensor:
         """Run the sampling loop."""
         arguments |= {"order": settings.order, "purity_weight": settings.purity_weight}
+        arguments |= {"raw": settings.purity == "raw"}
+        if settings.order != "diffusion" and settings.reveal == "constant":
+            arguments |= {"shares": self.schedule.mask[:-1]}
         return improved.sample(
             predict, self.network.head, calls=steps, truncation=settings.truncation, **arguments
         )

@@ -31,7 +31,9 @@ def guidance_of(config: SamplingConfig) -> Guidance:
     """
     scale, law = config.guidance, config.guidance_law
     start, end = (1.0 if law == "up" else scale), (1.0 if law == "down" else scale)
-    return Guidance(start, end, first=config.guidance_first, last=config.guidance_last)
+    first, last = config.guidance_first, config.guidance_last
+    normalised = config.guidance_normalised
+    return Guidance(start, end, first=first, last=last, normalised=normalised)
 
 
 class Call(NamedTuple):
@@ -180,6 +182,8 @@ def sample(
     swaps: Tensor,
     order: str = "purity",
     purity_weight: float = 1.0,
+    raw: bool = False,
+    shares: Tensor | None = None,
     tokens: int | None = None,
     truncation: float = 1.0,
     mask: Tensor | None = None,
@@ -189,10 +193,10 @@ def sample(
 ) -> Tensor:
     """VQ-Diffusion's loop, in which a call may reveal a chosen number of tokens.
 
-    Such a call scores every position with its purity over the image's largest, draws the positions
-    in proportion to the scores and their tokens of p^(1 + r score) (with order=random: the score is
-    1 and the tokens come from p). Where less than the whole image is generated, so is the share of
-    what each call reveals.
+    Such a call scores every position with its purity over the image's largest, as released, or with
+    the purity itself (Algorithm 2), draws the positions in proportion to the scores and their
+    tokens of p^(1 + r score) (with order=random: the score is 1 and the tokens come from p). Where
+    less than the whole image is generated, so is the share of what each call reveals.
 
     Args:
         predict: (x [B, h, w], t [B] int64, keep [B, h, w] bool) -> features [keep.sum(), C].
@@ -204,6 +208,9 @@ def sample(
         swaps: [R, B, h, w] in [0, 1), for ordinary steps.
         order: purity or random.
         purity_weight: r.
+        raw: take the purity as it is.
+        shares: [T] C_t: in calls that reveal, each image's time is the one whose share of masks is
+            nearest to its own; None takes the calls' times.
         tokens: number of tokens that the calls' counts are made for; default h w.
         truncation: truncation rate.
         mask: [B, h, w], 1 = generate, 0 = keep the token of x; None generates all.
@@ -236,17 +243,25 @@ def sample(
         masked = (x == codes) & generate
         if not bool(((after > before) & masked.flatten(1).any(1)).any()):
             return x
+        if shares is not None:
+            share = (x == codes).flatten(1).double().mean(1)  # [B]
+            t = (shares.to(share) - share[:, None]).abs().argmin(1)
+
+            def rows(keep: Tensor) -> Tensor:
+                return predict(x, t, keep)
+
         features = score = None
+        asked = masked if raw else torch.ones_like(masked)
         if order == "purity":
-            everywhere = torch.ones_like(masked)
-            features = rows(everywhere)  # [B N, C]
-            peak = purity(features, head).view(len(x), -1)  # [B, N]
-            score = peak / (peak.amax(1, keepdim=True) + 1e-10)
+            features = rows(asked)  # [n, C]
+            peak = x.new_zeros(x.shape, dtype=features.dtype)
+            peak = peak.masked_scatter(asked, purity(features, head)).flatten(1)  # [B, N]
+            score = peak if raw else peak / (peak.amax(1, keepdim=True) + 1e-10)
         chosen = choose(
             torch.ones_like(chance.opens).flatten(1) if score is None else score,
             masked.flatten(1), after - before, chance.opens.flatten(1),
         ).view_as(x)  # fmt: skip
-        picked = rows(chosen) if features is None else features[chosen.flatten()]
+        picked = rows(chosen) if features is None else features[chosen[asked]]
         sharp = torch.ones_like(picked[:, :1])
         if score is not None:
             sharp = sharp + purity_weight * score[chosen.flatten(1)][:, None].to(picked)

@@ -119,13 +119,18 @@ class LDMAEModule(GeneratorModule):
         if len(wrong) > 0:
             raise ValueError(f"model.num_classes is {count}, but {who} the label {int(wrong[0])}")
 
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled."""
+        return self.network.config.text_width, 0
+
     def latents_of(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Draw the batch's latents from their posterior and normalise them: [B, C, h, w].
 
         Moments come from the cache, or from the batch's images through the autoencoder.
         """
         autoencoder = self.first_stage
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), self.full_precision():
             if "moments" in batch:
                 moments = batch["moments"].to(self.device).float()
             else:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.common.guidance import Guidance, mix
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.ldmae.config import DiffusionConfig
 
@@ -125,20 +126,6 @@ def sample_noise(seeds: Sequence[int], shape: tuple[int, ...], *words: int) -> T
     return torch.stack(made)
 
 
-def guide(own: Tensor, null: Tensor, scale: float, channels: int | None = None) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): null + scale (own - null).
-
-    Args:
-        own: [B, C, h, w] prediction under the condition.
-        null: [B, C, h, w] prediction without.
-        scale: 1 is no guidance.
-        channels: guide only so many, the first; None guides all.
-    """
-    if channels is None:
-        return null.lerp(own, scale)
-    return torch.cat([null[:, :channels].lerp(own[:, :channels], scale), own[:, channels:]], dim=1)
-
-
 def guided(
     predict: Predict,
     scale: float,
@@ -159,13 +146,14 @@ def guided(
         (x [B, C, h, w], t [B or 1] on the CPU) -> [B, C, h, w].
     """
 
+    guidance = Guidance.constant(scale, *interval)
+
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        done = progress(t)
-        inside = (done >= interval[0]) & (done <= interval[1])
-        if scale == 1 or not inside.any():
+        inside = guidance.at(progress(t)) != 1
+        if not inside.any():
             return predict(x, t, False)[0]
         own, null = predict(x, t, True)
-        mixed = guide(own, null, scale, channels)
+        mixed = mix(own, null, scale, channels)
         if inside.all():
             return mixed
         return torch.where(inside.to(x.device)[:, None, None, None], mixed, own)

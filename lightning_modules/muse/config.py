@@ -20,7 +20,7 @@ from lightning_modules.common.checks import (
 )
 from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.interfaces import Geometry
-from lightning_modules.samplers.settings import SamplerConfig, check_sampler
+from lightning_modules.samplers.settings import SamplerConfig, check_normalised, check_sampler
 
 POWERS = {"linear": 1.0, "square": 2.0, "cubic": 3.0, "sqrt": 0.5}
 SCHEDULES = ("cosine", *POWERS, "exp", "log", "arccos")
@@ -297,6 +297,8 @@ class DecodeConfig:
     """Share of the steps before which there is no guidance."""
     guidance_last: float = 1.0
     """Share of the steps after which there is no guidance."""
+    guidance_normalised: bool = True
+    """sampler=posterior: false lets the guided law's sum scale how fast masks open."""
     halton_roll: bool = True
     """Shift the Halton order by a random offset per image."""
     first_step: int = 0
@@ -312,6 +314,7 @@ class DecodeConfig:
         within(self, 0, self.steps - 1, "first_step")
         positive(self, "guidance_power")
         within(self, 0, 1, "guidance_first", "guidance_last")
+        check_normalised(self.guidance_normalised, self.sampler)
         once = f"frozen must be true with order={self.order}, which opens every token once"
         require(self.frozen or self.order in ("confidence", "critic"), once)
 

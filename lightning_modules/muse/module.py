@@ -43,6 +43,13 @@ class MaskedStage(GeneratorModule):
     network: MaskedTransformer | UViT
     objective: ObjectiveConfig
 
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled."""
+        if isinstance(self.network, UViT):
+            return self.network.config.encoder_hidden_size, self.network.config.cond_embed_dim
+        return self.network.config.text_width, 0
+
     def masked(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Mask tokens [B, h, w] as the objective says: the input, the mask, the rates [B]."""
         o = self.objective
@@ -78,7 +85,7 @@ class MaskedStage(GeneratorModule):
 
     def dropped(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
         """Draw whose caption is hidden: [B] bool."""
-        u = torch.rand(len(captions), generator=generator, device=generator.device)
+        u = torch.rand(len(captions), generator=generator, device=self.device)
         return u < self.objective.text_drop
 
     def condition(
@@ -471,7 +478,7 @@ class SuperResModule(MaskedStage):
         stage = self.config.superres
         low = batch.get("low")
         if low is None:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            with torch.no_grad(), self.full_precision():
                 small = F.interpolate(batch["image"], scale_factor=1 / stage.factor, mode="area")
                 low = self._attached["low"].encode(small)
         if stage.low == "real":

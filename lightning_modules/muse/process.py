@@ -262,8 +262,10 @@ def choice_temperatures(config: DecodeConfig) -> list[float]:
 def guidance_of(config: DecodeConfig) -> Guidance:
     """Guidance u + s (c - u); laws as `DecodeConfig` says."""
     c = config
-    interval = (c.guidance_first, c.guidance_last)
-    return Guidance(c.guidance_start, c.guidance_end, c.guidance_law, c.guidance_power, *interval)
+    return Guidance(
+        c.guidance_start, c.guidance_end, c.guidance_law, c.guidance_power,
+        c.guidance_first, c.guidance_last, c.guidance_normalised,
+    )  # fmt: skip
 
 
 def guidance_scales(config: DecodeConfig) -> list[float]:

@@ -59,6 +59,13 @@ class PaellaModule(GeneratorModule):
         return module
 
     @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled."""
+        if isinstance(self.network, DenoiseUNet):
+            return self.network.config.c_clip, self.network.config.c_clip
+        return self.network.config.byt5_embd, self.network.config.clip_embd
+
+    @property
     def size_unit(self) -> int:
         """Pixels that a side of a picture must be a multiple of."""
         return self.pixels_per_token * self.network.config.grid_multiple

@@ -35,9 +35,12 @@ class Rows:
     """[n] temperature of the draw, at least 0."""
     narrow: Callable[[Tensor], Tensor] | None = None
     """logits [m, K] at temperature 1 -> the same with excluded codes at -inf."""
+    mass: Tensor | None = None
+    """[n] sum of the guided law where it is not normalised; None is 1."""
 
     def __getitem__(self, keep: Tensor) -> "Rows":
-        return replace(self, features=self.features[keep], heat=self.heat[keep])
+        mass = None if self.mass is None else self.mass[keep]
+        return replace(self, features=self.features[keep], heat=self.heat[keep], mass=mass)
 
     def at(self, temperature: float) -> "Rows":
         """Return the same at another temperature."""

@@ -20,12 +20,33 @@ class Posterior(Stepped):
 
     STREAMS: ClassVar[int] = 3
 
+    normalised: bool = True
+    """Whether guided laws are normalised before they enter the posterior."""
+
     def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
         """Go from time t to s."""
         late, early = self.times(i)
         kernel = self.kernel.kernel(late, early)
-        x = posterior_step(state, kernel, ask, u, late, self.done(i))
+        step = posterior_step if self.normalised else opening_step
+        x = step(state, kernel, ask, u, late, self.done(i))
         return {**state, "x": x}, self.ends(i, x)
+
+
+def opening_step(
+    state: State, kernel: Kernel, ask: Ask, u: Tensor, time: float, done: float
+) -> Tensor:
+    """The same for masks whose guided law is not normalised: it opens them Z times as often.
+
+    At time 0 all open. Arguments as of `posterior_step`, whose noise must not replace tokens.
+    """
+    x, masked = state["x"], state["x"] == kernel.num_codes
+    if not bool(masked.any()):
+        return x
+    rows = ask(x, time, done, masked)
+    assert rows.mass is not None
+    rate = spread(rows.mass.double(), masked, 0.0) * float(kernel.opens)
+    opened = masked & ((u[0] < rate) | (float(kernel.opens) >= 1))
+    return x.masked_scatter(opened, rows[opened[masked]].draw(u[1][opened]))
 
 
 def posterior_step(

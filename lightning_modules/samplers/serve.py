@@ -62,13 +62,13 @@ def make(
         rule: Any = rest or "none"
         return ReMDM(kernel, steps, rule, config.rate)
     if name == "posterior":
-        return Posterior(kernel, steps)
+        return Posterior(kernel, steps, network.guidance.normalised)
     if name == "gibbs":
         count = 1 if config.corrections is None else config.corrections
-        return Gibbs(kernel, steps, count, config.places, config.choice_heat)
+        return Gibbs(kernel, steps, corrections=count, places=config.places, tau=config.choice_heat)
     if name == "gidd":
         count = 128 if config.corrections is None else config.corrections
-        return SelfCorrection(kernel, steps, count, config.places)
+        return SelfCorrection(kernel, steps, corrections=count, places=config.places)
     if name == "flow":
         return Flow(kernel, steps, config.divergence_free, config.divergence_law)
     if family == "renoise":
@@ -124,10 +124,16 @@ def sample(
         def ask(scale: float, some: Tensor) -> Tensor:
             return network.features(pictures[some], tokens[some], time[some], scale, kept[some])
 
-        rows = mixed_rows(ask, network.guidance.at(done), keep)
+        scales, of = network.guidance.at(done), keep.nonzero()[:, 0]
+        rows = mixed_rows(ask, scales, keep)
         first_heat, last_heat = network.temperature
         heat = first_heat + (last_heat - first_heat) * done
-        return Rows(rows, network.head, heat[keep.nonzero()[:, 0]], network.narrow)
+        mass = None
+        if not network.guidance.normalised:
+            everyone = torch.arange(len(x), device=x.device)
+            sides = (ask(1.0, everyone), ask(0.0, everyone))
+            mass = guided_mass(network.head, rows, *sides, scales[of])
+        return Rows(rows, network.head, heat[of], network.narrow, mass)
 
     shown: OnStep | None = None
     if on_step is not None:
@@ -140,6 +146,29 @@ def sample(
     flat = (start.flatten(1), generate.flatten(1))
     found = run(sampler, predict, *flat, chances, first=first, on_step=shown)
     return Sampled(found.tokens.view(start.shape), found.calls)
+
+
+def guided_mass(
+    head: Callable[[Tensor], Tensor], mixed: Tensor, own: Tensor, null: Tensor, scales: Tensor
+) -> Tensor:
+    """Z = sum_k own(k)^w null(k)^(1 - w) of every row: [n].
+
+    With the mixed logits w l + (1 - w) l' this is log Z = lse(mixed) - w lse(l) - (1 - w) lse(l').
+
+    Args:
+        head: [m, C] -> logits [m, K].
+        mixed: [n, C] guided features.
+        own: [n, C] features under the condition.
+        null: [n, C] features without.
+        scales: [n] w.
+    """
+    flat = torch.zeros_like(scales) + 1
+    guided, with_it, without = (
+        Rows(rows, head, flat).map(lambda logits: (logits.logsumexp(1),))[0]
+        for rows in (mixed, own, null)
+    )
+    weight = scales.to(guided)
+    return (guided - weight * with_it - (1 - weight) * without).exp()
 
 
 def _flat(critic: Critic | None, grid: tuple[int, int]) -> Critic | None:

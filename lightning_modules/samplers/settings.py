@@ -99,6 +99,15 @@ class SamplerConfig:
         return REMASKING.get(self.name, 1.0) if self.eta is None else self.eta
 
 
+def check_normalised(normalised: bool, sampler: SamplerConfig) -> None:
+    """Refuse an unnormalised guided law where nothing but the posterior would read its sum."""
+    require(
+        normalised or sampler.name == "posterior",
+        f"guidance_normalised must be true with sampler={sampler.name}: only posterior reads the "
+        "sum of the guided law",
+    )
+
+
 def check_sampler(
     config: SamplerConfig,
     *,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
-from lightning_modules.common.guidance import Guidance
+from lightning_modules.common.guidance import Guidance, mixed_rows
 from lightning_modules.common.labels import read_label
 from lightning_modules.common.request import OnStep, Request
 from lightning_modules.samplers import serve
@@ -95,6 +95,11 @@ class VQDiffusionModule(GeneratorModule):
             "accuracy": right.sum() / masked.sum().clamp_min(1),
             "bound": (bounds / p_t[t]).mean().detach() / x_0.shape[1],
         }
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the vectors that it reads of a caption: per token, and pooled."""
+        return self.config.model.condition_dim, 0
 
     def _numbers(self, device: torch.device) -> tuple[Kernel, Tensor, Tensor]:
         """One-step kernels, C and the share of replaced tokens for all t: float32, on a device."""
@@ -202,9 +207,12 @@ class VQDiffusionModule(GeneratorModule):
         total = self.schedule.steps
 
         def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
-            done = 1 - (t[:1].float() + 1) / total
-            conditions, weights = shares(float(guidance.at(done)), sides(None))
-            return self.network.mixed_rows(x, t[:1], conditions, weights, keep)
+            def ask(scale: float, pictures: Tensor) -> Tensor:
+                conditions, weights = shares(scale, sides(pictures))
+                some = (x[pictures], one_time(t[pictures]), conditions, weights, keep[pictures])
+                return self.network.mixed_rows(*some)
+
+            return mixed_rows(ask, guidance.at(1 - (t.float() + 1) / total), keep)
 
         if not settings.sampler.own:
             generate = torch.ones(len(seeds), *grid, dtype=torch.bool, device=self.device)
@@ -233,9 +241,8 @@ class VQDiffusionModule(GeneratorModule):
             pictures: Tensor, x: Tensor, time: Tensor, scale: float, keep: Tensor
         ) -> Tensor:
             t = (corruption.index(time) - 1).clamp_min(0)
-            t = t[:1] if bool((t == t[0]).all()) else t
             conditions, weights = shares(scale, sides(pictures))
-            return self.network.mixed_rows(x, t, conditions, weights, keep)
+            return self.network.mixed_rows(x, one_time(t), conditions, weights, keep)
 
         return Network(
             features,
@@ -296,3 +303,8 @@ class VQDiffusionModule(GeneratorModule):
         return process.sample(
             predict, self.network.head, steps=steps, truncation=settings.truncation, **arguments
         )
+
+
+def one_time(t: Tensor) -> Tensor:
+    """The times [B] of a call as [1] where all are equal, which serves all images at once."""
+    return t[:1] if bool((t == t[0]).all()) else t

@@ -38,10 +38,28 @@ SCORES = ("fid", "sfid", "kid", "prdc", "inception_score", "cmmd", "giqa")
 PART = 500  # pictures of a file of rows
 
 
-def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+def seconds(run: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Wall time, time on cores by this process and its children, and the result."""
+    wall, core = time.perf_counter(), core_time()
     result = run()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - wall, core_time() - core, result
+
+
+def core_time() -> float:
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def report(what: str, times: dict[str, list[tuple[float, float]]]) -> None:
+    """Print the medians of both sides, theirs first, and their ratios."""
+    medians = []
+    for name, values in times.items():
+        wall, core = (statistics.median(v) for v in zip(*values, strict=True))
+        medians.append((wall, core))
+        print(f"{what} {name}: {wall:.2f} s wall, {core:.2f} s core")
+    (their_wall, their_core), (our_wall, our_core) = medians
+    print(f"{what} ratio of core times {their_core / our_core:.2f}")
+    print(f"{what} ratio {their_wall / our_wall:.2f}")
 
 
 def bench_frechet(repeats: int) -> None:
@@ -52,17 +70,16 @@ def bench_frechet(repeats: int) -> None:
     sets = [rng.standard_normal((5000, 2048)) * spectrum + shift for shift in (0, 0.05)]
     a, b = (FeatureStats.of(x) for x in sets)
     moments = [m.numpy() for s in (a, b) for m in (s.mean, s.covariance)]
-    times: dict[str, list[float]] = {"scipy": [], "ours": []}
+    times: dict[str, list[tuple[float, float]]] = {"scipy": [], "ours": []}
     for _ in range(repeats):
-        took, theirs = seconds(lambda: cleanfid.frechet_distance(*moments))
-        times["scipy"].append(took)
-        took, ours = seconds(lambda: frechet_distance(a, b))
-        times["ours"].append(took)
+        *took, theirs = seconds(lambda: cleanfid.frechet_distance(*moments))
+        times["scipy"].append((took[0], took[1]))
+        *took, ours = seconds(lambda: frechet_distance(a, b))
+        times["ours"].append((took[0], took[1]))
         if abs(ours - theirs) > 1e-6 * theirs:
             raise SystemExit(f"distances differ: {ours} and {theirs}")
-    theirs_s, ours_s = (statistics.median(times[k]) for k in ("scipy", "ours"))
-    print(f"frechet d=2048: equal to 1e-6, scipy {theirs_s:.2f} s, ours {ours_s:.2f} s")
-    print(f"frechet ratio {theirs_s / ours_s:.2f}")
+    print("frechet: d = 2048, equal to 1e-6")
+    report("frechet", times)
 
 
 def bench_features(pictures: int, size: int, repeats: int) -> None:
@@ -93,17 +110,17 @@ def bench_features(pictures: int, size: int, repeats: int) -> None:
             rows = [measure(read(i, i + 50)[0], [], i).rows for i in starts]
             return np.concatenate([r["features.inception"] for r in rows])
 
-        times: dict[str, list[float]] = {"clean-fid": [], "ours": []}
+        times: dict[str, list[tuple[float, float]]] = {"clean-fid": [], "ours": []}
         for _ in range(repeats):
-            took, expected = seconds(theirs)
-            times["clean-fid"].append(took)
-            took, found = seconds(ours)
-            times["ours"].append(took)
+            *took, expected = seconds(theirs)
+            times["clean-fid"].append((took[0], took[1]))
+            *took, found = seconds(ours)
+            times["ours"].append((took[0], took[1]))
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    speeds = {k: pictures / statistics.median(v) for k, v in times.items()}
-    for k, speed in speeds.items():
-        print(f"features {k}: {speed:.0f}/s, {size} px, median of {repeats}")
-    print(f"features ratio {speeds['ours'] / speeds['clean-fid']:.2f}")
+    for name, values in times.items():
+        speed = pictures / statistics.median(wall for wall, _ in values)
+        print(f"features {name}: {speed:.0f}/s of {size} px")
+    report("features", times)
 
 
 def write_rows(folder: Path, count: int) -> None:

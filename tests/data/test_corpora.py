@@ -140,6 +140,13 @@ def test_a_user_wins_over_a_corpus_and_it_over_the_scale() -> None:
     assert (own.name, own.shards, own.min_aesthetic) == ("laion", "y", 4.9)
 
 
+def test_other_data_than_the_scales_own_leave_nothing_of_it() -> None:
+    data = load("vqgan", "paper", ["data=digits"]).data
+    assert (data.name, data.root, data.resolution) == ("digits", None, 256)
+    data = load("muse", "paper", ["data=cc3m", "data.root=x"]).data
+    assert (data.name, data.root, data.shards) == ("cc3m", "x", None)
+
+
 def test_a_file_that_names_a_corpus_wins_over_it(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("data: {name: laion, root: x, min_size: 128}\n")

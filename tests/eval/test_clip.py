@@ -46,7 +46,9 @@ def test_golden_clip_score(golden: Callable) -> None:
         io = {k.removeprefix(f"{tag}."): v for k, v in case.io.items() if k.startswith(f"{tag}.")}
         count = sum(k.startswith("image_") and k != "image_features" for k in io)
         prepare = image_transform(network, "resize first")
-        pixels = torch.stack([prepare(io[f"image_{i}"].numpy()) for i in range(count)])
+        pixels = torch.stack(
+            [prepare(io[f"image_{i}"].permute(2, 0, 1).numpy()) for i in range(count)]
+        )
         torch.testing.assert_close(
             pixels, io["pixel_values"], rtol=0, atol=case.tolerance["pixel_values"]["atol"]
         )
@@ -149,7 +151,7 @@ def test_preferences_have_their_own_scales(tiny: Any, pictures: Any) -> None:
 def test_the_centre_is_cut_first_or_last(tiny: Any) -> None:
     """An edge column of the largest centre square, whose offset is rounded down or to even."""
     network = load_clip(*tiny)
-    ramp = np.broadcast_to(np.arange(0, 51, dtype=np.uint8)[None, :, None] * 5, (32, 51, 3))
+    ramp = np.broadcast_to(np.arange(0, 51, dtype=np.uint8) * 5, (3, 32, 51))
     first, last = (
         image_transform(network, crop)(np.ascontiguousarray(ramp))
         for crop in ("crop first", "resize first")

@@ -16,7 +16,14 @@ from torchvision.models import inception_v3
 
 from eval.extractors import InceptionRows
 from eval.frechet import FeatureStats, frechet_distance
-from eval.inception import inception_score, load_script, score_inception, tensorflow_resize
+from eval.inception import (
+    clean_resize,
+    inception_score,
+    load_script,
+    pytorch_resize,
+    score_inception,
+    tensorflow_resize,
+)
 from eval.rows import Measured
 from tests.tiny_networks import Inception, inception_file, randomised
 
@@ -34,8 +41,10 @@ def test_golden_resize(golden: Callable) -> None:
         image = case.io[f"{name}.image"]
         pixels = image.permute(2, 0, 1)[None].float()
         found = {"tf1": tensorflow_resize(pixels, side)[0]}
-        for mode in ("clean", "legacy_pytorch"):
-            found[mode] = torch.from_numpy(build_resizer(mode)(image.numpy()).transpose(2, 0, 1))
+        for mode, resize in (("clean", clean_resize), ("legacy_pytorch", pytorch_resize)):
+            found[mode] = resize(image.permute(2, 0, 1).numpy())
+            theirs = build_resizer(mode)(image.numpy()).transpose(2, 0, 1)
+            torch.testing.assert_close(found[mode], torch.from_numpy(theirs), rtol=0, atol=1e-4)
         for mode, made in found.items():
             near = case.tolerance[mode]["atol"]
             torch.testing.assert_close(

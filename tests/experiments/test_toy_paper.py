@@ -91,6 +91,10 @@ class ToyModule(GeneratorModule):
         self.table = nn.Parameter(torch.zeros(model.side**2, model.num_codes))  # [n, K]
         self.caption = nn.Linear(self.config.text.width, model.num_codes, bias=False)
 
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        return self.config.text.width, 0
+
     def logits(self, captions: Any) -> Tensor:
         text = self.encode_text(captions).tokens.mean(1)  # [B, D]
         return self.table + self.caption(text)[:, None]  # [B, n, K]

@@ -304,3 +304,40 @@ def test_without_an_order_it_is_vq_diffusions_loop():
         steps=process.make_steps(schedule, config),
     )  # fmt: skip
     assert torch.equal(ours, plain)
+
+
+def test_raw_purity_sharpens_by_itself_and_asks_masks_alone():
+    """Algorithm 2: p' is p to the power of 1 + r max p; released divides by the largest."""
+    p = torch.tensor([0.5, 0.3, 0.2])
+    schedule = process.mask_schedule(10, 3, 1.0)
+    config = SamplingConfig(reveal="constant", tokens_per_call=1, purity="raw")
+    kept: list[Tensor] = []
+
+    def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
+        kept.append(torch.equal(keep, x == 3))
+        return p.log().expand(int(keep.sum()), -1)
+
+    calls = improved.make_calls(schedule, config, 2)
+    drawn = sample(predict, schedule, calls, range(6000), (1, 2), purity_weight=2.0, raw=True)
+    check_shares(torch.bincount(drawn.flatten(), minlength=3), p ** (1 + 2 * 0.5))
+    assert all(kept) and len(kept) == 2
+
+
+def test_the_time_is_chosen_anew_by_each_pictures_masks():
+    schedule = process.mask_schedule(10, 3, 1.0)
+    config = SamplingConfig(reveal="constant", tokens_per_call=2)
+    told: list[list[int]] = []
+
+    def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
+        told.append(t.tolist())
+        return torch.zeros(int(keep.sum()), 3)
+
+    x = torch.full((2, 2, 4), 3)
+    x[1, 1] = 0  # half of the second picture is known
+    sample(
+        predict, schedule, improved.make_calls(schedule, config, 8), range(2), (2, 4),
+        x=x, mask=x == 3, shares=schedule.mask[:-1],
+    )  # fmt: skip
+    times = (schedule.mask[:-1] - torch.tensor([1, 0.5, 0.75, 0.375])[:, None]).abs().argmin(1)
+    whole, half, later, eighth = times.tolist()
+    assert told[0] == [whole, half] and told[1] == [later, eighth]

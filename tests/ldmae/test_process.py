@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.common.guidance import mix
 from lightning_modules.ldmae import process
 from lightning_modules.ldmae.config import DIT_SAMPLING, DiffusionConfig
 
@@ -149,8 +150,8 @@ def test_guidance_of_all_and_of_some_channels() -> None:
     g = torch.Generator().manual_seed(0)
     own, null = torch.randn(2, 3, 5, 2, 2, generator=g)
     expected = null + 7.5 * (own - null)
-    torch.testing.assert_close(process.guide(own, null, 7.5), expected)
-    some = process.guide(own, null, 7.5, 2)
+    torch.testing.assert_close(mix(own, null, 7.5), expected)
+    some = mix(own, null, 7.5, 2)
     torch.testing.assert_close(some[:, :2], expected[:, :2])
     assert torch.equal(some[:, 2:], own[:, 2:])
 

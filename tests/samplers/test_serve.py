@@ -252,3 +252,42 @@ def test_settings_of_an_older_checkpoint_mean_the_papers_loop() -> None:
     module = tiny("muse")
     old = {k: v for k, v in dataclasses.asdict(module.config.sampling).items() if k != "sampler"}
     assert module.settings(old).sampler.own
+
+
+# Guidance that is not normalised ----
+
+
+class Pair(Table):
+    """Two sides of a guidance: their own logits at every place."""
+
+    def __call__(
+        self, pictures: Tensor, x: Tensor, time: Tensor, scale: float, keep: Tensor
+    ) -> Tensor:
+        own, null = LOGITS, LOGITS.flip(0)
+        return (null + scale * (own - null)).expand(len(x), -1, -1)[keep.flatten(1)]
+
+
+def test_the_sum_of_the_guided_law_scales_how_fast_masks_open() -> None:
+    w, seeds = 1.5, list(range(400))
+    guidance = dataclasses.replace(Guidance.constant(w), normalised=False)
+    log_own, log_null = LOGITS.log_softmax(1), LOGITS.flip(0).log_softmax(1)
+    mass = (w * log_own + (1 - w) * log_null).exp().sum(1)  # [N]
+    first: list[Tensor] = []
+    network = serve.Network(Pair(), lambda rows: rows, NOISE["masks"], guidance)
+    everywhere = torch.ones(400, *GRID, dtype=torch.bool)
+    found = serve.sample(
+        SamplerConfig("posterior"), network, seeds=seeds, steps=6, given=None, generate=everywhere,
+        on_step=lambda i, x, out: first.append(out) if i == 0 else None,
+    )  # fmt: skip
+    opened = (first[0] != K).flatten(1).double().mean(0)
+    expected = (mass / 6).clamp(max=1)
+    assert float((opened - expected).abs().max()) < 0.1 < float((expected - 1 / 6).abs().max())
+    assert int(found.tokens.max()) < K  # the last step opens the rest
+
+
+def test_only_the_posterior_reads_the_sum() -> None:
+    module = tiny("muse")
+    with pytest.raises(ValueError, match=r"^guidance_normalised must be true with sampler=own"):
+        module.settings({"guidance_normalised": False})
+    settings = module.settings({"guidance_normalised": False, "sampler": {"name": "posterior"}})
+    assert module.sample_tokens(Request(CAPTIONS, [1, 2, 3, 4]), settings).max() < 12

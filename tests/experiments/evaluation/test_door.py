@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +23,7 @@ import eval.prdc
 import eval.preference
 import eval.reconstruction
 from data.files import file_hash
+from eval.rows import load_measured
 from experiments.cli import command
 from experiments.evaluation.door import evaluate
 from experiments.evaluation.options import Door
@@ -296,6 +298,19 @@ REFUSED = {
         ["--ckpt", "CKPT", "--num", 4, "--reference", "VAL", "--weights", "inception=none.pt"],
         "there is no file none.pt",
     ),
+    "pictures for a score of pictures": (
+        ["--ckpt", "CKPT", "--num", 4, "--scores", "kid", "--features", "scenes", "--reference",
+         "NPZ"],
+        "kid compares pictures, and",
+    ),
+    "statistics of other features": (
+        ["--ckpt", "CKPT", "--num", 4, "--features", "scenes", "--reference", "NPZ"],
+        "holds statistics of 3 features, and scenes has 64",
+    ),
+    "no statistics": (
+        ["--ckpt", "CKPT", "--num", 4, "--features", "scenes", "--reference", "EMPTY"],
+        "holds no statistics",
+    ),
     "no prompts for a score of prompts": (
         ["--ckpt", "CKPT", "--num", 4, "--scores", "clip_score", "--features", "scenes"],
         "a score of pictures and prompts needs",
@@ -319,7 +334,9 @@ def test_refused_in_one_line_before_any_work(
     for i in (5001, 5002):
         planted.picture(few / f"{i}.png", i, size=(32, 32))
     paths = {"IMAGES": once / "images", "VAL": place.coco / "val2014", "COCO": place.coco}
-    paths |= {"FEW": few, "CKPT": place.ckpt}
+    paths |= {"FEW": few, "CKPT": place.ckpt, "NPZ": few / "a.npz", "EMPTY": few / "b.npz"}
+    np.savez(few / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(few / "b.npz", other=np.zeros(3))
     words, said = REFUSED[case]
     assert call(eval.fid.DOOR, *(paths.get(str(word), word) for word in words)) == 2
     err = capsys.readouterr().err
@@ -383,6 +400,30 @@ def test_a_data_set_of_runs_gives_prompts_and_reference(place: Place, tmp_path: 
     assert told["protocol"]["n"] == 12 == len(pngs(tmp_path / "out"))
     assert told["protocol"]["reference"]["captions"] == "shares none with the prompts"
     assert told["scores"].keys() == {"eval/fd_scenes", "eval/fd_scenes_floor", "eval/clip_scenes"}
+
+
+def test_statistics_stand_for_the_pictures_that_they_are_of(
+    place: Place, once: Path, tmp_path: Path
+) -> None:
+    words = ["--images", once / "images", "--features", "scenes"]
+    words += ["--cache", tmp_path / "cache", "--out"]
+    real = ["--reference", place.coco / "val2014", "--resolution", 32, "--crop", "square"]
+    assert call(eval.fid.DOOR, *words, tmp_path / "folder", *real) == 0
+    (rows,) = (tmp_path / "cache").glob("features-val2014-*")
+    names = json.loads((rows / "rows.json").read_text())
+    features = load_measured([rows / name for name in names]).rows["features"]
+    np.savez(
+        tmp_path / "real.npz",
+        mu=features.astype(float).mean(0),
+        sigma=np.cov(features.T.astype(float)),
+    )
+    given = ["--reference", tmp_path / "real.npz"]
+    assert call(eval.fid.DOOR, *words, tmp_path / "npz", *given) == 0
+    found = scores(tmp_path / "npz")
+    assert found.keys() == {"eval/fd_scenes", "eval/fd_scenes_infinity"}
+    assert found["eval/fd_scenes"]["value"] == pytest.approx(
+        scores(tmp_path / "folder")["eval/fd_scenes"]["value"], rel=1e-9
+    )
 
 
 def test_a_first_stage_of_pictures_of_any_size(place: Place, tmp_path: Path, capsys: Any) -> None:

@@ -147,7 +147,7 @@ def test_every_visit_draws_another_caption(coco: Path, tmp_path: Path) -> None:
         (["data=coco2017", "data.root=coco"], "another version: data=coco2014"),
         (["data=imagenet", "data.root=coco"], "the train split of ImageNet is missing"),
         (["data=cc3m", "data.root=coco"], "no shard of cc3m in coco: there is no cc3m-train-*.tar"),
-        (["data=ffhq", "data.root=empty"], "no picture (.jpg, .jpeg, .png, .webp) lies below"),
+        (["data=ffhq", "data.root=empty"], "no picture (.jpg, .jpeg, .png, .webp, .avif) lies"),
         (["data=cub200", "data.root=empty"], "cub200 says nowhere which pictures"),
         (["data=oxford102", "data.root=empty"], "oxford102 says nowhere which pictures"),
         (["data=parquet", "data.root=empty"], "no parquet file of a train split in empty"),

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from data.images import adm_crop
+from data.crops import adm
 from experiments.pipeline.given import (
     CUTS,
     FolderPictures,
@@ -49,13 +49,13 @@ def test_cuts_are_what_they_say(size: tuple[int, int], resample: str) -> None:
     square = image.crop((left, top, left + side, top + side)).resize((16, 16), kernel)
     assert torch.equal(found["square"], tensor(square))
     assert torch.equal(found["squash"], tensor(image.resize((16, 16), kernel)))
-    assert torch.equal(found["adm"], tensor(adm_crop(image, 16)))
+    assert torch.equal(found["adm"], tensor(adm(image, 16)))
 
 
 def test_a_picture_of_the_size_stays_and_another_needs_a_cut() -> None:
     image = tensor(noise(16, 16))
     assert Prepared(None, 16).apply(image) is image
-    with pytest.raises(ValueError, match="17x16 pixels and not 16x16; --crop says how"):
+    with pytest.raises(ValueError, match="17x16 pixels and not 16x16; --crop"):
         Prepared(None, 16).apply(tensor(noise(17, 16)))
 
 
