@@ -21,7 +21,7 @@ from data.scene_drawing import SIZES, Scene, draw_scene, place, sample_scene
 # a split's number seeds its samples: new ones are appended. The references are fresh draws by the
 # rules of val and heldout, which scores compare pictures with whose captions nobody was asked for
 SPLITS = ("train", "val", "heldout", "reference", "heldout_reference", "partial")
-IN_PART = 0.3  # share of the training captions that leave something out
+IN_PART = 0.15  # share of the training captions that leave something out
 REPEATS = 4  # samples of `partial` in a row that share a caption
 
 

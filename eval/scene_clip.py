@@ -22,7 +22,6 @@ from data.scene_drawing import (
     place,
     sample_scene,
 )
-from data.scenes import IN_PART
 from eval.classifier_config import ClassifierConfig
 from eval.classifier_data import IGNORE, fresh_scenes, to_tensor, wear
 from eval.classifier_network import (
@@ -41,6 +40,7 @@ WORDS = (
     *(*COLORS, *SHAPES, *SIZES, *BACKGROUNDS),
     *"a above and background below left of on over picture right the them to under".split(),
 )
+IN_PART = 0.3  # share of the captions in part in the later training, more than generators see
 PAD, UNKNOWN, FIRST = 0, 1, 2
 END = FIRST + len(WORDS)  # open_clip pools the text at its largest id: the end token
 
