@@ -1,6 +1,7 @@
 """From the bytes of a web image to a square RGB picture, and from there to a batch."""
 
 import io
+import math
 import random
 import warnings
 from collections.abc import Sequence
@@ -8,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from data.crops import CROPS
+from data.crops import CROPS, box_of
 from data.skips import SampleError
 from data.view import Crop
 
@@ -37,6 +38,42 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def reduce(image: Image.Image, least: int | None) -> None:
+    """Let a JPEG be decoded at a half, a quarter or an eighth of its size.
+
+    Args:
+        image: not decoded yet.
+        least: of the short side; None decodes every pixel.
+    """
+    if least is not None:
+        scale = least / min(image.size)
+        width, height = (math.ceil(side * scale) for side in image.size)
+        image.draft(None, (width, height))
+
+
+def crop_box(
+    data: bytes, resolution: int, crop: Crop, rng: random.Random
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """Return width and height of an upright picture, and where `decode_image` cuts it, reduced.
+
+    Args:
+        data, resolution, crop, rng: as `decode_image` takes them.
+
+    Returns:
+        Sides in pixels, and left, top, right and bottom of the square in pixels; with an enlarged
+        or reduced picture these are no whole numbers.
+    """
+    image, rule = open_image(data), CROPS[crop]
+    sides = image.size
+    reduce(image, rule.least(resolution) if rule.least else None)
+    decoded = image.size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it lies on its side
+        sides, decoded = sides[::-1], decoded[::-1]
+    left, top, right, bottom = box_of(crop, decoded, resolution, rng)
+    (width, height) = sides
+    return sides, (left * width, top * height, right * width, bottom * height)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any mode into upright RGB; what is transparent becomes white, 16 bits become 8."""
     image = ImageOps.exif_transpose(image)
@@ -47,6 +84,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     return image.convert("RGB")
+
+
+def upright(data: bytes, least: int | None = None) -> Image.Image:
+    """Decode to upright RGB.
+
+    Args:
+        data: encoded JPEG, PNG, WebP or AVIF.
+        least: a JPEG may come at a half, a quarter or an eighth of its size, whose short side is
+            at least so long; None decodes every pixel.
+
+    Raises:
+        SampleError: BOMB (more than MAX_PIXELS by the header), TRUNCATED or CORRUPT.
+    """
+    try:
+        image = open_image(data)
+        reduce(image, least)
+        return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise SampleError(BOMB, why=str(error)) from error
+    except Exception as error:  # whatever damaged bytes make of their decoder
+        kind = TRUNCATED if "truncated" in str(error).lower() else CORRUPT
+        # Pillow names a file in memory by its address
+        raise SampleError(kind, why=str(error).partition(" <_io.")[0]) from error
 
 
 def decode_image(
@@ -73,19 +133,7 @@ def decode_image(
         SampleError: BOMB (more than MAX_PIXELS by the header), TRUNCATED or CORRUPT.
     """
     rule = CROPS[crop]
-    try:
-        image = open_image(data)
-        if reduced and rule.least is not None:
-            scale = rule.least(resolution) / min(image.size)
-            image.draft(
-                None, (int(-(-image.width * scale // 1)), int(-(-image.height * scale // 1)))
-            )
-        image = to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise SampleError(BOMB, why=str(error)) from error
-    except Exception as error:  # whatever damaged bytes make of their decoder
-        kind = TRUNCATED if "truncated" in str(error).lower() else CORRUPT
-        raise SampleError(kind, why=str(error)) from error
+    image = upright(data, rule.least(resolution) if reduced and rule.least else None)
     image = rule.cut(image, resolution, rng or random.Random(0))
     if mirror:
         image = ImageOps.mirror(image)

@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 from data.listing import IMAGE_KEYS, count_listing, listing_keys, read_listing
@@ -24,6 +23,7 @@ from data.remote import stamp_of as stamp
 
 UNSAFE_NAME = "unsafe name"
 LINK = "link instead of a file"
+CUT = "cut off with its shard"
 
 Sample = dict[str, Any]
 Member = tuple[str, bytes | None, str]  # name, content, and why it must not be used
@@ -101,15 +101,22 @@ def read_tar(url: str, first: int = 0) -> Iterator[Sample]:
         tarfile.TarError: it is damaged; what comes before is yielded.
     """
     errors: list[Exception] = []
-    start = skipped = 0
+    start = 0
     if first:
         starts, _ = _headers(url, *stamp(url))
         if first > len(starts):
             return
-        # whether the tar breaks off after its last sample is found by reading that one
-        skipped = int(first == len(starts))
-        start = starts[first - skipped]
-    yield from islice(grouped(_contents(url, start, errors), url), skipped, None)
+        start = starts[first - 1]  # one before, which tells whether the next is whole
+    found = grouped(_contents(url, start, errors), url)
+    before = last = next(found, None) if first else None
+    for sample in found:
+        if last is not None and last is not before:
+            yield last
+        before, last = last, sample
+    if last is not None and last is not before:
+        # a sample that breaks off lacks files of the one before
+        cut = bool(errors) and before is not None and bool(before.keys() - last.keys())
+        yield {**last, "__fault__": CUT} if cut else last
     if errors:
         raise errors[0]
 

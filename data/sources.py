@@ -2,7 +2,7 @@
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -73,7 +73,12 @@ def find_shards(
 
 
 def list_pictures(
-    folder: Path, name: str, root: Path, split: str, limit: int | None, faults: Counter[str]
+    folder: Path,
+    name: str,
+    root: Path,
+    split: str,
+    limit: int | None,
+    note: Callable[[str], None],
 ) -> ShardList:
     """List the pictures of a corpus that lie in files of their own; nothing is copied.
 
@@ -85,17 +90,23 @@ def list_pictures(
         root: its folder.
         split: train or val.
         limit: at most so many samples.
-        faults: counts what of the corpus's own lists is left out.
+        note: is told what was found, and what of the corpus's own lists is left out.
 
     Raises:
         ValueError: something of the corpus is missing, or no picture is left for the split.
     """
+    faults: Counter[str] = Counter()
     found, official = rows(name, root, split, faults)
     if not official:
         share = holdout(len(found))
         found = [row for row in found if is_held_out(row.key, share) == (split == "val")]
     if not found:
         raise ValueError(f"{root} has no picture for the {split} split of {name}")
+    classes = len({row.label for row in found} - {None})
+    of = f" of {classes} class{'es' * (classes > 1)}" if classes else ""
+    note(f"{name}: {len(found)} pictures{of} for {split}{'' if official else ', chosen by key'}")
+    for fault, number in sorted(faults.items()):
+        note(f"{name}: left out {number} times: {fault}")
     listed = ShardList(tuple(write_listings(found, root, folder)), limit=limit)
     listed.save(folder / LISTED)
     return listed

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from eval.interval import Score, Scored, mean_score
 from eval.metric import Metric
-from eval.networks import Images, content_of, exact, in_threads
+from eval.networks import Images, content_of, exact, in_threads, load_torchscript
 from eval.rows import Asked, Measure, Measured
 from eval.spaces import SPACES
 from lightning_modules.common.checkpoint import load_foreign, load_strict
 
-Crop = Literal["resize first", "crop first"]
+Crop = Literal["resize first", "crop first", "pad"]
 COSINE = "cosine.clip"
 HESSEL = 2.5  # of CLIPScore
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,7 +100,8 @@ def image_transform(network: Any, crop: Crop) -> Callable[[np.ndarray], Tensor]:
         network: the model.
         crop: "resize first" = open_clip's own: the short side is resized, the centre cut (offsets
             rounded); "crop first" = CMMD's: the largest centre square (offsets rounded down) is
-            resized. Square pictures do not tell them apart.
+            resized; "pad" = HPSv2's: the long side is resized, the rest is black. Square pictures
+            do not tell them apart.
     """
     import open_clip
 
@@ -109,7 +110,8 @@ def image_transform(network: Any, crop: Crop) -> Callable[[np.ndarray], Tensor]:
     side = side[0] if isinstance(side, tuple) else side
     mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    transform = open_clip.image_transform(side, is_train=False, mean=mean, std=std)
+    fit = "longest" if crop == "pad" else "shortest"
+    transform = open_clip.image_transform(side, is_train=False, mean=mean, std=std, resize_mode=fit)
 
     def prepare(image: np.ndarray) -> Tensor:
         if crop == "crop first":
@@ -151,7 +153,7 @@ def is_script(path: Path) -> bool:
 
 def openai_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a model of OpenAI, which is not run."""
-    state = torch.jit.load(path, map_location="cpu").state_dict()
+    state = load_torchscript(path, "cpu").state_dict()
     return {k: v for k, v in state.items() if k not in NOT_WEIGHTS}
 
 

@@ -241,8 +241,8 @@ class ClipRows:
     """Compare with the captions."""
     prefix: str = ""
     """Put before every caption; CLIPScore's is "A photo depicts "."""
-    crop: Literal["resize first", "crop first"] = "resize first"
-    """How pictures that are no squares are cut; CMMD crops first."""
+    crop: Literal["resize first", "crop first", "pad"] = "resize first"
+    """How pictures that are no squares are cut; CMMD crops first, HPSv2 pads."""
 
     @classmethod
     def of(
@@ -283,7 +283,8 @@ class ClipRows:
     def preference(cls, kind: str, weights: Path | None = None) -> ClipRows:
         """Return the extractor of a model of human preferences, hpsv2 or pickscore."""
         known = {"hpsv2": downloads.HPSV2, "pickscore": downloads.PICKSCORE}[kind]
-        return cls("ViT-H-14", known.find(weights), kind)  # type: ignore[arg-type]
+        crop: Any = "pad" if kind == "hpsv2" else "resize first"
+        return cls("ViT-H-14", known.find(weights), kind, crop=crop)  # type: ignore[arg-type]
 
     def load(self, device: Device | str, *, folder: Path, first_stage: Any = None) -> Measure:
         """Make ready, see `Extractor.load`."""

@@ -1,6 +1,5 @@
 """Inception-v3 as clean-fid runs it: pool3, spatial features, classes; and Inception Score."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,14 @@ from torch import Tensor
 
 from eval.interval import Score, Scored, Z
 from eval.metric import Metric
-from eval.networks import Images, content_of, exact, in_threads, of_one_size
+from eval.networks import (
+    Images,
+    content_of,
+    exact,
+    in_threads,
+    load_torchscript,
+    of_one_size,
+)
 from eval.rows import Asked, Measure, Measured
 from eval.spaces import INCEPTION
 from lightning_modules.common.checkpoint import load_foreign
@@ -103,9 +109,7 @@ def load_script(path: Path, device: torch.device | str) -> Any:
         ValueError: the file is none.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, whose successor is no reader
-            script = torch.jit.load(path, map_location=device).eval()
+        script = load_torchscript(path, device).eval()
         _ = script.layers, script.output.weight
     except (RuntimeError, AttributeError) as error:
         raise ValueError(

@@ -1,12 +1,13 @@
 """What feature networks share: exact float32, and pictures prepared by several threads."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,13 @@ def exact() -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def load_torchscript(path: Path, device: torch.device | str) -> Any:
+    """Load a TorchScript file, the form in which Inception and OpenAI's CLIP are published."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 calls the form deprecated
+        return torch.jit.load(path, map_location=device)
 
 
 @cache

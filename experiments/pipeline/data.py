@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -91,11 +90,11 @@ class Shards(Stage):
                 source.max_objects,
             )
         elif isinstance(source, Listed):
-            faults: Counter[str] = Counter()
+            tables = [Path(s.path).name for s in source.index if Path(s.path).is_file()]
+            if tables:
+                log.note(f"{source.name}: by {', '.join(tables)}")
             root = Path(source.root)
-            shards = list_pictures(folder, source.name, root, self.split, self.size, faults)
-            for fault, number in sorted(faults.items()):
-                log.note(f"{source.name}: left out {number} times: {fault}")
+            shards = list_pictures(folder, source.name, root, self.split, self.size, log.note)
         else:
             val = None if source.val is None else [stamp.path for stamp in source.val]
             train = [stamp.path for stamp in source.train]

@@ -215,9 +215,14 @@ def test_truncated_and_missing_shards_lose_only_themselves(tmp_path: Path) -> No
     skips = SkipCounter(max_skipped=0.99)
     kept = read_all([*paths[:2], missing, paths[2]], skips)
     assert list(kept) == ["000000", "000001", "000002", "000003", "000006", "000007", "000008"]
-    assert skips.counts == {"seen": 10, "no caption": 1, LOST: 1, GONE: 1}  # 4 without its text
+    assert skips.counts == {
+        "seen": 10,
+        "cut off with its shard": 1,
+        LOST: 1,
+        GONE: 1,
+    }  # 4 without its text
     assert "missing.tar" in skips.examples[GONE] and paths[1] in skips.examples[LOST]
-    assert "000004" in skips.examples["no caption"]
+    assert "000004" in skips.examples["cut off with its shard"]
 
 
 def test_keys_that_repeat_across_shards_are_not_merged(tmp_path: Path) -> None:

@@ -161,6 +161,9 @@ def test_the_centre_is_cut_first_or_last(tiny: Any) -> None:
     )
     left = [float((x[:, 0, 0] * std[:, 0] + mean[:, 0])[0] * 255 / 5) for x in (first, last)]
     assert left == pytest.approx([9, 10], abs=1e-3)  # (51 - 32) / 2 = 9.5
+    padded = image_transform(network, "pad")(np.full((3, 32, 64), 200, np.uint8))
+    padded = padded * std[..., None] + mean[..., None]
+    assert float(padded[:, :8].abs().max()) < 1e-6 and float(padded[:, 8:24].min()) > 0.7
 
 
 def test_files_of_transformers_are_read(tmp_path: Path, tiny: Any) -> None:

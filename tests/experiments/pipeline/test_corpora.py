@@ -104,6 +104,11 @@ def test_other_corpora(name: str, train: int, val: int, label: bool, tmp_path: P
         found = list(captions(ShardList.load(run.folder(f"data-{split}") / "shards.json"), view))
         assert len(found) == count and all(row["caption"] for row in found)
         assert all(("label" in row) == label for row in found)
+    said = {line.strip() for line in run.lines}
+    assert any(line.startswith(f"{name}: {val} pictures") and " for val" in line for line in said)
+    if name == "cub200":
+        assert "cub200: by trainvalclasses.txt, testclasses.txt" in said
+        assert "cub200: left out 1 times: a picture that images.txt does not list" in said
     if name == "ffhq":
         assert found[0]["caption"] == "a portrait photograph of a person"
 
@@ -121,6 +126,7 @@ def test_keys_decide_where_a_corpus_does_not(tmp_path: Path) -> None:
     words = ["data=celebahq", f"data.root={root}", "eval.prompts=8"]
     run = go("vqgan", tmp_path / "out", tmp_path / "cache", *words)
     keys = [{row["__key__"] for row in listed(run, split)} for split in ("train", "val")]
+    assert any(line.endswith(" pictures for val, chosen by key") for line in run.lines)
     assert len(keys[0] | keys[1]) == 64 and not keys[0] & keys[1] and 4 <= len(keys[1]) <= 32
 
 
