@@ -7,7 +7,9 @@ import torch
 from data.files import file_hash, write_json
 from lightning_modules.common.checkpoint import save_weights
 from lightning_modules.paella.module import PaellaModule
+from lightning_modules.vq_diffusion.module import VQDiffusionModule
 from lightning_modules.vqgan.module import VQGANModule
+from tests.tiny_generators import BY_CLASS
 
 TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
              "z_channels": 4, "embed_dim": 4, "num_codes": 12, "norm_groups": 4}  # fmt: skip
@@ -18,17 +20,24 @@ TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
 
 
-def write(folder: Path) -> Path:
-    """Write the files of a run folder."""
+def write(folder: Path, classes: int = 0) -> Path:
+    """Write the files of a run folder, of classes those of a VQ-Diffusion."""
     torch.manual_seed(0)
     tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
-    config = {"paper": "paella", "seed": 0, "grid": [16, 16], "num_codes": 12, "model": MODEL}
-    generator = PaellaModule({**config, "text": TEXT})
+    config = {"seed": 0, "grid": [16, 16], "num_codes": 12, "text": TEXT}
+    generator: PaellaModule | VQDiffusionModule
+    sampling = SAMPLING
+    if classes:
+        model = {**BY_CLASS, "class_number": classes, "spatial_size": [16, 16]}
+        generator = VQDiffusionModule({**config, "paper": "vq_diffusion", "model": model})
+        sampling = {"steps": 2}
+    else:
+        generator = PaellaModule({**config, "paper": "paella", "model": MODEL})
     for parameter in [*tokenizer.parameters(), *generator.parameters()]:
         torch.nn.init.normal_(parameter, std=0.3)
     file = folder / "tokenizer.safetensors"
     save_weights(file, *tokenizer.export())
     save_weights(folder / "checkpoint.safetensors", *generator.export())
     first_stage = {"file": file.name, "sha256": file_hash(file)}
-    write_json(folder / "checkpoint.json", {"first_stage": first_stage, "sampling": SAMPLING})
+    write_json(folder / "checkpoint.json", {"first_stage": first_stage, "sampling": sampling})
     return folder

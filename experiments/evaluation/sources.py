@@ -200,9 +200,11 @@ def drawn(options: Options, prompts: Prompts | Captions) -> Source:
     if args.negative is not None and "negative" not in module.ABILITIES:
         raise ConfigError("this checkpoint's paper knows no --negative")
     try:
-        module.check_prompts(["a picture"])
+        if by_class or not module.labelled:
+            module.check_prompts([str(args.classes - 1) if by_class else "a picture"])
     except (ValueError, OSError, RuntimeError) as error:
-        raise ConfigError(f"the text encoder: {first_line(error)}") from error
+        what = "--classes" if by_class else "the text encoder"
+        raise ConfigError(f"{what}: {first_line(error)}") from error
     path = checkpoint_file(args.ckpt)
     files, first = checkpoint_files(path, args.tokenizer)
     text = resolved(module.config.text)

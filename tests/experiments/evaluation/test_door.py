@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import eval.clip_score
@@ -28,6 +29,7 @@ from experiments.cli import command
 from experiments.evaluation.door import evaluate
 from experiments.evaluation.options import Door
 from experiments.report.pictures import load_png
+from lightning_modules.common.checkpoint import load_weights
 from tests import micro_checkpoint, planted
 
 ROOT = Path(__file__).parents[3]
@@ -424,6 +426,36 @@ def test_statistics_stand_for_the_pictures_that_they_are_of(
     assert found["eval/fd_scenes"]["value"] == pytest.approx(
         scores(tmp_path / "folder")["eval/fd_scenes"]["value"], rel=1e-9
     )
+
+
+def test_classes_in_turn(place: Place, tmp_path: Path, capsys: Any) -> None:
+    ckpt = micro_checkpoint.write(tmp_path / "run", classes=3)
+    words = ["--ckpt", ckpt, "--reference", place.coco / "val2014", "--features", "scenes"]
+    more = ["--num", 7, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    protocol = ["--protocol", "adm50k", "--scores", "fid"]
+    assert call(eval.fid.DOOR, *words, *more, *protocol) == 2
+    assert "--classes K is missing, which the protocol needs" in capsys.readouterr().err
+    assert call(eval.fid.DOOR, *words, *more, "--classes", 4, *protocol) == 2
+    assert "must ask for one class" in capsys.readouterr().err
+    assert call(eval.fid.DOOR, *words, *more, "--classes", 3, *protocol) == 0
+    rows = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert [row["label"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({*pngs(tmp_path / "out").values()}) == 7
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["protocol"]["reference"]["prepared"]["crop"] == "adm"
+
+
+def test_an_official_first_stage(place: Place, tmp_path: Path) -> None:
+    """As a Lightning checkpoint of taming would hold it."""
+    state, _ = load_weights(place.ckpt / "tokenizer.safetensors")
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    words = ["--images", place.coco / "val2014", "--num", 12, "--resolution", 16]
+    words += ["--crop", "square", "--features", "scenes", "--cache", tmp_path / "cache"]
+    official = ["--ckpt", tmp_path / "model.ckpt", "--paper", "vqgan", "model.norm_groups=4"]
+    assert call(eval.reconstruction.DOOR, *words, *official, "--out", tmp_path / "a") == 0
+    own = ["--ckpt", place.ckpt / "tokenizer.safetensors"]
+    assert call(eval.reconstruction.DOOR, *words, *own, "--out", tmp_path / "b") == 0
+    assert scores(tmp_path / "a") == scores(tmp_path / "b")
 
 
 def test_a_first_stage_of_pictures_of_any_size(place: Place, tmp_path: Path, capsys: Any) -> None:
