@@ -49,12 +49,16 @@ def _folders(folder: Path) -> list[Path]:
 
 def pictures(root: Path) -> Iterator[str]:
     """Yield the paths of all pictures below a root, relative to it, in order."""
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(folder).relative_to(root).as_posix()
         for name in sorted(files):
             if is_picture(name):
                 yield name if below == "." else f"{below}/{name}"
+
+
+def _unreadable(error: OSError) -> None:
+    raise error  # os.walk would pass over the folder without a word
 
 
 def links(root: Path) -> int:

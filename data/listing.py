@@ -42,6 +42,11 @@ class Row:
     base: str = ""
     """A folder below the root that the corpus's layout names; it may be a link to elsewhere."""
 
+    def __post_init__(self) -> None:
+        # a name that is no UTF-8 becomes one: texts and tables hold no other
+        key = self.key.encode(errors="surrogatepass").decode(errors="backslashreplace")
+        object.__setattr__(self, "key", key)
+
 
 def write_listings(
     rows: Iterable[Row], root: Path, folder: Path, per_listing: int = PER_LISTING
@@ -90,18 +95,7 @@ def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
         if row.label is not None:
             meta["label"] = row.label
         suffix = row.file.rpartition(".")[2].lower()
-        data, fault = None, ""
-        path = inside(os.path.join(root, row.base), row.file)
-        if path is None:
-            fault = OUTSIDE
-        else:
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except FileNotFoundError:
-                fault = MISSING
-            except OSError:
-                fault = UNREADABLE
+        data, fault = _content(os.path.join(root, row.base), row.file)
         sample = {suffix: data, "json": json.dumps(meta).encode()}
         yield {
             **sample,
@@ -109,6 +103,20 @@ def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
             "__key__": row.key,
             "__url__": url,
         }
+
+
+def _content(base: str, name: str) -> tuple[bytes | None, str]:
+    """Return the bytes of a file below a folder, and why there are none."""
+    try:
+        path = inside(base, name)
+        if path is None:
+            return None, OUTSIDE
+        with open(path, "rb") as file:
+            return file.read(), ""
+    except (FileNotFoundError, ValueError):  # a NUL, or half of a surrogate pair, is in no name
+        return None, MISSING
+    except OSError:
+        return None, UNREADABLE
 
 
 def count_listing(url: str) -> int:

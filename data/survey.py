@@ -108,6 +108,8 @@ def _passes(sample: Sample, view: View) -> bool:
 def _thumb(image: Image.Image) -> bytes:
     small = image.copy()
     small.thumbnail((THUMB, THUMB))
+    factor = THUMB // max(small.size)  # pixels of a small one stay squares
+    small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
     square = Image.new("RGB", (THUMB, THUMB), "white")
     square.paste(small, ((THUMB - small.width) // 2, (THUMB - small.height) // 2))
     encoded = io.BytesIO()

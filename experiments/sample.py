@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.files import decode_text, file_hash
+from data.files import decode_text, file_hash, write_text
 from experiments.checkpoint import checkpoint_file, find_device, load, read_settings
 from experiments.cli import (
     Parser,
@@ -25,18 +25,20 @@ from experiments.cli import (
 from experiments.papers.base import MAX_SEED
 from experiments.pipeline.generator import CHECKPOINT
 from experiments.progress import Counter
-from experiments.settings import ConfigError, describe, resolved
+from experiments.settings import ConfigError, describe, override, resolved
 from experiments.vocabulary import unseen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from experiments.edits import Edit
+    from experiments.report.trace import Played
     from lightning_modules.common.generator import GeneratorModule
     from lightning_modules.common.request import Request
 
 COMMAND = "python -m experiments.sample"
 MAX_IN_GRID = 100
+TRACED = 4  # pictures on the page of --trace
 OPTIONS = {
     "negative": "--negative",
     "start": "--image",
@@ -67,6 +69,7 @@ examples:
   {COMMAND} --ckpt runs/x --image a.png --expand 0,0,32,0             (outpainting)
   {COMMAND} --ckpt runs/x --image a.png --edit --prompt "..."         (editing without a mask)
   {COMMAND} --ckpt runs/x --image a.png --strength 0.6                (variations)
+  {COMMAND} --ckpt runs/x --prompt "..." --trace a.html --samplers own,eb
   {COMMAND} --ckpt runs/x --prompt "..." --prompt "..." --interpolate 7
   {COMMAND} --ckpt paella.safetensors --prompt "..." --prior          (text to image vector)
 
@@ -131,6 +134,7 @@ def draw(
         vary,
     )
     from experiments.report.pictures import grid, save_png, to_pixels, to_uint8
+    from experiments.report.trace import trace_page
 
     picture = None if args.image is None else read_picture(args.image)
     mask = None if args.mask is None else read_picture(args.mask)
@@ -159,6 +163,11 @@ def draw(
     if edit is not None:
         height, width = edit.pixels.shape[-2:]
     say(f"drawing {counted(len(tasks), 'picture')} of {width}x{height} pixels on {device}")
+
+    def asked(some: Sequence[Task]) -> Request:
+        request = make_request(module, some, prompts, args.negative, edit, size, args.edit)
+        return conditioned(module, request, args.prior, style, attention)
+
     made: list[Tensor] = []
     counter = Counter("pictures", len(tasks), say)
     shape = 1 if args.interpolate else min(args.batch_size, len(tasks))
@@ -167,8 +176,7 @@ def draw(
             part = tasks[first : first + shape]
             # filled up, so that all batches have one shape, and bits do not hang on their number
             filled = [*part, *part[-1:] * (shape - len(part))]
-            request = make_request(module, filled, prompts, args.negative, edit, size, args.edit)
-            request = conditioned(module, request, args.prior, style, attention)
+            request = asked(filled)
 
             def on_step(step: int, *_: Tensor, done: int = first) -> None:
                 counter.update(done, f"step {step}")
@@ -184,12 +192,72 @@ def draw(
                 save_png(out / file_name(i), image, png_text(args, task, prompts, settings))
             made.extend(images[: max(0, MAX_IN_GRID - first)])
             counter.update(first + len(part))
+        if args.trace is not None:
+            some = tasks[:TRACED]
+            title = f"Samplings of {args.ckpt.name}"
+            prompted = [task.prompt for task in some]
+            names = args.samplers.split(",") if args.samplers else [""]
+            shown = played(module, settings, asked(some), names)
+            write_text(args.trace, trace_page(title, prompted, shown))
     finally:
         counter.close()
     columns = len(tasks) if args.interpolate else min(args.count, 10) if args.count > 1 else 8
     captions = [t.prompt if t.blend is None else f"blend {t.blend:.2f}" for t in tasks[: len(made)]]
     save_png(out / "grid.png", grid(torch.stack(made), columns, captions=captions))
     say(f"{counted(len(tasks), 'picture')} in {out}, all together in {out / 'grid.png'}")
+    if args.trace is not None:
+        say(f"step by step: {args.trace}")
+
+
+def played(
+    module: GeneratorModule, settings: Any, request: Request, names: Sequence[str]
+) -> list[list[Played]]:
+    """Draw the pictures of a request once more by every sampler; the empty name is the settings'.
+
+    Raises:
+        ConfigError: a sampler that does not fit, or pictures that are made window by window.
+    """
+    import torch
+
+    from experiments.pipeline.sample import decode_unfinished
+    from experiments.report.pictures import to_uint8
+    from experiments.report.trace import Played
+
+    shown: list[list[Played]] = [[] for _ in request.prompts]
+    for name in names:
+        states: list[Tensor] = []
+
+        def on_step(step: int, before: Tensor, after: Tensor, states: Any = states) -> None:
+            states.extend([after] if states else [before, after])
+
+        chosen = by_sampler(settings, name) if name else settings
+        try:
+            module.sample(request, chosen, on_step)
+        except ValueError as error:
+            raise ConfigError(first_line(error)) from error
+        if len({state.shape for state in states}) != 1:
+            raise ConfigError("--trace cannot follow pictures that are made window by window")
+        for i, one in enumerate(torch.stack(states, dim=1)):  # [T + 1, h, w]
+            frames = to_uint8(decode_unfinished(module.first_stage, one).cpu())
+            codes = module.first_stage.num_codes if one.ndim == 3 else None
+            calls = len(states) - 1 if module.calls is None else int(module.calls[i])
+            label = name or getattr(getattr(chosen, "sampler", None), "name", "own")
+            shown[i].append(Played(label, frames, one.cpu(), codes, calls))
+    return shown
+
+
+def by_sampler(settings: Any, name: str) -> Any:
+    """Return settings with another sampler.
+
+    Raises:
+        ConfigError: no such sampler, or a paper that has its own loop alone.
+    """
+    if not hasattr(settings, "sampler"):
+        raise ConfigError("--samplers: this checkpoint's paper has its own loop alone")
+    try:
+        return override(settings, [f"sampler={name}"])
+    except ConfigError as error:
+        raise ConfigError(f"--samplers: {error}") from error
 
 
 def make_parser() -> Parser:
@@ -267,6 +335,12 @@ def make_parser() -> Parser:
         metavar="N",
         help="N pictures from the first prompt to the second",
     )
+    add("--trace", type=Path, metavar="FILE", help="HTML page that plays the first pictures")
+    add(
+        "--samplers",
+        metavar="NAMES",
+        help="--trace: play each picture by these samplers too, as own,eb,posterior",
+    )
     add("--out", type=Path, metavar="DIR", help="default: samples/<checkpoint>-<seed>, numbered")
     add(
         "--device",
@@ -299,6 +373,10 @@ def check(args: argparse.Namespace) -> None:
     if args.prior and (args.style or args.image):
         raise ConfigError("--prior draws the image vector that --style or --image gives; take one")
     parse_attention(args.attention)
+    if args.trace is not None and args.interpolate:
+        raise ConfigError("--trace plays single pictures; leave out --interpolate")
+    if args.samplers and args.trace is None:
+        raise ConfigError("--samplers needs --trace, the page that shows them side by side")
     if args.strength is not None and not 0 <= args.strength <= 1:
         raise ConfigError(f"--strength must be between 0 and 1, got {args.strength}")
     ways = {"--mask": args.mask, "--expand": args.expand, "--edit": args.edit or None}

@@ -1,6 +1,7 @@
 """The frame of all pages: one self-contained HTML file, light or dark, for desk and phone."""
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -15,17 +16,23 @@ Picture = Tensor | Path | Image.Image  # uint8 [3, H, W], a file, or a PIL image
 SMALL = 128  # pixels; a picture with a shorter side is enlarged without smoothing
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """Return a whole page made of parts, of which empty ones are left out."""
+def document(title: str, parts: Iterable[str], script: str = "", style: str = "") -> str:
+    """Return a whole page made of parts, of which empty ones are left out.
+
+    `script` is the only one that a browser will run, and `style` follows that of all pages.
+    """
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    runs = f"; script-src 'sha256-{known}'" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         # nothing may be loaded, whatever a prompt or a note contains
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'{runs}\">\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
+        + (f"\n<script>{script}</script>" if script else "")
         + "\n</body>\n</html>\n"
     )
 

@@ -132,8 +132,11 @@ def test_aliases() -> None:
 def test_a_user_wins_over_a_corpus_and_it_over_the_scale() -> None:
     laion = load("paella", "paper", ["data=laion", "data.root=x", "data.min_aesthetic=6"]).data
     assert (laion.name, laion.shards, laion.min_aesthetic, laion.max_punsafe) == (
-        "laion", None, 6, 0.99,
-    )  # fmt: skip
+        "laion",
+        None,
+        6,
+        0.99,
+    )
     coco = load("paella", "paper", ["data=coco2014", "data.root=x"]).data
     assert not any(getattr(coco, name) is not None for name in FILTERS) and coco.resolution == 256
     own = load("muse", "paper", ["data=laion", "data.shards=y"]).data

@@ -153,6 +153,23 @@ def test_links_to_folders_are_counted_not_followed(tmp_path: Path) -> None:
     assert [row.file for row in rows] == ["a.png"] and list(faults.values()) == [1]
 
 
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted.picture(tmp_path / "a.png")
+    planted.picture(tmp_path / "closed" / "b.png")
+    scandir = os.scandir
+
+    def refuse(path: str | Path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        list(folders.pictures(tmp_path))
+
+
 def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
     planted.picture(tmp_path / "a.PNG")
     planted.picture(tmp_path / "._a.png")

@@ -39,8 +39,14 @@ def test_a_folder_of_the_layout_may_be_a_link(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(TEXT, st.lists(TEXT, max_size=3), st.none() | st.integers(0, 9)),
-                unique_by=lambda row: row[0], min_size=1, max_size=9))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(TEXT, st.lists(TEXT, max_size=3), st.none() | st.integers(0, 9)),
+        unique_by=lambda row: row[0],
+        min_size=1,
+        max_size=9,
+    )
+)
 def test_rows_come_back_whatever_they_say(tmp_path_factory, told: list) -> None:
     folder = tmp_path_factory.mktemp("listing")
     rows = [Row(key, f"{key}.jpg", tuple(texts), "", label) for key, texts, label in told]
@@ -110,6 +116,17 @@ def test_a_missing_file_is_a_fault_of_its_own(tmp_path: Path) -> None:
         s["__key__"]: s.get("__fault__") for s in read_listing(listing(tmp_path, tmp_path, *rows))
     }
     assert faults == {"0": None, "1": MISSING, "2": "unreadable file"}
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    planted.picture(tmp_path / odd)
+    names = [odd, "a\0b.png", "\ud800.png"]
+    rows = [Row(os.path.splitext(name)[0], name, ("c",)) for name in names]
+    found = {s["__key__"]: s for s in read_listing(listing(tmp_path, tmp_path, *rows))}
+    assert all(key.encode() for key in found) and len(found) == 3
+    faults = [found[row.key].get("__fault__") for row in rows]
+    assert faults == [None, MISSING, MISSING]
 
 
 @pytest.mark.parametrize("text", ["", "3\n", '{"root": "/"}\n{"key": 1}\n', '{"root": "/"}\n{'])

@@ -222,7 +222,7 @@ def test_truncated_and_missing_shards_lose_only_themselves(tmp_path: Path) -> No
         GONE: 1,
     }  # 4 without its text
     assert "missing.tar" in skips.examples[GONE] and paths[1] in skips.examples[LOST]
-    assert "000004" in skips.examples["no caption"]
+    assert "000004" in skips.examples["cut off with its shard"]
 
 
 def test_keys_that_repeat_across_shards_are_not_merged(tmp_path: Path) -> None:

@@ -274,6 +274,26 @@ def test_resized_edits_lose_no_white_pixel(run_folder: Path) -> None:
     assert set(zip(*np.nonzero(differs), strict=True)) <= {(8, 12)}
 
 
+def test_the_trace_plays_several_samplers(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "a", "--prompt", "b", "sampling.steps=3", "--out", "t"]
+    page = ["--trace", "t.html", "--samplers", "own,gibbs,renoise_rand"]
+    assert sample(run_folder, *words, *page) == 0
+    text, said = Path("t.html").read_text(), capsys.readouterr()
+    assert text.count("<canvas") == 6 and "gibbs" in text
+    assert "step by step: t.html" in said.out + said.err
+    told = json.loads(text.partition("id=data>")[2].partition("</script>")[0])
+    assert [(len(t["changes"]), t["calls"]) for t in told[:3]] == [(3, 3), (5, 5), (3, 3)]
+    assert sample(run_folder, *words[:-1], "u", "--samplers", "eb") == 2
+    assert sample(run_folder, *words[:-1], "u", "--trace", "u.html", "--samplers", "margin") == 2
+    assert sample(run_folder, *words[:-1], "v", "--trace", "v.html", "--samplers", "margn") == 2
+    errors = capsys.readouterr().err
+    assert "--samplers needs --trace" in errors and "must not be margin" in errors
+    assert "--samplers: sampler.name: expected one of own" in errors
+    assert not Path("u.html").exists() and not Path("v.html").exists()
+
+
 def test_strength_of_variations(run_folder: Path) -> None:
     picture("i.png", 40, 32)
     for strength, first in (("0", 9), ("0.7", 3), ("1", 1)):
