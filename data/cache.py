@@ -6,7 +6,8 @@ For every training shard NAME.tar there are
   so on of further crops. Continuous autoencoders have `moments` [N, 2C, h, w] in place of tokens:
   the mean and the logarithm of the variance of the posterior, of which a latent is drawn anew at
   every read. Further views of the same pictures stand beside them under their own names.
-- NAME.parquet: key, captions, label, width and height of the same rows.
+- NAME.parquet: of the same rows key, captions, label, width and height of the upright picture, and
+  the square that every crop was cut from.
 - NAME.text.safetensors, where a text encoder is cached: `states` [T, D], one caption behind the
   other, `lengths` [C + 1] and `pooled` [C + 1, P]; the last caption is the empty one, to which
   training drops others.
@@ -32,9 +33,9 @@ from torch import Tensor
 
 from data.cached import INDEX, read_index
 from data.files import atomic, file_hash, write_json
-from data.images import open_image, to_tensor
+from data.images import crop_box, to_tensor
 from data.readers import Sample
-from data.select import frozen, visited
+from data.select import drawn, frozen, visited
 from data.shards import LOSSES, apply
 from data.skips import SkipCounter
 from data.view import MAX_SKIPPED, ShardList, View
@@ -46,6 +47,7 @@ SCHEMA = pyarrow.schema([
     ("label", pyarrow.int64()),
     ("width", pyarrow.int32()),
     ("height", pyarrow.int32()),
+    ("crops", pyarrow.list_(pyarrow.list_(pyarrow.float32()))),  # left, top, right, bottom; pixels
     ("row", pyarrow.int64()),  # number among the samples of the split in the shard, good and bad
 ])  # fmt: skip
 
@@ -148,9 +150,12 @@ def encode_shard(
         draw = frozen(view, sample["key"])
         draws = [f"{draw}/{i}" if i else draw for i in range(encoding.crops)]
         several = [visited(sample, view, one, flip=False) for one in draws]
-        width, height = open_image(sample["data"]).size
+        boxes = [crop_box(sample["data"], view.resolution, view.crop, drawn(d, "crop"))
+                 for d in draws]  # fmt: skip
+        (width, height), _ = boxes[0]
         pixels = np.stack([s["pixels"] for s in several])  # [crops, H, W, 3]
         kept = {"captions": sample["captions"], "row": sample["row"]}
+        kept["crops"] = [box for _, box in boxes]
         return {**several[0], **kept, "pixels": pixels, "width": width, "height": height}
 
     samples = apply(cropped, numbered(), skips)

@@ -33,7 +33,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        if {"made", "parts", "count"} <= index.keys():
+        if {"made", "parts", "count", "about"} <= index.keys():
             return index
     except (OSError, ValueError, AttributeError):
         pass

@@ -92,7 +92,7 @@ class DataConfig:
             raise ValueError("path must name the folder of the cache")
         if self.path is not None and not self.cache:
             raise ValueError("cache must be true with path, which names a cache")
-        if self.crops > 1 and self.crop in ("center", "adm"):
+        if self.crops > 1 and self.crop not in ("random", "dalle"):
             raise ValueError(f"crops must be 1 with crop={self.crop}: all would be the same")
         if self.shards is not None and self.name in EMBEDDED:
             self.name = "shards"

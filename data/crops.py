@@ -6,7 +6,7 @@ Every one is a definition that released code has; they do not agree with each ot
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -109,6 +109,54 @@ def _cut(image: Image.Image, side: int, offset: Callable[[int], int]) -> Image.I
 
 def _resized(image: Image.Image, size: int, resample: Filter = Filter.BICUBIC) -> Image.Image:
     return image.resize((size, size), resample)
+
+
+class Frame:
+    """Stands for a picture and keeps what of it a crop leaves: its sides, without any pixel."""
+
+    def __init__(self, size: tuple[int, int], box: tuple[float, float, float, float]) -> None:
+        self.size, self.box = size, box
+
+    @property
+    def width(self) -> int:
+        """Pixels along the upper side."""
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        """Pixels along the left side."""
+        return self.size[1]
+
+    def resize(self, size: tuple[int, int], resample: Any = None) -> "Frame":
+        """Return the same with other sides."""
+        return Frame(size, self.box)
+
+    def crop(self, box: tuple[int, int, int, int]) -> "Frame":
+        """Return a part."""
+        left, top, right, bottom = self.box
+        across, down = (right - left) / self.width, (bottom - top) / self.height
+        part = (left + box[0] * across, top + box[1] * down,
+                left + box[2] * across, top + box[3] * down)  # fmt: skip
+        return Frame((box[2] - box[0], box[3] - box[1]), part)
+
+
+def box_of(
+    name: str, sides: tuple[int, int], size: int, rng: random.Random
+) -> tuple[float, float, float, float]:
+    """Return where a crop lies in a picture, in shares of its width and height.
+
+    Args:
+        name: one of CROPS.
+        sides: width and height of the picture.
+        size: width and height of the square that is made of it.
+        rng: draws what the crop draws; in the state that it has when the picture is cut.
+
+    Returns:
+        Left, top, right and bottom, from 0 to 1.
+    """
+    picture: Any = Frame(sides, (0.0, 0.0, 1.0, 1.0))
+    kept: Any = CROPS[name].cut(picture, size, rng)
+    return kept.box
 
 
 CROPS: Mapping[str, CropRule] = {

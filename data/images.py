@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from data.crops import CROPS
+from data.crops import CROPS, box_of
 from data.skips import SampleError
 from data.view import Crop
 
@@ -36,6 +36,42 @@ def open_image(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
     return image
+
+
+def reduce(image: Image.Image, least: int | None) -> None:
+    """Let a JPEG be decoded at a half, a quarter or an eighth of its size.
+
+    Args:
+        image: not decoded yet.
+        least: of the short side; None decodes every pixel.
+    """
+    if least is not None:
+        scale = least / min(image.size)
+        width, height = (math.ceil(side * scale) for side in image.size)
+        image.draft(None, (width, height))
+
+
+def crop_box(
+    data: bytes, resolution: int, crop: Crop, rng: random.Random
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """Return width and height of an upright picture, and where `decode_image` cuts it, reduced.
+
+    Args:
+        data, resolution, crop, rng: as `decode_image` takes them.
+
+    Returns:
+        Sides in pixels, and left, top, right and bottom of the square in pixels; with an enlarged
+        or reduced picture these are no whole numbers.
+    """
+    image, rule = open_image(data), CROPS[crop]
+    sides = image.size
+    reduce(image, rule.least(resolution) if rule.least else None)
+    decoded = image.size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it lies on its side
+        sides, decoded = sides[::-1], decoded[::-1]
+    left, top, right, bottom = box_of(crop, decoded, resolution, rng)
+    (width, height) = sides
+    return sides, (left * width, top * height, right * width, bottom * height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -63,10 +99,7 @@ def upright(data: bytes, least: int | None = None) -> Image.Image:
     """
     try:
         image = open_image(data)
-        if least is not None:
-            scale = least / min(image.size)
-            width, height = (math.ceil(side * scale) for side in image.size)
-            image.draft(None, (width, height))
+        reduce(image, least)
         return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise SampleError(BOMB, why=str(error)) from error

@@ -70,7 +70,7 @@ class ShardList:
         def whole(name: str) -> str:
             return name if is_remote(name) else str(path.parent / name)
 
-        paths, rows = tuple(map(whole, content["paths"])), content["rows"]
+        paths, rows = tuple(map(whole, content["paths"])), content.get("rows")
         return cls(**{**content, "paths": paths, "rows": rows and tuple(rows)})
 
 

@@ -23,7 +23,7 @@ MEASURED = ("value", "low", "high", "std", "scales", "reader_accuracy")
 # of a protocol, what has no say in a number that is not said elsewhere in it
 ASIDE = (
     *("name", "changed", "unknown", "features", "list.name", "list.n", "pictures.sizes"),
-    *(f"reference.{name}" for name in ("name", "from", "sizes", "format", "captions")),
+    *(f"reference.{name}" for name in ("name", "from", "sizes", "format", "captions", "left_out")),
 )
 FOLLOW = ("n", "subset_size", "reference")  # of a score, what follows from its protocol's n
 

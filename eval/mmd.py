@@ -16,7 +16,7 @@ from eval.spaces import SPACES
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Rows x [n, d] and y [m, d] float64 to k(x_i, y_j) [n, m]."""
 
-BLOCK = 1024  # rows whose kernel values are in memory at once
+BLOCK = 256  # rows whose kernel values are in memory at once
 SUBSETS, SUBSET_SIZE = 100, 1000  # the usual ones of KID
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
 SHOWN = {
@@ -183,7 +183,8 @@ def score_cmmd(
 
 def unit(rows: Tensor) -> Tensor:
     """Scale rows [n, d] to unit length, float64."""
-    return torch.nn.functional.normalize(rows.double(), dim=1)
+    scaled = rows.to(torch.float64, copy=True)
+    return scaled.div_(scaled.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
 
 def _check_count(x: Tensor, y: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,12 @@ def work(
     log = Log(say, machine.progress)
     with in_one_line():
         if store.leader:
+            with suppress(OSError):  # it stays, since other tasks of an array may be writing there
+                out.mkdir(parents=True, exist_ok=True)
             check_writable(out)
             guard(out, pictures)
             remember(out, stages, pictures, args.cache)
+            Store(args.cache).remember(out, [s for s in homes if s != pictures])
         else:
             end_with_parent()
         if prompts is not None:

@@ -109,11 +109,10 @@ def result(
                 "prepared": made.told.get("prepared", "as they are"),
                 "sizes": made.told["sizes"][:5],
             },
-            "mode": {n: MODES[n] for n in options.features if n in MODES},
-            "features": {w.score: [] for w in measured}
-            | {
+            "mode": {w.space: MODES[w.space] for w in measured if w.space in MODES},
+            "features": {
                 score: [described(w.extractor) for w in measured if w.score == score]
-                for score in {w.score: None for w in measured}
+                for score in dict.fromkeys(w.score for w in measured)
             },
         },
         "pictures": {k: v for k, v in made.told.items() if k != "sizes"},

@@ -48,6 +48,7 @@ from experiments.pipeline.sample import Sample
 from experiments.pipeline.stage import FileStage
 from experiments.settings import ConfigError, parse_overrides, pick, resolved
 
+SCENES = 32  # pixels of the pictures that the embedded classifier learnt from
 WAYS = {"val2014": "--coco ROOT", "classes": "--classes K", "file": "--prompts FILE"}
 
 
@@ -310,6 +311,11 @@ def sized(options: Options, source: Source, like: Source) -> Source:
                 f"({some_sizes}); give --resolution and --crop"
             )
         return source
+    if options.features == ["scenes"] and size > SCENES and size % SCENES:
+        raise ConfigError(
+            f"the embedded classifier reads pictures of {SCENES} px or multiples of it, not of "
+            f"{size}; give --resolution and --crop"
+        )
     others = [s for s in source.told["sizes"] if s != [size, size]]
     if not others:
         return source

@@ -75,6 +75,7 @@ class Shards(Stage):
 
     def run(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write the tars, or list the user's, or list pictures."""
+        from data.shards import count_rows
         from data.sources import find_shards, list_pictures, write_embedded
 
         source = self.source
@@ -105,7 +106,9 @@ class Shards(Stage):
                 self.size,
                 allow_pipe=True,  # the settings allowed it
             )
-            shards.save(folder / "shards.json")
+        if self.split == "train":  # once, not whenever a training starts
+            shards = replace(shards, rows=count_rows(shards))
+        shards.save(folder / "shards.json")
         return {"shards": len(shards.paths)}
 
     def shards(self, inputs: Folders) -> ShardList:

@@ -45,7 +45,7 @@ class EncodedView:
 class Encode(SplitStage):
     """A cache of what first stages make of the training pictures; a part is a shard."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     APART: ClassVar[bool] = True
 
     shards: Shards
@@ -85,6 +85,7 @@ class Encode(SplitStage):
         views = {v.name: {"reduce": v.reduce, "first_stage": file_hash(v.first_stage.file(inputs))}
                  for v in self.views}  # fmt: skip
         return {
+            "version": self.VERSION,
             "tokenizer": file_hash(self.views[0].first_stage.file(inputs)),
             "views": views,
             "text": None if self.text is None else plain_content(self.text),

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.crops import CROPS
+from data.crops import CROPS, box_of
 
 NAMED = {
     "adm": "adm",
@@ -88,3 +88,21 @@ def test_dalle_cuts_near_the_centre_and_enlarges_a_little() -> None:
 @pytest.mark.parametrize("name", CROPS)
 def test_an_extreme_shape_costs_no_memory(name: str) -> None:
     assert cut(name, Image.new("RGB", (60_000, 1)), 256).shape == (256, 256, 3)
+
+
+@settings(deadline=None)
+@given(
+    sides=st.tuples(st.integers(16, 250), st.integers(16, 250)), seed=st.integers(0, 99),
+    name=st.sampled_from(sorted(CROPS)),
+)  # fmt: skip
+def test_the_box_of_a_crop_is_where_it_was_cut(sides, seed, name) -> None:
+    """The ramp's values say where, up to filters, and odd pixels that halving drops."""
+    size = 16
+    left, top, right, bottom = box_of(name, sides, size, random.Random(seed))
+    assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+    made = cut(name, ramp(*sides), size, seed).astype(float)
+    columns = left * sides[0] + (np.arange(size) + 0.5) * (right - left) * sides[0] / size - 0.5
+    rows = top * sides[1] + (np.arange(size) + 0.5) * (bottom - top) * sides[1] / size - 0.5
+    inner = slice(3, -3)
+    assert np.abs(made[8, inner, 0] - columns[inner]).max() <= 2 + 0.03 * sides[0]
+    assert np.abs(made[inner, 8, 1] - rows[inner]).max() <= 2 + 0.03 * sides[1]

@@ -216,7 +216,7 @@ def test_a_shard_that_goes_or_changes_is_counted_and_the_others_go_on(
 def test_what_a_worker_refuses_is_one_sentence(tmp_path: Path, workers: int) -> None:
     paths = written(tmp_path, 4, 30)
     data = data_of(ShardList(tuple(paths)), 1, workers, epoch_batches=1000, max_skipped=0.2)
-    with pytest.raises(ValueError, match=r"^\d+ of 50\d samples were skipped: ") as error:
+    with pytest.raises(ValueError, match=r"^\d+ of \d+ samples were skipped: ") as error:
         for number, _ in enumerate(data.stream(0)):
             if number == 20:
                 for path in paths[1:]:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from safetensors.torch import load_file
@@ -239,6 +239,7 @@ def test_large_codebooks_take_four_bytes(shards: ShardList, tmp_path: Path) -> N
     assert batches(TokenData(tmp_path, batch_size=4))[0]["tokens"].min() >= 70_000
 
 
+@settings(deadline=None)
 @given(
     size=st.integers(1, 7),
     world=st.integers(1, 3),
@@ -396,6 +397,13 @@ def test_several_crops_are_kept_and_drawn(tmp_path: Path) -> None:
         one, three = (all_of(tmp_path / name, f"tokens{end}") for name in ("one", "three"))
         np.testing.assert_array_equal(one, three)
     known = {name: all_of(tmp_path / "three", name) for name in source.tensors}
+    for row, boxes in enumerate(source.rows["crops"].to_pylist()):
+        assert len(boxes) == 3
+        for number, (left, top, right, bottom) in enumerate(boxes):
+            assert (top, bottom, right - left) == (0, 8, 8)
+            part = to_tensor(image[:, int(left) : int(right)])[None]
+            stored = known["tokens" + (f"_crop{number}" if number else "")][row]
+            assert (encode(part)[0].numpy() == stored).all()
     assert len({rows.tobytes() for rows in known.values()}) == 6
     keys = source.rows["key"].to_pylist()
     drawn: dict[str, set[str]] = {key: set() for key in keys}
@@ -469,6 +477,7 @@ def test_what_a_part_is_made_of(shards: ShardList, tmp_path: Path) -> None:
     assert [row["key"] for row in table] == [f"{i:04d}" for i in range(6, 12)]
     assert table[2] == {
         "key": "0008", "captions": ["number 8"], "label": 8, "width": 8, "height": 8, "row": 2,
+        "crops": [[0.0, 0.0, 8.0, 8.0]],
     }  # fmt: skip
     index = read_index(tmp_path)
     assert [part["rows"] for part in index["parts"]] == [6, 6, 6, 5]

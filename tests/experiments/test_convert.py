@@ -212,7 +212,7 @@ def test_codes_that_occur_in_a_cache_are_kept(
     save_file({"tokens": tokens[1:]}, cache / "00001.safetensors")
     made = {"num_codes": 12, "tokenizer": file_hash("t.safetensors")}
     parts = [{"name": f"{i:05d}"} for i in range(2)]
-    write_json(cache / "cache.json", {"made": made, "parts": parts, "count": 2})
+    write_json(cache / "cache.json", {"made": made, "parts": parts, "count": 2, "about": {}})
     words = ("--paper", "vqgan", "--from", "t.safetensors", "--codes", "cache", "--out")
     assert convert(*words, "kept") == 0
     ours = load_first_stage("kept.safetensors")
@@ -222,7 +222,7 @@ def test_codes_that_occur_in_a_cache_are_kept(
 
     torch.save(torch.zeros(11, dtype=torch.int64), "short.pt")
     torch.save({"a": torch.zeros(1), "b": torch.zeros(1)}, "two.pt")
-    other = {"made": {**made, "tokenizer": "other"}, "parts": parts, "count": 2}
+    other = {"made": {**made, "tokenizer": "other"}, "parts": parts, "count": 2, "about": {}}
     write_json(cache / "cache.json", other)
     for source, codes, message in (
         ("t.safetensors", "cache", "cache was made with another tokenizer"),

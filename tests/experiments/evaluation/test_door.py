@@ -305,6 +305,11 @@ REFUSED = {
          "NPZ"],
         "kid compares pictures, and",
     ),
+    "a size that the classifier cannot read": (
+        ["--images", "IMAGES", "--reference", "VAL", "--resolution", 48, "--crop", "square",
+         "--features", "scenes"],
+        "reads pictures of 32 px or multiples of it, not of 48",
+    ),
     "statistics of other features": (
         ["--ckpt", "CKPT", "--num", 4, "--features", "scenes", "--reference", "NPZ"],
         "holds statistics of 3 features, and scenes has 64",
