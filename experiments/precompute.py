@@ -36,7 +36,7 @@ from lightning_modules.common.checks import at_least
 from lightning_modules.common.config import TextConfig
 
 COMMAND = "python -m experiments.precompute"
-OURS = (".safetensors", ".parquet", INDEX, "running.json")
+OURS = (".safetensors", ".parquet", ".try", INDEX, "running.json")
 
 EPILOG = f"""settings:
   data.KEY=VALUE as in a run (data=cc3m data.root=DIR, data.shards=..., data.resolution=256,

@@ -5,7 +5,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,10 @@ def check_writable(out: Path) -> None:
     try:
         with atomic(out / "config.yaml.try") as temporary:
             temporary.touch()
-        (out / "config.yaml.try").unlink()
+        (out / "config.yaml.try").unlink(missing_ok=True)  # of another process, too
         if not there:
-            out.rmdir()  # a run that fails leaves no folder
+            with suppress(OSError):  # where another process works in it by now
+                out.rmdir()  # a run that fails leaves no folder
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
