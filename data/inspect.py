@@ -19,7 +19,6 @@ from data.files import link, write_json
 from experiments.cli import Parser, command, console, counted, prepare_torch, speaker
 from experiments.pipeline.data import Data
 from experiments.pipeline.ranks import RANKS, is_leader
-from experiments.pipeline.runner import in_one_line
 from experiments.pipeline.stage import Log, Machine
 from experiments.pipeline.store import Store
 from experiments.pipeline.survey import Survey
@@ -53,6 +52,8 @@ def run(argv: Sequence[str]) -> int:
     splits = tuple(data.shards(split) for split in ("train", "val"))
     stage = Survey(splits, config.view(), config.max_skipped, args.limit)
     prepare_torch()
+    from experiments.pipeline.runner import in_one_line
+
     store = Store(args.cache)
     # further processes take part as ranks of the same launch
     others = [_helper(argv, rank) for rank in range(1, args.workers)] if store.leader else []
