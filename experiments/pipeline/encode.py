@@ -82,8 +82,10 @@ class Encode(SplitStage):
 
         Of first stages and text encoders the content counts, wherever they lie.
         """
-        views = {v.name: {"reduce": v.reduce, "first_stage": file_hash(v.first_stage.file(inputs))}
-                 for v in self.views}  # fmt: skip
+        views = {
+            v.name: {"reduce": v.reduce, "first_stage": file_hash(v.first_stage.file(inputs))}
+            for v in self.views
+        }
         return {
             "version": self.VERSION,
             "tokenizer": file_hash(self.views[0].first_stage.file(inputs)),

@@ -287,13 +287,32 @@ REFUSED = {
     ),
     "an unknown score": (["--scores", "fid,kit"], "--scores: 'kit' is not one of fid, kid"),
     "a score of Inception": (
-        ["--ckpt", "CKPT", "--num", 4, "--scores", "sfid", "--features", "scenes", "--reference",
-         "VAL"],
+        [
+            "--ckpt",
+            "CKPT",
+            "--num",
+            4,
+            "--scores",
+            "sfid",
+            "--features",
+            "scenes",
+            "--reference",
+            "VAL",
+        ],
         "sfid is a score of Inception-v3 alone",
     ),
     "an unknown setting": (
-        ["--ckpt", "CKPT", "--num", 4, "--reference", "VAL", "--features", "scenes",
-         "sampling.step=3"],
+        [
+            "--ckpt",
+            "CKPT",
+            "--num",
+            4,
+            "--reference",
+            "VAL",
+            "--features",
+            "scenes",
+            "sampling.step=3",
+        ],
         "did you mean sampling.steps?",
     ),
     "weights that are not there": (
@@ -301,13 +320,33 @@ REFUSED = {
         "there is no file none.pt",
     ),
     "pictures for a score of pictures": (
-        ["--ckpt", "CKPT", "--num", 4, "--scores", "kid", "--features", "scenes", "--reference",
-         "NPZ"],
+        [
+            "--ckpt",
+            "CKPT",
+            "--num",
+            4,
+            "--scores",
+            "kid",
+            "--features",
+            "scenes",
+            "--reference",
+            "NPZ",
+        ],
         "kid compares pictures, and",
     ),
     "a size that the classifier cannot read": (
-        ["--images", "IMAGES", "--reference", "VAL", "--resolution", 48, "--crop", "square",
-         "--features", "scenes"],
+        [
+            "--images",
+            "IMAGES",
+            "--reference",
+            "VAL",
+            "--resolution",
+            48,
+            "--crop",
+            "square",
+            "--features",
+            "scenes",
+        ],
         "reads pictures of 32 px or multiples of it, not of 48",
     ),
     "statistics of other features": (
@@ -329,7 +368,7 @@ REFUSED = {
         ["--ckpt", "CKPT", "--num", 4, "--seed", 2**32, "--reference", "VAL"],
         "no picture's seed may exceed",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
