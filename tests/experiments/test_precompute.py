@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -69,6 +70,18 @@ def cache(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cache")
     assert precompute.run(words(shards, root)) == 0
     return root / "out"
+
+
+def test_remote_shards_are_encoded_as_local_ones_are(
+    cache: Path, shards: Path, tmp_path: Path
+) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in (shards / "train").iterdir():
+        memory.pipe(f"/precompute/train/{path.name}", path.read_bytes())
+    remote = "data.shards=memory://precompute/train/*.tar"
+    assert precompute.run([*words(shards, tmp_path), remote]) == 0
+    for path in cache.glob("*.parquet"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 def process(argv: list[str], env: dict[str, str], killed_at: int | None, made: Path) -> None:
