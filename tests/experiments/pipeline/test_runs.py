@@ -568,10 +568,9 @@ def test_photographs_through_shards(shards: str, tmp_path: Path) -> None:
     assert run.fate()["tokenizer"] == "reused" and run.fate()["train"] == "runs"
     names = {"tokenizer/psnr", "tokenizer/ssim", "tokenizer/codebook_usage"}
     # of captions that no classifier reads
-    scores = {"eval/fd_scenes", "eval/fd_scenes_floor", "eval/network_calls"}
-    assert {
-        n for n in run.metrics if n.startswith("eval/")
-    } == scores and names <= run.metrics.keys()
+    scores = {"eval/fd_scenes", "eval/fd_scenes_floor"}
+    found = {name for name in run.metrics if name.startswith("eval/")}
+    assert found == scores | {"eval/network_calls"} and names <= run.metrics.keys()
     assert "say little of what the pictures show" in run.metrics["eval/fd_scenes"]["about"]
 
     # the split by key: what is validated was not trained on, and nothing is lost
