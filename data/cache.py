@@ -41,15 +41,19 @@ from data.skips import SkipCounter
 from data.view import MAX_SKIPPED, ShardList, View
 from data.webdata import ShardPictures
 
-SCHEMA = pyarrow.schema([
-    ("key", pyarrow.string()),
-    ("captions", pyarrow.list_(pyarrow.string())),
-    ("label", pyarrow.int64()),
-    ("width", pyarrow.int32()),
-    ("height", pyarrow.int32()),
-    ("crops", pyarrow.list_(pyarrow.list_(pyarrow.float32()))),  # left, top, right, bottom; pixels
-    ("row", pyarrow.int64()),  # number among the samples of the split in the shard, good and bad
-])  # fmt: skip
+SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),
+        ("captions", pyarrow.list_(pyarrow.string())),
+        ("label", pyarrow.int64()),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        # left, top, right, bottom of every crop in pixels
+        ("crops", pyarrow.list_(pyarrow.list_(pyarrow.float32()))),
+        # number among the samples of the split in the shard, good and bad
+        ("row", pyarrow.int64()),
+    ]
+)
 
 
 class Encoder(NamedTuple):
@@ -150,8 +154,9 @@ def encode_shard(
         draw = frozen(view, sample["key"])
         draws = [f"{draw}/{i}" if i else draw for i in range(encoding.crops)]
         several = [visited(sample, view, one, flip=False) for one in draws]
-        boxes = [crop_box(sample["data"], view.resolution, view.crop, drawn(d, "crop"))
-                 for d in draws]  # fmt: skip
+        boxes = [
+            crop_box(sample["data"], view.resolution, view.crop, drawn(d, "crop")) for d in draws
+        ]
         (width, height), _ = boxes[0]
         pixels = np.stack([s["pixels"] for s in several])  # [crops, H, W, 3]
         kept = {"captions": sample["captions"], "row": sample["row"]}

@@ -10,7 +10,7 @@ INDEX = "cache.json"
 
 
 class Difference(NamedTuple):
-    """A setting in which two caches, or a cache and who would read it, are not the same."""
+    """A value in which two plain containers, such as the settings of two caches, differ."""
 
     name: str
     one: Any
@@ -59,7 +59,7 @@ def part_names(shards: Sequence[str]) -> list[str]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """List the values in which two plain settings differ, by dotted name."""
+    """List the values in which two plain containers differ, by dotted name."""
     mine, theirs = dict(_flat(one)), dict(_flat(other))
     names = [*mine, *(name for name in theirs if name not in mine)]
     return [
@@ -70,7 +70,12 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Differ
 
 
 def _flat(value: Any, at: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
+    """Return the leaves by dotted name; a list of plain values is one."""
+    if isinstance(value, Mapping):
+        inside = [*value.items()]
+    elif isinstance(value, (list, tuple)) and any(isinstance(v, (Mapping, list)) for v in value):
+        inside = [*enumerate(value)]
+    else:
         return [(at, value)]
-    pairs = ((f"{at}.{name}" if at else str(name), inner) for name, inner in value.items())
+    pairs = ((f"{at}.{name}" if at else str(name), inner) for name, inner in inside)
     return [leaf for name, inner in pairs for leaf in _flat(inner, name)]

@@ -135,8 +135,12 @@ class Frame:
         """Return a part."""
         left, top, right, bottom = self.box
         across, down = (right - left) / self.width, (bottom - top) / self.height
-        part = (left + box[0] * across, top + box[1] * down,
-                left + box[2] * across, top + box[3] * down)  # fmt: skip
+        part = (
+            left + box[0] * across,
+            top + box[1] * down,
+            left + box[2] * across,
+            top + box[3] * down,
+        )
         return Frame((box[2] - box[0], box[3] - box[1]), part)
 
 

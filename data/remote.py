@@ -256,7 +256,8 @@ def _piped(url: str, access: Access) -> IO[bytes]:
         source = process.stdout
         assert source is not None
         try:
-            while block := _watched(lambda: source.read(BLOCK), url, access):
+            # what there is, not a whole block: a slow command does not stand still
+            while block := _watched(lambda: os.read(source.fileno(), BLOCK), url, access):
                 output.write(block)
         except StalledError:
             os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
@@ -289,8 +290,9 @@ def _cached(url: str, access: Access, folder: Path) -> IO[bytes]:
 
 def _make_room(folder: Path, room: int) -> None:
     """Delete the copies not read for longest until the rest fits into `room` bytes."""
-    found = [(p.stat().st_mtime, p.stat().st_size, p) for p in folder.iterdir() if p.suffix]
-    copies = sorted(c for c in found if not c[2].name.startswith("."))
+    # hidden files are locks, and copies that others are making, which may be gone at any moment
+    found = [(p.stat(), p) for p in folder.iterdir() if not p.name.startswith(".")]
+    copies = sorted((status.st_mtime, status.st_size, p) for status, p in found)
     filled = sum(size for _, size, _ in copies)
     for _, size, path in copies:
         if filled <= room:

@@ -10,8 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from data.cached import differences
 from experiments.cli import Parser, blame, command, console
-from experiments.evaluation.results import differences
 from experiments.settings import ConfigError
 
 COMMAND = "python -m eval.compare"
@@ -92,7 +92,9 @@ def read(path: Path) -> dict[str, Any]:
 def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return in which respects two results were not made alike, with both values of each."""
     found = differences(one["protocol"], other["protocol"])
-    rows = [row for row in found if not any(within(row[0], name) for name in ASIDE)]
+    rows: list[tuple[str, Any, Any]] = [
+        row for row in found if not any(within(row[0], name) for name in ASIDE)
+    ]
     mine, theirs = (result["protocol"].get("features", {}) for result in (one, other))
     for score in [name for name in mine if name in theirs]:
         rows += differences(

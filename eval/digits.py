@@ -19,7 +19,7 @@ SEED = 0  # of the split: the classifier is a fixed measure, not a setting
 MODEL = "SVM (RBF, C=10) on 1,437 of the 8x8 digits of scikit-learn"
 SHOWN = {
     "digit_accuracy": Metric(
-        "Digit accuracy", "samples that a classifier reads as asked", percent=True, better="higher"
+        "Digit accuracy", "samples that a classifier reads as asked", better="higher"
     ),
 }
 

@@ -38,7 +38,8 @@ class WeightFile:
     def find(self, given: Path | str | None = None) -> Path:
         """Return the file: the given one, one of the usual caches, or a download.
 
-        A file of a cache, or a download, counts only with the right checksum. One process
+        A file of a cache, or a download, counts only with the right checksum; one whose checksum
+        is not published only in its own place, since caches hold others of its name. One process
         downloads while others wait, and nothing half-written is ever left.
 
         Raises:
@@ -51,9 +52,15 @@ class WeightFile:
             return path
         # where torch, clean-fid and CLIP keep their files
         for folder in (checkpoints(), Path(tempfile.gettempdir()), Path.home() / ".cache" / "clip"):
-            if self.fits(folder / self.name):
+            if self.sha256 and self.fits(folder / self.name):
                 return folder / self.name
-        return self.of_hub() or self.download(checkpoints() / self.name)
+        return self.of_hub() or self.download(self.place)
+
+    @property
+    def place(self) -> Path:
+        """Where a download goes."""
+        owner = [] if self.sha256 else [self.repository.replace("/", "--")]
+        return checkpoints().joinpath(*owner, self.name)
 
     def fits(self, path: Path) -> bool:
         """Return whether the file is there with its checksum."""

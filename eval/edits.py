@@ -23,10 +23,10 @@ from eval.rows import Asked, Measure, Measured, reduced
 
 SHOWN = {
     "object_accuracy": Metric(
-        "Asked thing", "edits in which it is there, in its place", percent=True, better="higher"
+        "Asked thing", "edits in which it is there, in its place", better="higher"
     ),
     "rest_accuracy": Metric(
-        "The rest", "edits after which all else is read as before", percent=True, better="higher"
+        "The rest", "edits after which all else is read as before", better="higher"
     ),
     "rest_l1": Metric(
         "L1 of the rest", "to the unedited picture outside the mask; 0 is the same", better="lower"

@@ -82,7 +82,9 @@ class FeatureStats:
         return self
 
 
-def frechet_distance(a: FeatureStats | Moments, b: FeatureStats | Moments) -> float:
+def frechet_distance(
+    a: FeatureStats | Moments, b: FeatureStats | Moments, root: Tensor | None = None
+) -> float:
     """Return the squared Frechet distance of two Gaussians fitted to features.
 
     |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2) (Dowson & Landau 1982; Heusel et al.,
@@ -90,16 +92,14 @@ def frechet_distance(a: FeatureStats | Moments, b: FeatureStats | Moments) -> fl
     S_b = R R^T: symmetric, hence real, also where a covariance is singular. Equal sets give 0 up
     to rounding, of either sign.
 
+    Args:
+        a: statistics of the one set.
+        b: statistics of the other.
+        root: R [d, r] of b, where it is known.
+
     Raises:
         ValueError: features of different widths, or a set of fewer than 2.
     """
-    return _distance(a, b)
-
-
-def _distance(
-    a: FeatureStats | Moments, b: FeatureStats | Moments, root: Tensor | None = None
-) -> float:
-    """The distance, with a root [d, r] of the covariance of b where it is known."""
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers do not compare")
     cov_a = a.covariance
@@ -194,10 +194,10 @@ def frechet_infinity(rows: np.ndarray, real: FeatureStats | Moments, seed: int =
         stats.merge(FeatureStats.of(rows[order[stats.n : size]]))
         if size < width:
             thin = _root_of(torch.from_numpy(rows[order[:size]]), stats)
-            distances.append(_distance(real, stats, thin))
+            distances.append(frechet_distance(real, stats, thin))
         else:
             root = _root(real.covariance) if root is None else root
-            distances.append(_distance(stats, real, root))
+            distances.append(frechet_distance(stats, real, root))
     return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
 
 
@@ -222,7 +222,7 @@ def frechet_score(
     """
     a = FeatureStats.of(made)
     b = FeatureStats.of(real) if isinstance(real, np.ndarray) else real
-    value = _distance(b, a, _root_of(torch.from_numpy(made), a))
+    value = frechet_distance(b, a, _root_of(torch.from_numpy(made), a))
     influence = frechet_influence(a, b, made)
     if paired and isinstance(real, np.ndarray) and isinstance(b, FeatureStats):
         influence = influence + frechet_influence(b, a, real)

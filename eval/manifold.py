@@ -35,7 +35,6 @@ SHOWN = {
         space.named(name): Metric(
             space.named(name).replace("_", " ").capitalize(),
             f"{what}, in features of {space.what}",
-            percent=name != "density",
             better="higher",
         )
         for space in SPACES.values()

@@ -10,7 +10,5 @@ class Metric(NamedTuple):
     """What it is called."""
     what: str
     """What it measures, in a few words."""
-    percent: bool = False
-    """Shown as a percentage."""
     better: Literal["higher", "lower", ""] = ""
     """Which way is better; empty where neither is."""

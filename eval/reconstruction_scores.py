@@ -32,9 +32,7 @@ SHOWN = {
     "lpips_scenes": Metric(
         "LPIPS scenes", "distance in LPIPS's form, in a small network of scenes", better="lower"
     ),
-    "codebook_usage": Metric(
-        "Codebook usage", "codes that occur at all", percent=True, better="higher"
-    ),
+    "codebook_usage": Metric("Codebook usage", "codes that occur at all", better="higher"),
     "codebook_perplexity": Metric("Codebook perplexity", "codes in effective use", better="higher"),
 }
 MEANS = {

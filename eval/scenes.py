@@ -46,19 +46,16 @@ SHOWN = {
     "scene_accuracy": Metric(
         "Scene accuracy",
         "prompts whose every attribute, relation and background is right",
-        percent=True,
         better="higher",
     ),
     "scene_atoms": Metric(
         "Scene atoms",
         "share of what a prompt says that is right: attributes, relation, background",
-        percent=True,
         better="higher",
     ),
     "scene_coverage": Metric(
         "Scene coverage",
         "share of the scenes that an asking can give which appear, of as many as it is asked for",
-        percent=True,
         better="higher",
     ),
     "scene_coverage_real": Metric("Scene coverage, real", "the same of real pictures"),

@@ -112,7 +112,7 @@ def sweep_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read a sweep file in W&B's format, of which a grid of given values can be run here.
+    """Read a sweep file in W&B's format, of which a grid or random draws can be run here.
 
     Raises:
         ConfigError: no readable file, or something in it that only a W&B server can do.
@@ -127,7 +127,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path}: a sweep has `parameters`, a table of settings")
     strange = [key for key in content if key not in KNOWN]
     if strange:
-        raise ConfigError(f"{path}: {strange[0]} is for a W&B server; here goes a plain grid")
+        raise ConfigError(f"{path}: {strange[0]} is for a W&B server; take it out")
     method = content.get("method")
     if method not in METHODS:
         raise ConfigError(

@@ -76,9 +76,16 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("t5")
     model = T5EncoderModel(
-        T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-                 feed_forward_proj="gated-gelu")
-    )  # fmt: skip
+        T5Config(
+            vocab_size=384,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=generator)

@@ -11,11 +11,32 @@ from lightning_modules.vq_diffusion.module import VQDiffusionModule
 from lightning_modules.vqgan.module import VQGANModule
 from tests.tiny_generators import BY_CLASS
 
-TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
-             "z_channels": 4, "embed_dim": 4, "num_codes": 12, "norm_groups": 4}  # fmt: skip
-MODEL = {"c_in": 8, "c_out": 8, "num_labels": 12, "c_r": 8, "patch_size": 1, "c_cond": 8,
-         "c_hidden": [8, 8], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
-         "clip_embd": 0, "clip_image": False, "byt5_embd": 8, "dropout": 0.0}  # fmt: skip
+TOKENIZER = {
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "z_channels": 4,
+    "embed_dim": 4,
+    "num_codes": 12,
+    "norm_groups": 4,
+}
+MODEL = {
+    "c_in": 8,
+    "c_out": 8,
+    "num_labels": 12,
+    "c_r": 8,
+    "patch_size": 1,
+    "c_cond": 8,
+    "c_hidden": [8, 8],
+    "nhead": [-1, 2],
+    "blocks": [1, 1],
+    "level_config": ["CT", "CTA"],
+    "clip_embd": 0,
+    "clip_image": False,
+    "byt5_embd": 8,
+    "dropout": 0.0,
+}
 TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
 

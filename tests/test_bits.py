@@ -20,10 +20,12 @@ PROMPTS = [CAPTIONS[i % 4] for i in range(PICTURES)]
 
 def in_batches(module: Any, size: int) -> Tensor:
     """Draw the same pictures in batches of one size: [PICTURES, h, w]."""
-    return torch.cat([
-        draw(module, PROMPTS[first : first + size], range(first, min(first + size, PICTURES)))
-        for first in range(0, PICTURES, size)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            draw(module, PROMPTS[first : first + size], range(first, min(first + size, PICTURES)))
+            for first in range(0, PICTURES, size)
+        ]
+    )
 
 
 @pytest.mark.parametrize("paper", ["paella", "muse", "vq_diffusion"])

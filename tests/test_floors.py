@@ -37,9 +37,10 @@ if "improved_vqd" in PAPERS:  # it is what a second paper changes in the first
 
 def files() -> list[Path]:
     return [
-        path for room in ("experiments", "eval", "data", "lightning_modules")
+        path
+        for room in ("experiments", "eval", "data", "lightning_modules")
         for path in sorted((ROOT / room).rglob("*.py"))
-    ]  # fmt: skip
+    ]
 
 
 def imports(path: Path, tree: ast.AST) -> Iterator[str]:
@@ -80,10 +81,12 @@ def private_names(source: str) -> list[str]:
     tree, found = ast.parse(source), []
     own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     own |= {
-        n.attr for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute)
+        and ast.unparse(n.value) == "self"
         and isinstance(n.ctx, ast.Store)
-    }  # fmt: skip
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
             found += [a.name for a in node.names if a.name.startswith("_")]
@@ -209,10 +212,14 @@ def test_private_names_stay_in_their_module(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in files() if (p.parent.name, p.name) != ("lightning_modules", "registry.py")
-     and p.parent.name not in ("papers", *PAPERS)],
+    [
+        p
+        for p in files()
+        if (p.parent.name, p.name) != ("lightning_modules", "registry.py")
+        and p.parent.name not in ("papers", *PAPERS)
+    ],
     ids=lambda p: str(p.relative_to(ROOT)),
-)  # fmt: skip
+)
 def test_only_its_own_files_name_a_paper(path: Path) -> None:
     source = path.read_text()
     assert papers_named(source) == []

@@ -17,12 +17,22 @@ from lightning_modules.registry import load_first_stage, load_generator
 from lightning_modules.vqgan.module import VQGANModule
 from tests.tiny_generators import MUSE, K, same, tiny
 
-TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
-             "z_channels": 4, "embed_dim": 4, "num_codes": K, "norm_groups": 4}  # fmt: skip
+TOKENIZER = {
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "z_channels": 4,
+    "embed_dim": 4,
+    "num_codes": K,
+    "norm_groups": 4,
+}
 SAMPLING = {"steps": 3, "guidance_end": 2.0, "superres": {"steps": 4, "top_k": 5}}
 HIGH = {"grid": [8, 8], "num_codes": K}
-SUPERRES = {"enabled": True, "model": {**MUSE, "low_num_codes": K, "low_layers": 1,
-                                       "low_max_side": 4, "block": 2}}  # fmt: skip
+SUPERRES = {
+    "enabled": True,
+    "model": {**MUSE, "low_num_codes": K, "low_layers": 1, "low_max_side": 4, "block": 2},
+}
 ASKED = Request(["a red circle", "two"], [1, 2])
 
 Save = Callable[..., Path]

@@ -32,29 +32,65 @@ PAPERS: dict[str, type[GeneratorModule]] = {
 
 BYTES = {"name": "bytes", "width": 16, "layers": 1, "buckets": 64}
 PAELLA = {
-    "c_in": 8, "c_out": 8, "num_labels": K, "c_r": 8, "patch_size": 1, "c_cond": 16,
-    "c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
-    "clip_embd": 0, "clip_image": False, "byt5_embd": 16,
-}  # fmt: skip
+    "c_in": 8,
+    "c_out": 8,
+    "num_labels": K,
+    "c_r": 8,
+    "patch_size": 1,
+    "c_cond": 16,
+    "c_hidden": [8, 16],
+    "nhead": [-1, 2],
+    "blocks": [1, 1],
+    "level_config": ["CT", "CTA"],
+    "clip_embd": 0,
+    "clip_image": False,
+    "byt5_embd": 16,
+}
 VQD = {
-    "num_codes": K, "n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_hidden_times": 2,
-    "spatial_size": [4, 4], "diffusion_steps": 10, "condition_dim": 16,
-}  # fmt: skip
+    "num_codes": K,
+    "n_layer": 2,
+    "n_embd": 16,
+    "n_head": 2,
+    "mlp_hidden_times": 2,
+    "spatial_size": [4, 4],
+    "diffusion_steps": 10,
+    "condition_dim": 16,
+}
 BY_CLASS = {**VQD, "condition": "class", "class_number": CLASSES, "mlp_type": "conv_mlp"}
 MUSE = {
-    "num_codes": K, "hidden": 16, "mlp": 32, "layers": 2, "heads": 2, "max_side": 8,
+    "num_codes": K,
+    "hidden": 16,
+    "mlp": 32,
+    "layers": 2,
+    "heads": 2,
+    "max_side": 8,
     "text_width": 16,
-}  # fmt: skip
+}
 UVIT = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
-    "in_channels": 8, "block_out_channels": 8, "block_num_heads": 2, "num_res_blocks": 1,
-    "vocab_size": K + 2, "codebook_size": K, "encoder_hidden_size": 16, "cond_embed_dim": 16,
-    "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20,
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "in_channels": 8,
+    "block_out_channels": 8,
+    "block_num_heads": 2,
+    "num_res_blocks": 1,
+    "vocab_size": K + 2,
+    "codebook_size": K,
+    "encoder_hidden_size": 16,
+    "cond_embed_dim": 16,
+    "micro_cond_encode_dim": 4,
+    "micro_cond_embed_dim": 20,
+}
 DIT = {
-    "input_size": 4, "in_channels": CHANNELS, "hidden_size": 32, "depth": 2, "num_heads": 2,
-    "text_width": 16, "num_classes": CLASSES,
-}  # fmt: skip
+    "input_size": 4,
+    "in_channels": CHANNELS,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "text_width": 16,
+    "num_classes": CLASSES,
+}
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "paella": {"steps": 4, "guidance_start": 3.0, "guidance_end": 2.0},
@@ -64,12 +100,33 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "ldmae": {"steps": 5, "guidance": 3.0, "guidance_channels": None, "timestep_shift": 0.7},
 }
 MASKS = [
-    "confidence", "max_p", "margin", "entropy", "random", "halton", "moment", "eb", "klass", "mdlm",
-    "remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop", "posterior", "flow",
-]  # fmt: skip
+    "confidence",
+    "max_p",
+    "margin",
+    "entropy",
+    "random",
+    "halton",
+    "moment",
+    "eb",
+    "klass",
+    "mdlm",
+    "remdm_cap",
+    "remdm_rescale",
+    "remdm_conf",
+    "remdm_loop",
+    "posterior",
+    "flow",
+]
 RANDOM = [
-    "eb", "posterior", "gibbs", "gidd", "flow", "renoise_start", "renoise_prev", "renoise_rand",
-]  # fmt: skip
+    "eb",
+    "posterior",
+    "gibbs",
+    "gidd",
+    "flow",
+    "renoise_start",
+    "renoise_prev",
+    "renoise_rand",
+]
 # what further ways of sampling a checkpoint has, by paper
 SAMPLERS: dict[str, list[dict[str, Any]]] = {
     "paella": [
@@ -117,7 +174,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "improved_vqd causal": {"model": {**VQD, "causal": True}, "null_condition": {"length": 3}},
     "muse": {"model": MUSE},
     "muse learned": {
-        "model": {**MUSE, "null_text": "learned"}, "objective": {"visible_weight": 1.0},
+        "model": {**MUSE, "null_text": "learned"},
+        "objective": {"visible_weight": 1.0},
     },
     "muse critic": {"model": MUSE, "critic": {"layers": 1}},
     "muse uvit": {"network": "uvit", "uvit": UVIT},
@@ -125,10 +183,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "ldmae label": {"model": DIT, "condition": "label"},
     "ldmae none": {"model": DIT, "condition": "none", "sampling": {"guidance": 1.0}},
     "ldmae ddpm": {
-        "model": DIT, "sampling": {"solver": "ddim", "eta": 0.5},
+        "model": DIT,
+        "sampling": {"solver": "ddim", "eta": 0.5},
         "objective": {"kind": "ddpm", "train_steps": 50},
     },
-}  # fmt: skip
+}
 
 
 class Greys(nn.Module):
@@ -194,9 +253,13 @@ def tiny(kind: str, random: float = 0.0, **sections: Any) -> Any:
     """
     paper = kind.split()[0]
     config: dict[str, Any] = {
-        "paper": paper, "seed": 5, "grid": [*GRID], "text": BYTES, "sampling": SAMPLING[paper],
+        "paper": paper,
+        "seed": 5,
+        "grid": [*GRID],
+        "text": BYTES,
+        "sampling": SAMPLING[paper],
         **({"channels": CHANNELS} if paper == "ldmae" else {"num_codes": K}),
-    }  # fmt: skip
+    }
     for more in (KINDS[kind], sections):
         for name, section in more.items():
             both = isinstance(section, dict) and name in config
@@ -230,9 +293,13 @@ def exact(module: Any) -> Any:
 
 
 def draw(
-    module: Any, prompts: Sequence[str], seeds: Sequence[int], on_step: OnStep | None = None,
-    changes: Mapping[str, Any] | None = None, **more: Any,
-) -> Tensor:  # fmt: skip
+    module: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    on_step: OnStep | None = None,
+    changes: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Tensor:
     """Sample tokens or latents; `more` are fields of the request, `changes` sampling settings."""
     settings = module.settings(changes or {})
     return module.sample_tokens(Request(prompts, seeds, **more), settings, on_step)
@@ -276,9 +343,14 @@ class Stop(L.Callback):
 def fit(module: Any, epochs: int, ckpt: Path | None = None, **options: Any) -> L.Trainer:
     """Train and validate on BATCHES batches of the module's kind."""
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
     paper = module.hparams["config"]["paper"]
     batches: Any = [batch(paper, i) for i in range(BATCHES)]
     loader: Any = DataLoader(batches, batch_size=None)

@@ -75,7 +75,7 @@ class Options:
 
     def said(self, setting: str) -> Any:
         """Return what the protocol says of a setting; None without one."""
-        return None if self.protocol is None else self.protocol.value(setting, None)
+        return None if self.protocol is None else self.protocol.value(setting)
 
     def _value(self, setting: str) -> Any:
         given = getattr(self.args, setting)
@@ -97,6 +97,16 @@ class Options:
         return Data(replace(config, val_size=max(self.num, config.val_size)), self.num, 0, 0)
 
     @property
+    def prompts(self) -> str | None:
+        """How a list was named, as protocols.yaml calls it; None where nobody named one."""
+        args = self.args
+        if self.door.first_stage:
+            return None
+        named = {"file": args.prompts, "classes": args.classes, "val2014": args.coco}
+        named |= {"data": self.data, "none": True if args.images is None else None}
+        return next((way for way, value in named.items() if value is not None), None)
+
+    @property
     def weights(self) -> dict[str, Path]:
         """Files of weights by the names of features and scores.
 
@@ -113,7 +123,9 @@ class Options:
         if self.protocol is None:
             return []
         names = ("num", "reference", "resolution", "crop", "filter", "features", "scores")
-        return [n for n in names if self.said(n) not in (None, "given", getattr(self, n))]
+        changed = [n for n in names if self.said(n) not in (None, "given", getattr(self, n))]
+        other_list = self.prompts is not None and self.said("prompts") not in (None, self.prompts)
+        return changed + ["prompts"] * other_list
 
 
 def make_parser(door: Door) -> Parser:

@@ -25,10 +25,10 @@ class Protocol:
     instead: Mapping[str, Any]
     """Values in the place of unknown ones."""
 
-    def value(self, setting: str, otherwise: Any) -> Any:
-        """Return what is known, else what is taken instead."""
-        value = self.known.get(setting, otherwise)
-        return self.instead.get(setting, otherwise) if value == UNKNOWN else value
+    def value(self, setting: str) -> Any:
+        """Return what is known, else what is taken instead, else None."""
+        value = self.known.get(setting)
+        return self.instead.get(setting) if value == UNKNOWN else value
 
     def told(self) -> list[str]:
         """Return what a person should know of it, line by line."""

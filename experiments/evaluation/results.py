@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.cached import differences
 from data.files import write_json
 from eval.choices import MODES, Wanted, described
 from experiments.cli import counted
@@ -139,21 +140,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def differences(one: Any, other: Any) -> list[tuple[str, Any, Any]]:
-    """List in which dotted keys two plain containers differ, with both values."""
-    a, b = dict(_flat(one)), dict(_flat(other))
-    keys = [*a, *(key for key in b if key not in a)]
-    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
-
-
-def _flat(plain: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(plain, Mapping):
-        for key, value in plain.items():
-            yield from _flat(value, f"{at}.{key}" if at else str(key))
-    elif isinstance(plain, (list, tuple)) and any(isinstance(v, (Mapping, list)) for v in plain):
-        for number, value in enumerate(plain):
-            yield from _flat(value, f"{at}.{number}")
-    else:
-        yield at, plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -82,8 +81,10 @@ class Encode(SplitStage):
 
         Of first stages and text encoders the content counts, wherever they lie.
         """
-        views = {v.name: {"reduce": v.reduce, "first_stage": file_hash(v.first_stage.file(inputs))}
-                 for v in self.views}  # fmt: skip
+        views = {
+            v.name: {"reduce": v.reduce, "first_stage": file_hash(v.first_stage.file(inputs))}
+            for v in self.views
+        }
         return {
             "version": self.VERSION,
             "tokenizer": file_hash(self.views[0].first_stage.file(inputs)),
@@ -131,11 +132,12 @@ class Encode(SplitStage):
 
     def _source(self, shards: ShardList, i: int, inputs: Folders) -> Any:
         """Return what tells a shard, and the choice of its samples, from another one."""
-        path = Path(shards.paths[i])
-        if path.is_relative_to(inputs[self.shards]):
+        from data.remote import stamp_of
+
+        url = shards.paths[i]
+        if Path(url).is_relative_to(inputs[self.shards]):
             return self.shards.key
-        status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns, shards.holdout, shards.held_out]
+        return [*stamp_of(url), shards.holdout, shards.held_out]
 
     def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
         """Write cache.json."""

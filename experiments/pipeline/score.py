@@ -35,7 +35,7 @@ class Scored:
 class Score(Stage):
     """All scores of a run."""
 
-    VERSION = 4
+    VERSION = 5
 
     sets: tuple[Scored, ...]
     resamples: int
@@ -67,7 +67,8 @@ class Score(Stage):
                 **one.about,
             )
             scores |= found
-            calls = one.made.images.calls(inputs) if isinstance(one.made.images, Sample) else None
+            drawn = one.made.follows
+            calls = drawn.calls(inputs) if isinstance(drawn, Sample) else None
             if calls:
                 how = {"resamples": self.resamples, "seed": self.seed}
                 scores |= score_calls(calls, prefix=one.prefix, **how)

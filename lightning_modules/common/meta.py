@@ -25,15 +25,37 @@ ANSWERS: dict[Any, Callable[[Tensor], Any]] = {
 }
 # functions that autocast computes in the lower precision, and in float32
 LOWER = {
-    torch.nn.functional.linear, torch.conv2d, torch.conv_transpose2d, torch.matmul, torch.bmm,
-    Tensor.matmul, Tensor.__matmul__, torch.einsum, ATTENTION,
-}  # fmt: skip
+    torch.nn.functional.linear,
+    torch.conv2d,
+    torch.conv_transpose2d,
+    torch.matmul,
+    torch.bmm,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.einsum,
+    ATTENTION,
+}
 FULL = {
-    torch.nn.functional.layer_norm, torch.nn.functional.rms_norm, torch.nn.functional.group_norm,
-    torch.nn.functional.cross_entropy, torch.nn.functional.log_softmax, torch.softmax,
-    torch.log_softmax, Tensor.softmax, Tensor.log_softmax, Tensor.exp, torch.exp, Tensor.log,
-    torch.log, Tensor.square, Tensor.sum, torch.sum, Tensor.pow, torch.pow, Tensor.norm,
-}  # fmt: skip
+    torch.nn.functional.layer_norm,
+    torch.nn.functional.rms_norm,
+    torch.nn.functional.group_norm,
+    torch.nn.functional.cross_entropy,
+    torch.nn.functional.log_softmax,
+    torch.softmax,
+    torch.log_softmax,
+    Tensor.softmax,
+    Tensor.log_softmax,
+    Tensor.exp,
+    torch.exp,
+    Tensor.log,
+    torch.log,
+    Tensor.square,
+    Tensor.sum,
+    torch.sum,
+    Tensor.pow,
+    torch.pow,
+    Tensor.norm,
+}
 
 
 class Pretend(TorchFunctionMode):

@@ -259,8 +259,10 @@ def sample(
             score = peak if raw else peak / (peak.amax(1, keepdim=True) + 1e-10)
         chosen = choose(
             torch.ones_like(chance.opens).flatten(1) if score is None else score,
-            masked.flatten(1), after - before, chance.opens.flatten(1),
-        ).view_as(x)  # fmt: skip
+            masked.flatten(1),
+            after - before,
+            chance.opens.flatten(1),
+        ).view_as(x)
         picked = rows(chosen) if features is None else features[chosen[asked]]
         sharp = torch.ones_like(picked[:, :1])
         if score is not None:

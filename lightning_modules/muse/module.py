@@ -215,9 +215,15 @@ class MaskedStage(GeneratorModule):
             None if critic is None else lambda pictures, x: critic(x, pictures),
         )
         found = serve.sample(
-            sampler, network, seeds=seeds, steps=settings.steps, first=settings.first_step,
-            given=start.masked_fill(generate, codes), generate=generate, on_step=on_step,
-        )  # fmt: skip
+            sampler,
+            network,
+            seeds=seeds,
+            steps=settings.steps,
+            first=settings.first_step,
+            given=start.masked_fill(generate, codes),
+            generate=generate,
+            on_step=on_step,
+        )
         self.count_calls(found.calls)
         return found.tokens
 

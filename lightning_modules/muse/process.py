@@ -263,9 +263,14 @@ def guidance_of(config: DecodeConfig) -> Guidance:
     """Guidance u + s (c - u); laws as `DecodeConfig` says."""
     c = config
     return Guidance(
-        c.guidance_start, c.guidance_end, c.guidance_law, c.guidance_power,
-        c.guidance_first, c.guidance_last, c.guidance_normalised,
-    )  # fmt: skip
+        c.guidance_start,
+        c.guidance_end,
+        c.guidance_law,
+        c.guidance_power,
+        c.guidance_first,
+        c.guidance_last,
+        c.guidance_normalised,
+    )
 
 
 def guidance_scales(config: DecodeConfig) -> list[float]:
@@ -435,10 +440,14 @@ def decode(
             rows = predict(x, float(weights[i]), keep)  # [n, C]
             new = opened[keep]  # [n] rows whose token is drawn; the others' is only scored
             tokens, sure = draw_tokens(
-                rows[new] if again else rows, draws[i][opened], head, draw,
-                temperature=float(heats[i]), top_k=top_k,
+                rows[new] if again else rows,
+                draws[i][opened],
+                head,
+                draw,
+                temperature=float(heats[i]),
+                top_k=top_k,
                 confidence=confidence if scored and order == "confidence" else None,
-            )  # fmt: skip
+            )
             out[opened] = tokens
             if scored:
                 scores = torch.full(x.shape, torch.inf, device=x.device)
@@ -499,9 +508,12 @@ def draw_tokens(
         logits = head(part)  # [m, K]
         if temperature > 0:
             token = draw(
-                logits, chance, _identity, temperature=temperature,
+                logits,
+                chance,
+                _identity,
+                temperature=temperature,
                 logits_filter=None if top_k is None else narrowed,
-            )  # fmt: skip
+            )
         else:
             token = likeliest(logits)
         tokens.append(token)

@@ -242,10 +242,15 @@ class PaellaModule(GeneratorModule):
         shape = (len(request.seeds), *grid)
         generate = torch.ones(shape, dtype=torch.bool, device=self.device)
         found = serve.sample(
-            sampler, network, seeds=request.seeds, steps=settings.steps, first=settings.first_step,
+            sampler,
+            network,
+            seeds=request.seeds,
+            steps=settings.steps,
+            first=settings.first_step,
             given=None if start is None else start.to(self.device),
-            generate=generate if mask is None else mask.to(self.device).bool(), on_step=on_step,
-        )  # fmt: skip
+            generate=generate if mask is None else mask.to(self.device).bool(),
+            on_step=on_step,
+        )
         self.count_calls(found.calls)
         return found.tokens
 

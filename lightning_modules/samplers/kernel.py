@@ -76,14 +76,19 @@ class Kernel:
         b = torch.where(late.replace == 0, none, ((shown - a) / codes).clamp_min(0))
         real = late.keep + late.replace
         return cls(
-            codes, bool((early.replace > 0).any()), a, b, 1 - shown, *early,
+            codes,
+            bool((early.replace > 0).any()),
+            a,
+            b,
+            1 - shown,
+            *early,
             opens=1 - _ratio(early.mask, late.mask, none),
             fresh=_ratio(1 - shown, late.mask, none),
             moved=_ratio(b, late.replace, none),
             back=_ratio(early.replace, late.replace, 1 / torch.where(a + b > 0, a + b, 1)),
             kept=_ratio(early.keep, real, none),
             right=_ratio(late.replace, real, none),
-        )  # fmt: skip
+        )
 
     @property
     def stays(self) -> Tensor:

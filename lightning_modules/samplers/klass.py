@@ -58,7 +58,7 @@ class KLASS(Stepped):
         confidence = spread(sure, masked, 0.0)
         ready = masked & (history < self.kl).all(-1) & (confidence > self.sure)
         share = state["unknown"] // self.steps + (i < state["unknown"] % self.steps)
-        share = torch.where(torch.tensor(i >= self.steps - 1), masked.sum(1), share)
+        share = masked.sum(1) if i >= self.steps - 1 else share
         surest = masked & ~lowest(confidence, masked, (masked.sum(1) - share).clamp(min=0))
         opened = torch.where(ready.any(1, keepdim=True), ready, surest)
         out = torch.where(opened, x.masked_scatter(masked, tokens), x)

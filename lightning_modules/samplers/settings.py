@@ -6,10 +6,32 @@ from typing import Literal, NamedTuple, get_args
 from lightning_modules.common.checks import at_least, require, within
 
 Name = Literal[
-    "own", "confidence", "max_p", "margin", "entropy", "random", "halton", "critic", "moment",
-    "eb", "klass", "remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop", "mdlm", "posterior",
-    "gibbs", "gidd", "p2", "p2_critic", "flow", "renoise_start", "renoise_prev", "renoise_rand",
-]  # fmt: skip
+    "own",
+    "confidence",
+    "max_p",
+    "margin",
+    "entropy",
+    "random",
+    "halton",
+    "critic",
+    "moment",
+    "eb",
+    "klass",
+    "remdm_cap",
+    "remdm_rescale",
+    "remdm_conf",
+    "remdm_loop",
+    "mdlm",
+    "posterior",
+    "gibbs",
+    "gidd",
+    "p2",
+    "p2_critic",
+    "flow",
+    "renoise_start",
+    "renoise_prev",
+    "renoise_rand",
+]
 
 
 class Needs(NamedTuple):

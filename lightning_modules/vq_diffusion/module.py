@@ -219,9 +219,13 @@ class VQDiffusionModule(GeneratorModule):
             found = serve.sample(
                 settings.sampler,
                 self._served(settings, guidance, sides, shares),
-                seeds=seeds, steps=settings.steps, first=settings.first_step, given=start,
-                generate=generate if mask is None else mask.bool(), on_step=on_step,
-            )  # fmt: skip
+                seeds=seeds,
+                steps=settings.steps,
+                first=settings.first_step,
+                given=start,
+                generate=generate if mask is None else mask.bool(),
+                on_step=on_step,
+            )
             self.count_calls(found.calls)
             return found.tokens
         predict = self.counting(predict, len(seeds))

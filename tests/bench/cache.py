@@ -42,19 +42,31 @@ def make_text_encoder(folder: Path) -> dict[str, Any]:
     """Write a byte T5 of the small size with random weights; returns the settings that name it."""
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=384, d_model=WIDTH, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
+        vocab_size=384,
+        d_model=WIDTH,
+        d_kv=64,
+        d_ff=1024,
+        num_layers=8,
+        num_heads=6,
         feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+    )
     T5EncoderModel(config).save_pretrained(folder)
     return {"name": "byt5", "path": str(folder), "clip": None}
 
 
 def make_generator(text: dict[str, Any], grid: int, codes: int) -> PaellaModule:
     model = {
-        "num_labels": codes, "c_hidden": [128, 256], "nhead": [-1, 4], "blocks": [1, 4],
-        "level_config": ["CT", "CTA"], "clip_embd": 0, "clip_image": False, "byt5_embd": WIDTH,
-        "c_cond": 256, "patch_size": 1,
-    }  # fmt: skip
+        "num_labels": codes,
+        "c_hidden": [128, 256],
+        "nhead": [-1, 4],
+        "blocks": [1, 4],
+        "level_config": ["CT", "CTA"],
+        "clip_embd": 0,
+        "clip_image": False,
+        "byt5_embd": WIDTH,
+        "c_cond": 256,
+        "patch_size": 1,
+    }
     config = {"paper": "paella", "grid": [grid, grid], "num_codes": codes, "model": model}
     torch.manual_seed(0)
     module = PaellaModule({**config, "text": text})
@@ -102,8 +114,12 @@ def make_sides(folder: Path, resolution: int, batch: int) -> dict[str, Side]:
     paths = write_shards(scenes("train", SAMPLES, resolution=resolution), folder / "shards", 16)
     shards, view = ShardList(tuple(paths)), View(resolution)
     made = {"tokenizer": "", "num_codes": first.num_codes, "crops": 1, "flip": False, "text": text}
-    encoding = Encoding(view, {"tokens": Encoder(first.encode, first.num_codes)}, batch_size=batch,
-                        text=encode_text(text, "cpu"))  # fmt: skip
+    encoding = Encoding(
+        view,
+        {"tokens": Encoder(first.encode, first.num_codes)},
+        batch_size=batch,
+        text=encode_text(text, "cpu"),
+    )
     sources = dict(zip(part_names(paths), paths, strict=True))
     for name, url in sources.items():
         encode_shard(folder / "cache" / f"{name}.safetensors", url, shards, encoding, made=made)

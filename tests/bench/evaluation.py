@@ -101,9 +101,14 @@ def bench_features(pictures: int, size: int, repeats: int) -> None:
 
         def theirs() -> np.ndarray:
             return cleanfid.get_folder_features(
-                str(folder / "p"), network, num_workers=2, batch_size=50,
-                device="cpu", mode="clean", verbose=False,
-            )  # fmt: skip
+                str(folder / "p"),
+                network,
+                num_workers=2,
+                batch_size=50,
+                device="cpu",
+                mode="clean",
+                verbose=False,
+            )
 
         def ours() -> np.ndarray:
             starts = range(0, pictures, 50)

@@ -163,8 +163,10 @@ def our_loop(network: DiT, z: Tensor, labels: Tensor, s: SamplingConfig) -> Tens
     null = network.label_side(torch.tensor([network.config.num_classes]))
     velocity = process.guided(
         lambda x, t, with_null: network(x, t, [own, null] if with_null else [own]),
-        s.guidance, s.guidance_channels, (s.guidance_start, s.guidance_end),
-    )  # fmt: skip
+        s.guidance,
+        s.guidance_channels,
+        (s.guidance_start, s.guidance_end),
+    )
     return process.integrate(velocity, z, process.time_grid(s.steps, s.timestep_shift))
 
 

@@ -20,8 +20,16 @@ from experiments.pipeline.stage import Log
 from experiments.pipeline.store import Store
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["logger=csv", "data.resolution=64", "trainer.max_steps=1", "tokenizer.trainer.max_steps=1",
-         "eval.heldout=0", "eval.traces=0", "eval.batch_size=50", "sampling.steps=1"]  # fmt: skip
+WORDS = [
+    "logger=csv",
+    "data.resolution=64",
+    "trainer.max_steps=1",
+    "tokenizer.trainer.max_steps=1",
+    "eval.heldout=0",
+    "eval.traces=0",
+    "eval.batch_size=50",
+    "sampling.steps=1",
+]
 
 
 def prepare(folder: Path, prompts: int) -> None:
@@ -35,8 +43,13 @@ def prepare(folder: Path, prompts: int) -> None:
 
 def work(folder: Path, prompts: int, until: str = "score") -> None:
     """Do the stages of a run up to one of that name."""
-    words = [f"eval.prompts={prompts}", f"data.val_size={3 * prompts}", f"cache={folder / 'cache'}",
-             f"data.shards={folder / 'train'}", f"data.val_shards={folder / 'val'}"]  # fmt: skip
+    words = [
+        f"eval.prompts={prompts}",
+        f"data.val_size={3 * prompts}",
+        f"cache={folder / 'cache'}",
+        f"data.shards={folder / 'train'}",
+        f"data.val_shards={folder / 'val'}",
+    ]
     run = load("paella", "micro", [*WORDS, *words])
     stages = plan("paella", run).stages
     names = [stage.name for stage in stages]

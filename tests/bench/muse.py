@@ -88,10 +88,14 @@ def make_inputs() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def settings(steps: int) -> DecodeConfig:
     """The settings of diffusers' pipeline."""
     return DecodeConfig(
-        steps=steps, counting="maskgit", choice_law="linspace",
-        choice_temperature=TEMPERATURE[0], choice_end=TEMPERATURE[1],
-        guidance_start=GUIDANCE, guidance_end=GUIDANCE,
-    )  # fmt: skip
+        steps=steps,
+        counting="maskgit",
+        choice_law="linspace",
+        choice_temperature=TEMPERATURE[0],
+        choice_end=TEMPERATURE[1],
+        guidance_start=GUIDANCE,
+        guidance_end=GUIDANCE,
+    )
 
 
 def our_sample(
@@ -136,9 +140,16 @@ def check_tokens(ours: UViT, plain: PlainUViT, steps: int) -> int:
     cond, null = ({k: v.double() for k, v in side.items()} for side in make_inputs())
     start = torch.full((1, SIDE, SIDE), ours.mask_id)
     expected = plain_sample(
-        plain.double(), cond, null, start, steps=steps, guidance=GUIDANCE,
-        temperature=TEMPERATURE, draw=inverse_cdf, noise=noise["choice_noise"].flatten(2),
-    )  # fmt: skip
+        plain.double(),
+        cond,
+        null,
+        start,
+        steps=steps,
+        guidance=GUIDANCE,
+        temperature=TEMPERATURE,
+        draw=inverse_cdf,
+        noise=noise["choice_noise"].flatten(2),
+    )
     tokens = our_sample(ours.double(), cond, null, steps)
     ours.float(), plain.float()
     if not torch.equal(tokens, expected):
@@ -171,9 +182,15 @@ def main() -> None:
         timer = Timer()
         start = torch.full((1, SIDE, SIDE), ours.mask_id)
         plain_sample(
-            plain, cond, null, start, steps=args.steps, guidance=GUIDANCE,
-            temperature=TEMPERATURE, timer=timer,
-        )  # fmt: skip
+            plain,
+            cond,
+            null,
+            start,
+            steps=args.steps,
+            guidance=GUIDANCE,
+            temperature=TEMPERATURE,
+            timer=timer,
+        )
         return timer.stop("sampler")
 
     plain_times, our_times = [], []

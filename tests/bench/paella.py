@@ -76,10 +76,16 @@ def check_tokens(ours: Paella, plain: PlainPaella, steps: int) -> int:
 
     cond, null = ({k: v.double() for k, v in side.items()} for side in make_inputs())
     expected = plain_sample(
-        plain.double(), cond, null, noise["init_noise"], noise["uniform_renoise"],
-        steps=steps, temperature=(config.temperature_start, config.temperature_end),
-        guidance=(config.guidance_start, config.guidance_end), draw=inverse_cdf,
-    )  # fmt: skip
+        plain.double(),
+        cond,
+        null,
+        noise["init_noise"],
+        noise["uniform_renoise"],
+        steps=steps,
+        temperature=(config.temperature_start, config.temperature_end),
+        guidance=(config.guidance_start, config.guidance_end),
+        draw=inverse_cdf,
+    )
     tokens = our_sample(ours.double(), cond, null, noise, config)
     ours.float(), plain.float()
     if not torch.equal(tokens, expected):
@@ -117,10 +123,15 @@ def main() -> None:
     def run_plain() -> Tensor:
         init_noise = torch.randint(CONFIG.num_labels, (1, *GRID))
         return plain_sample(
-            plain, cond, null, init_noise, None, steps=args.steps,
+            plain,
+            cond,
+            null,
+            init_noise,
+            None,
+            steps=args.steps,
             temperature=(config.temperature_start, config.temperature_end),
             guidance=(config.guidance_start, config.guidance_end),
-        )  # fmt: skip
+        )
 
     plain_times, our_times = [], []
     for _ in range(args.repeats):

@@ -308,8 +308,14 @@ def plain_sample(
         uncond, cond = logits.chunk(2)
         logits = uncond + guidance * (cond - uncond)
         x = scheduler_step(
-            logits, x, i, steps, float(temperatures[i]), draw,
-            None if noise is None else noise[i], mask_id,
-        )  # fmt: skip
+            logits,
+            x,
+            i,
+            steps,
+            float(temperatures[i]),
+            draw,
+            None if noise is None else noise[i],
+            mask_id,
+        )
         timer("sampler")
     return x

@@ -206,9 +206,14 @@ def gumbel_argmax(log_law: Tensor, log_start: Tensor, log_x: Tensor) -> Tensor:
 
 
 def plain_step(
-    log_c: Tensor, log_u: Tensor, log_x: Tensor, times: tuple[int, int, int], scale: float,
-    rate: float, draw: Callable[..., Tensor],
-) -> Tensor:  # fmt: skip
+    log_c: Tensor,
+    log_u: Tensor,
+    log_x: Tensor,
+    times: tuple[int, int, int],
+    scale: float,
+    rate: float,
+    draw: Callable[..., Tensor],
+) -> Tensor:
     """Everything of a step but the network: logits [B, K, N] of both sides -> next log one-hot."""
     log_start = guide(predict_start(log_c), predict_start(log_u), scale)
     log_start = truncate(log_start, rate)

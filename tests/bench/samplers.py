@@ -19,23 +19,47 @@ from tests.tiny_generators import Greys
 
 ROUNDS, PICTURES, STEPS = 3, 16, 12
 MODEL = {
-    "num_codes": 512, "hidden": 96, "mlp": 96, "mlp_type": "conv", "layers": 4, "heads": 4,
-    "max_side": 8, "text_width": 128, "head_mlp": False, "dropout": 0.0,
-}  # fmt: skip
+    "num_codes": 512,
+    "hidden": 96,
+    "mlp": 96,
+    "mlp_type": "conv",
+    "layers": 4,
+    "heads": 4,
+    "max_side": 8,
+    "text_width": 128,
+    "head_mlp": False,
+    "dropout": 0.0,
+}
 NAMES = [
-    "own", "confidence", "margin", "random", "halton", "moment", "eb", "klass", "mdlm",
-    "remdm_conf", "p2", "posterior", "flow",
-]  # fmt: skip
+    "own",
+    "confidence",
+    "margin",
+    "random",
+    "halton",
+    "moment",
+    "eb",
+    "klass",
+    "mdlm",
+    "remdm_conf",
+    "p2",
+    "posterior",
+    "flow",
+]
 
 
 def tiny_muse() -> MuseModule:
     """Muse of scale tiny, untrained."""
     torch.manual_seed(0)
     config = {
-        "paper": "muse", "seed": 0, "grid": [8, 8], "num_codes": 512, "model": MODEL,
-        "text": {"name": "bytes", "width": 128}, "objective": {"visible_weight": 1.0},
+        "paper": "muse",
+        "seed": 0,
+        "grid": [8, 8],
+        "num_codes": 512,
+        "model": MODEL,
+        "text": {"name": "bytes", "width": 128},
+        "objective": {"visible_weight": 1.0},
         "sampling": {"steps": STEPS, "guidance_start": 2.0, "guidance_end": 2.0},
-    }  # fmt: skip
+    }
     return MuseModule(config).attach(Greys()).eval()
 
 

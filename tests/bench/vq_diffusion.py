@@ -129,9 +129,14 @@ def check_tokens(ours: Denoiser, plain: PlainDenoiser, steps: int) -> tuple[int,
 
     text, null = (v.double() for v in make_texts())
     expected = plain_sample(
-        plain.double(), text, null, borders(steps), guidance=GUIDANCE, truncation=TRUNCATION,
+        plain.double(),
+        text,
+        null,
+        borders(steps),
+        guidance=GUIDANCE,
+        truncation=TRUNCATION,
         draw=draw,
-    )  # fmt: skip
+    )
     sides = [ours.double().prepare(v) for v in (text, null)]
     tokens = our_sample(ours, sides, noise, steps).flatten(1)
     ours.float(), plain.float()
@@ -178,9 +183,14 @@ def post_processing_bytes(ours: Denoiser, plain: PlainDenoiser, steps: int) -> t
 
     walk = borders(steps)
     plain_sample(
-        plain, text, null, [walk[0], walk[1]], guidance=GUIDANCE, truncation=TRUNCATION,
+        plain,
+        text,
+        null,
+        [walk[0], walk[1]],
+        guidance=GUIDANCE,
+        truncation=TRUNCATION,
         step=watched_step,
-    )  # fmt: skip
+    )
     watch, noise = PeakBytes(), process.sample_noise([7], steps, GRID)
     sides = [ours.prepare(text), ours.prepare(null)]
 
@@ -231,9 +241,14 @@ def main() -> None:
     def run_plain() -> Tensor:
         start, post = time.perf_counter(), Stopwatch(plain_step)
         tokens = plain_sample(
-            plain, text, null, borders(args.steps), guidance=GUIDANCE, truncation=TRUNCATION,
+            plain,
+            text,
+            null,
+            borders(args.steps),
+            guidance=GUIDANCE,
+            truncation=TRUNCATION,
             step=post,
-        )  # fmt: skip
+        )
         shares["plain"].append(post.seconds / (time.perf_counter() - start))
         return tokens
 

@@ -38,10 +38,21 @@ def test_good_types_pass() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": "2"}, {"size": True}, {"size": 1.0}, {"rate": "x"}, {"on": 1}, {"kind": "c"},
-     {"sizes": 3}, {"sizes": ["1"]}, {"name": 3}, {"size": None}, {"kind": []}],
+    [
+        {"size": "2"},
+        {"size": True},
+        {"size": 1.0},
+        {"rate": "x"},
+        {"on": 1},
+        {"kind": "c"},
+        {"sizes": 3},
+        {"sizes": ["1"]},
+        {"name": 3},
+        {"size": None},
+        {"kind": []},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_types_are_named(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got "):
@@ -49,8 +60,13 @@ def test_wrong_types_are_named(wrong: dict[str, Any]) -> None:
 
 
 def test_shapes_and_numbered_parts() -> None:
-    state = {"a": torch.zeros(2, 3), "none": torch.zeros(0, 3), "b.0.x": torch.zeros(1),
-             "b.1.x": torch.zeros(1), "c.9999999.x": torch.zeros(1)}  # fmt: skip
+    state = {
+        "a": torch.zeros(2, 3),
+        "none": torch.zeros(0, 3),
+        "b.0.x": torch.zeros(1),
+        "b.1.x": torch.zeros(1),
+        "c.9999999.x": torch.zeros(1),
+    }
     assert shape(state, "a", 2) == (2, 3)
     for key, ndim, message in (("a", 4, "a must have 4"), ("none", 2, "none of 0"), ("z", 1, "z")):
         with pytest.raises(ValueError, match=message):

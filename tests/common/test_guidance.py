@@ -28,9 +28,12 @@ def test_outside_of_the_interval_there_is_none() -> None:
 
 @quick
 @given(
-    start=st.floats(0, 8), end=st.floats(0, 8), steps=st.integers(2, 30),
-    law=st.sampled_from(["linspace", "cosine"]), power=st.floats(0.2, 3),
-)  # fmt: skip
+    start=st.floats(0, 8),
+    end=st.floats(0, 8),
+    steps=st.integers(2, 30),
+    law=st.sampled_from(["linspace", "cosine"]),
+    power=st.floats(0.2, 3),
+)
 def test_a_share_of_the_way_has_the_scale_of_its_step(start, end, steps, law, power) -> None:
     guidance = Guidance(start, end, law, power)
     last = steps - 1 if law == "linspace" else steps

@@ -320,8 +320,10 @@ def test_a_missing_or_foreign_clip_text_model_is_named_in_one_line(tmp_path: Pat
 
 
 def test_frozen_encoders_are_no_modules() -> None:
-    kinds = {name: isinstance(cls, type) and issubclass(cls, torch.nn.Module)
-             for name, cls in TEXT_ENCODERS.items()}  # fmt: skip
+    kinds = {
+        name: isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+        for name, cls in TEXT_ENCODERS.items()
+    }
     assert kinds.pop("bytes") and not any(kinds.values())
 
 

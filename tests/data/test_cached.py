@@ -28,3 +28,11 @@ def test_differences_are_named() -> None:
         Difference("views.tokens.reduce", 1, 2),
         Difference("text.name", None, "t5"),
     ]
+
+
+def test_lists_of_mappings_are_looked_into() -> None:
+    one, other = ({"sizes": [32, n], "features": [{"mode": n}]} for n in (8, 9))
+    assert differences(one, other) == [
+        Difference("sizes", [32, 8], [32, 9]),
+        Difference("features.0.mode", 8, 9),
+    ]

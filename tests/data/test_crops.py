@@ -92,9 +92,10 @@ def test_an_extreme_shape_costs_no_memory(name: str) -> None:
 
 @settings(deadline=None)
 @given(
-    sides=st.tuples(st.integers(16, 250), st.integers(16, 250)), seed=st.integers(0, 99),
+    sides=st.tuples(st.integers(16, 250), st.integers(16, 250)),
+    seed=st.integers(0, 99),
     name=st.sampled_from(sorted(CROPS)),
-)  # fmt: skip
+)
 def test_the_box_of_a_crop_is_where_it_was_cut(sides, seed, name) -> None:
     """The ramp's values say where, up to filters, and odd pixels that halving drops."""
     size = 16

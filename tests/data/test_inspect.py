@@ -71,20 +71,33 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
     tar(folder / "0.tar", [m for i in range(20) for m in good(f"a{i}")])
-    tar(folder / "1.tar", [
-        *good("b0"),
-        ("c0.jpg", picture()[:-400]), ("c0.txt", b"cut off"),
-        ("c1.jpg", picture()), ("c1.txt", b" \n"),
-        ("c2.jpg", picture()),
-        ("c3.txt", b"no picture"),
-        ("c4.png", bomb()), ("c4.txt", b"too large"),
-        ("c5.jpg", b"no picture at all"), ("c5.txt", b"noise"),
-        ("c6.jpg", picture()), ("c6.txt", b"\xff\xfe\xfa bad"),
-        ("../d0.jpg", picture()), ("../d0.txt", b"outside"),
-        ("/tmp/d1.jpg", picture()), ("/tmp/d1.txt", b"absolute"),
-        ("d2.jpg", "/etc/passwd"), ("d2.txt", b"a link"),
-        *good("e0"), ("e0.pkl", pickle.dumps(Bomb())), ("e0.pyd", pickle.dumps(Bomb())),
-    ])  # fmt: skip
+    tar(
+        folder / "1.tar",
+        [
+            *good("b0"),
+            ("c0.jpg", picture()[:-400]),
+            ("c0.txt", b"cut off"),
+            ("c1.jpg", picture()),
+            ("c1.txt", b" \n"),
+            ("c2.jpg", picture()),
+            ("c3.txt", b"no picture"),
+            ("c4.png", bomb()),
+            ("c4.txt", b"too large"),
+            ("c5.jpg", b"no picture at all"),
+            ("c5.txt", b"noise"),
+            ("c6.jpg", picture()),
+            ("c6.txt", b"\xff\xfe\xfa bad"),
+            ("../d0.jpg", picture()),
+            ("../d0.txt", b"outside"),
+            ("/tmp/d1.jpg", picture()),
+            ("/tmp/d1.txt", b"absolute"),
+            ("d2.jpg", "/etc/passwd"),
+            ("d2.txt", b"a link"),
+            *good("e0"),
+            ("e0.pkl", pickle.dumps(Bomb())),
+            ("e0.pyd", pickle.dumps(Bomb())),
+        ],
+    )
     tar(folder / "2.tar", [*good("a0"), *good("f0")])  # a0 is in the first shard, too
     whole = tar(folder / "3.tar", [m for i in range(10) for m in good(f"g{i}")]).read_bytes()
     (folder / "3.tar").write_bytes(whole[: len(whole) // 2])
@@ -162,8 +175,11 @@ def test_processes_share_the_shards_and_find_the_same(shards: Path, tmp_path: Pa
     words = [str(shards), "--cache", str(tmp_path / "other"), "--json", "two.json", "--workers=2"]
     subprocess.run(
         [sys.executable, "-m", "data.inspect", *words, "data.max_skipped=0.6"],
-        check=True, cwd=tmp_path, env=environment, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+    )
     two = json.loads((tmp_path / "two.json").read_text())
     for found in (one, two):
         found.pop("samples_per_second")

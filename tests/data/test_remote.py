@@ -181,6 +181,11 @@ def test_a_pipe_runs_only_where_it_is_allowed(tars: list[Path]) -> None:
     assert time.monotonic() - begun < 10
 
 
+def test_a_pipe_that_is_slow_does_not_stand_still() -> None:
+    slow = "pipe:for i in 1 2 3 4; do printf $i; sleep 0.4; done"
+    assert open_shard(slow, Access(stall=1.3)).read() == b"1234"
+
+
 def test_what_cannot_be_read_is_said_in_a_sentence(web: str) -> None:
     with pytest.raises(ValueError, match=r"nope://x/a.tar cannot be read here: Protocol not known"):
         open_shard("nope://x/a.tar")

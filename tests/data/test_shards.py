@@ -83,8 +83,10 @@ def test_patterns_find_files_in_order(tmp_path: Path) -> None:
     assert names(f"{at}/{{b,a}}.tar") == ["b.tar", "a.tar"]
     assert names(f"{at}/0001?.tar") == ["00010.tar", "00011.tar"]
     assert names(f"{at}/a.tar,{at}/{{00001,00003}}.tar") == [
-        "a.tar", "00001.tar", "00003.tar",
-    ]  # fmt: skip
+        "a.tar",
+        "00001.tar",
+        "00003.tar",
+    ]
     assert names([f"{at}/b.tar", f"{at}/a.tar"]) == ["b.tar", "a.tar"]
     assert len(expand_shards(at)) == 14
 
@@ -97,8 +99,11 @@ def test_a_path_may_hold_a_comma(tmp_path: Path) -> None:
     both = [f"{at}/0,1.tar", f"{at}/2.tar"]
     assert expand_shards(str(at)) == both
     assert expand_shards(f"{other}/0,1.tar,{at}/2.tar, {other}") == [
-        f"{other}/0,1.tar", f"{at}/2.tar", f"{other}/0,1.tar", f"{other}/2.tar",
-    ]  # fmt: skip
+        f"{other}/0,1.tar",
+        f"{at}/2.tar",
+        f"{other}/0,1.tar",
+        f"{other}/2.tar",
+    ]
     assert expand_shards(f"{tmp_path}/b/*,1.tar,{at}") == [f"{other}/0,1.tar", *both]
 
 
@@ -177,19 +182,32 @@ def read_all(urls: list[str], skips: SkipCounter) -> dict[str, dict]:
 def test_every_planted_fault_is_counted_and_every_good_sample_kept(tmp_path: Path) -> None:
     good, jpeg = encoded(picture()), encoded(picture((64, 64)), "JPEG")
     members = {
-        "ok1.png": good, "ok1.txt": b"one",
-        "broken.jpg": jpeg[: len(jpeg) // 2], "broken.txt": b"half an image",
-        "garbage.jpg": b"not an image", "garbage.txt": b"text",
+        "ok1.png": good,
+        "ok1.txt": b"one",
+        "broken.jpg": jpeg[: len(jpeg) // 2],
+        "broken.txt": b"half an image",
+        "garbage.jpg": b"not an image",
+        "garbage.txt": b"text",
         "notext.png": good,
-        "empty.png": good, "empty.txt": b" \n",
-        "noimage.txt": b"only text", "noimage.json": b"{}",
-        "badjson.png": good, "badjson.txt": b"text", "badjson.json": b"{",
-        "huge.png": with_header(50_000), "huge.txt": b"huge",
-        "large.png": with_header(9_000), "large.txt": b"large",
-        "fromjson.png": good, "fromjson.txt": b"", "fromjson.json": b'{"caption": "from json"}',
-        "webp.webp": encoded(picture(), "WEBP"), "webp.txt": b"webp",
-        "upper.JPEG": jpeg, "upper.txt": b"upper",
-    }  # fmt: skip
+        "empty.png": good,
+        "empty.txt": b" \n",
+        "noimage.txt": b"only text",
+        "noimage.json": b"{}",
+        "badjson.png": good,
+        "badjson.txt": b"text",
+        "badjson.json": b"{",
+        "huge.png": with_header(50_000),
+        "huge.txt": b"huge",
+        "large.png": with_header(9_000),
+        "large.txt": b"large",
+        "fromjson.png": good,
+        "fromjson.txt": b"",
+        "fromjson.json": b'{"caption": "from json"}',
+        "webp.webp": encoded(picture(), "WEBP"),
+        "webp.txt": b"webp",
+        "upper.JPEG": jpeg,
+        "upper.txt": b"upper",
+    }
     skips = SkipCounter(max_skipped=0.99)
     kept = read_all([raw_tar(tmp_path / "0.tar", members)], skips)
     assert list(kept) == ["ok1", "fromjson", "webp", "upper"]
@@ -266,9 +284,13 @@ def test_json_of_a_sample_reads_back(tmp_path: Path) -> None:
     with tarfile.open(path) as tar:
         meta = json.load(tar.extractfile("000000.json"))  # type: ignore[arg-type]
     assert meta == {
-        "key": "000000", "caption": "number 0 é", "width": 8, "height": 8,
-        "label": 0, "attributes": {"n": 0},
-    }  # fmt: skip
+        "key": "000000",
+        "caption": "number 0 é",
+        "width": 8,
+        "height": 8,
+        "label": 0,
+        "attributes": {"n": 0},
+    }
 
 
 def parsed(tmp_path: Path, members: dict[str, bytes], seed: int = 0) -> tuple[dict, dict]:

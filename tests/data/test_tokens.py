@@ -161,8 +161,9 @@ def test_a_finished_shard_is_not_encoded_again(shards: ShardList, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         write(shards, tmp_path, counted, stamp="one")
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".safetensors") == [
-        "00000.safetensors", "00001.safetensors",
-    ]  # fmt: skip
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
     with pytest.raises(ValueError, match="no finished cache of tokens"):
         TokenData(tmp_path, batch_size=1)
     with pytest.raises(ValueError, match=r"00002\.safetensors is missing or damaged"):
@@ -425,8 +426,10 @@ def test_states_of_captions_come_with_the_batches(shards: ShardList, tmp_path: P
     write(shards, tmp_path, text=letters)
     stored = load_file(tmp_path / "00003.text.safetensors")
     assert {name: t.dtype for name, t in stored.items()} == {
-        "states": torch.float16, "pooled": torch.float16, "lengths": torch.int64,
-    }  # fmt: skip
+        "states": torch.float16,
+        "pooled": torch.float16,
+        "lengths": torch.int64,
+    }
     assert len(stored["lengths"]) == 5 + 1 and len(stored["states"]) == int(stored["lengths"].sum())
     source = TokenData(tmp_path, batch_size=7, epoch_batches=4, text=True)
     for batch in batches(source):
@@ -476,9 +479,14 @@ def test_what_a_part_is_made_of(shards: ShardList, tmp_path: Path) -> None:
     table = pyarrow.parquet.read_table(tmp_path / "00001.parquet").to_pylist()
     assert [row["key"] for row in table] == [f"{i:04d}" for i in range(6, 12)]
     assert table[2] == {
-        "key": "0008", "captions": ["number 8"], "label": 8, "width": 8, "height": 8, "row": 2,
+        "key": "0008",
+        "captions": ["number 8"],
+        "label": 8,
+        "width": 8,
+        "height": 8,
+        "row": 2,
         "crops": [[0.0, 0.0, 8.0, 8.0]],
-    }  # fmt: skip
+    }
     index = read_index(tmp_path)
     assert [part["rows"] for part in index["parts"]] == [6, 6, 6, 5]
     assert index["parts"][1]["source"] == shards.paths[1]

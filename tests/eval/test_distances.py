@@ -36,8 +36,13 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_only_inception_makes_fid_and_only_clip_cmmd() -> None:
     assert [SPACES[s].named("fid") for s in SPACES] == [
-        "fid", "fid_tf", "fid_pt", "fd_dinov2", "fd_clip", "fd_scenes"
-    ]  # fmt: skip
+        "fid",
+        "fid_tf",
+        "fid_pt",
+        "fd_dinov2",
+        "fd_clip",
+        "fd_scenes",
+    ]
     assert [SPACES[s].named("kid") for s in ("inception", "dinov2")] == ["kid", "kd_dinov2"]
     assert [SPACES[s].named("cmmd") for s in ("clip", "inception")] == ["cmmd", "mmd"]
     assert {"fid", "fid_floor", "fid_tf_infinity", "sfid", "kd_scenes"} <= METRICS.keys()
@@ -70,8 +75,10 @@ def test_every_space_that_both_sides_have_is_scored() -> None:
     )
     found = score_frechet(made, [], real, prefix="eval")[0]
     assert [n for n in found if not n.endswith("floor")] == [
-        "eval/fid", "eval/fid_tf", "eval/fd_scenes"
-    ]  # fmt: skip
+        "eval/fid",
+        "eval/fid_tf",
+        "eval/fd_scenes",
+    ]
     assert list(score_sfid(made, [], real, prefix="eval")[0]) == ["eval/sfid_tf"]
     with pytest.raises(ValueError, match="features of m and other do not compare"):
         score_frechet(made, [], measured(rows(9, 2), model="other"), prefix="eval")
@@ -82,9 +89,13 @@ def test_moments_of_a_file_serve_as_a_reference(tmp_path: Path) -> None:
     np.savez(tmp_path / "cleanfid.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
     spatial = np.cov(real[:, :3], rowvar=False)
     np.savez(
-        tmp_path / "adm.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=real.mean(0),
-        sigma=np.cov(real, rowvar=False), mu_s=real[:, :3].mean(0), sigma_s=spatial,
-    )  # fmt: skip
+        tmp_path / "adm.npz",
+        arr_0=np.zeros((2, 4, 4, 3), np.uint8),
+        mu=real.mean(0),
+        sigma=np.cov(real, rowvar=False),
+        mu_s=real[:, :3].mean(0),
+        sigma_s=spatial,
+    )
     expected = distance(made, real)
     for name in ("cleanfid", "adm"):
         reference = read_reference(tmp_path / f"{name}.npz", "inception_tf")

@@ -127,6 +127,15 @@ def test_caches_of_others_are_looked_into(home: Path) -> None:
     assert file.find() == home / "tmp" / "net.pt"
 
 
+def test_without_a_checksum_no_file_of_the_same_name_counts(server: tuple[str, list[str]]) -> None:
+    url, asked = server
+    checkpoints().mkdir(parents=True)
+    (checkpoints() / "net.pt").write_bytes(b"of another network")
+    one, two = (WeightFile("a network", "net.pt", f"{url}/net.pt", "", f"o/{n}") for n in "ab")
+    assert one.find() == checkpoints() / "o--a" / "net.pt" and one.find().read_bytes() == CONTENT
+    assert two.find() == checkpoints() / "o--b" / "net.pt" and asked == ["/net.pt"] * 2
+
+
 def test_a_given_file_is_taken_as_it_is(home: Path) -> None:
     (home / "own.pt").write_bytes(b"x")
     assert InceptionRows.of(home / "own.pt").weights == home / "own.pt"

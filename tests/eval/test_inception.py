@@ -120,8 +120,10 @@ def test_spatial_features_and_classes(mode: str, end: str, weights: Path, tmp_pa
     )
     rows = measure([image], [], 0).rows
     assert {k: v.shape for k, v in rows.items()} == {
-        f"features.{end}": (1, 2048), f"spatial.{end}": (1, 2023), f"probabilities.{end}": (1, 1008)
-    }  # fmt: skip
+        f"features.{end}": (1, 2048),
+        f"spatial.{end}": (1, 2023),
+        f"probabilities.{end}": (1, 1008),
+    }
     script = load_script(weights, "cpu")
     if mode == "clean":
         resized = build_resizer("clean")(image.permute(1, 2, 0).numpy())

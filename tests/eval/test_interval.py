@@ -25,8 +25,12 @@ def test_score_says_what_it_is() -> None:
 
 def test_a_proportion_has_wilsons_interval() -> None:
     """Numbers of Newcombe (1998, Table I, method 3), three digits and more."""
-    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-                                (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
+    for right, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         score = mean_score(np.arange(n) < right)
         assert (score["low"], score["high"]) == pytest.approx((low, high), abs=5e-5)
         other = mean_score(np.arange(n) >= right)

@@ -46,12 +46,29 @@ def pictures() -> dict[str, torch.Tensor]:
 
 
 def test_an_autoencoder_leaves_scores_page_and_checkpoint(alone: Run) -> None:
-    files = ["autoencoder.safetensors", "config.yaml", "metrics.json", "report.html",
-             "samples.png", "stages.json"]  # fmt: skip
+    files = [
+        "autoencoder.safetensors",
+        "config.yaml",
+        "metrics.json",
+        "report.html",
+        "samples.png",
+        "stages.json",
+    ]
     assert sorted(p.name for p in alone.out.iterdir()) == files
     assert {*FIRST, "score"} <= alone.made()
-    scores = ["psnr", "ssim", "l1", "mse", "scene_accuracy", "rfd_scenes", "rfd_scenes/noise=0.1",
-              "psnr/noise=0.3", "sigma2_object", "rho_object", "sigma2_part"]  # fmt: skip
+    scores = [
+        "psnr",
+        "ssim",
+        "l1",
+        "mse",
+        "scene_accuracy",
+        "rfd_scenes",
+        "rfd_scenes/noise=0.1",
+        "psnr/noise=0.3",
+        "sigma2_object",
+        "rho_object",
+        "sigma2_part",
+    ]
     assert {f"eval/{name}" for name in scores} <= alone.scores.keys()
     assert not any("codebook" in name for name in alone.scores)
     assert "rFD scenes over noise" in alone.page and "Smoothness of the latents" in alone.page
@@ -82,8 +99,12 @@ def test_the_other_kinds(alone: Run, tmp_path: Path, kind: str) -> None:
 def test_ldmae_shares_the_autoencoder_and_caches_moments(alone: Run, first: Run) -> None:
     assert not {*FIRST} & first.made() and {"encode", "train"} < first.made()
     assert first.scores["autoencoder/psnr"] == alone.scores["eval/psnr"]
-    assert {"eval/scene_accuracy", "eval/fd_scenes", "eval/heldout/scene_accuracy",
-            "autoencoder/scene_accuracy"} <= first.scores.keys()  # fmt: skip
+    assert {
+        "eval/scene_accuracy",
+        "eval/fd_scenes",
+        "eval/heldout/scene_accuracy",
+        "autoencoder/scene_accuracy",
+    } <= first.scores.keys()
 
     module = load_first_stage(first.out / "autoencoder.safetensors")
     truth = pictures()
@@ -216,8 +237,10 @@ def test_the_preset_fills_the_section() -> None:
 def test_published_ldmae() -> None:
     config: Any = load("ldmae", "paper")
     assert (config.model.hidden_size, config.model.depth, config.model.num_classes) == (
-        768, 12, 1000,
-    )  # fmt: skip
+        768,
+        12,
+        1000,
+    )
     assert config.trainer.batch_size * config.trainer.devices == 1024
     assert (config.sampling.guidance, config.sampling.guidance_channels) == (10.0, 3)
     assert load("ldmae", "paper", ["sampling=paper"]).sampling.guidance_channels is None  # type: ignore[attr-defined]

@@ -37,10 +37,20 @@ CLIP = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 MODEL = ModelConfig(
-    c_in=8, c_out=8, num_labels=24, c_r=8, patch_size=2, c_cond=12, c_hidden=[12, 16],
-    nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"], clip_embd=16, byt5_embd=16,
+    c_in=8,
+    c_out=8,
+    num_labels=24,
+    c_r=8,
+    patch_size=2,
+    c_cond=12,
+    c_hidden=[12, 16],
+    nhead=[-1, 2],
+    blocks=[1, 1],
+    level_config=["CT", "CTA"],
+    clip_embd=16,
+    byt5_embd=16,
     clip_seq_len=2,
-)  # fmt: skip
+)
 
 
 def main(words: list[str]) -> int:
@@ -51,8 +61,14 @@ def main(words: list[str]) -> int:
 def official_tokenizer(codes: int = 24) -> dict[str, Tensor]:
     """A tiny vqgan_f4.pt: the released names, random weights."""
     torch.manual_seed(1)
-    model = {"network": "paella", "num_codes": codes, "levels": 2, "bottleneck_blocks": 1,
-             "c_hidden": 8, "c_latent": 4}  # fmt: skip
+    model = {
+        "network": "paella",
+        "num_codes": codes,
+        "levels": 2,
+        "bottleneck_blocks": 1,
+        "c_hidden": 8,
+        "c_latent": 4,
+    }
     module = VQGANModule({"model": model, "objective": {"disc_weight": 0.0}})
     state, _ = module.export()
     return {k.replace("quantize.embedding", "vquantizer.codebook"): v for k, v in state.items()}
@@ -83,8 +99,15 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lacking = dict(list(official_paella().items())[:-1])
     torch.save(lacking, folder / "lacking.pt")
     torch.manual_seed(3)
-    t5 = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-                  feed_forward_proj="gated-gelu")  # fmt: skip
+    t5 = T5Config(
+        vocab_size=384,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
     T5EncoderModel(t5).save_pretrained(folder / "byt5")
     (folder / "official-micro.json").write_text(json.dumps(CLIP))
     open_clip.add_model_config(folder / "official-micro.json")
@@ -104,8 +127,13 @@ def convert(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 PAELLA = ("--paper", "paella", "--from", "@paella_v3.pt", "--tokenizer", "@vqgan_f4.pt")
-WORDS = ("model.nhead=[-1,2]", "data.resolution=32", "text.path=@byt5",
-         "text.clip=official-micro", "text.clip_pretrained=@clip.pt")  # fmt: skip
+WORDS = (
+    "model.nhead=[-1,2]",
+    "data.resolution=32",
+    "text.path=@byt5",
+    "text.clip=official-micro",
+    "text.clip_pretrained=@clip.pt",
+)
 
 
 def test_paella_converts_and_samples(
@@ -157,9 +185,15 @@ def test_suite_tokenizers_are_taken_as_they_are(convert: Callable[..., int]) -> 
 
 def test_taming_files_with_hints(convert: Callable[..., int], tmp_path: Path) -> None:
     model: dict[str, Any] = {
-        "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
-        "embed_dim": 4, "num_codes": 12, "norm_groups": 4,
-    }  # fmt: skip
+        "ch": 8,
+        "ch_mult": [1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "z_channels": 4,
+        "embed_dim": 4,
+        "num_codes": 12,
+        "norm_groups": 4,
+    }
     state, _ = VQGANModule({"model": model, "objective": {"disc_weight": 0.0}}).export()
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     words = ("--paper", "vqgan", "--from", "last.ckpt", "--out", "t")
@@ -168,9 +202,16 @@ def test_taming_files_with_hints(convert: Callable[..., int], tmp_path: Path) ->
 
 
 GUMBEL: dict[str, Any] = {
-    "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
-    "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "gumbel",
-}  # fmt: skip
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "z_channels": 4,
+    "embed_dim": 4,
+    "num_codes": 12,
+    "norm_groups": 4,
+    "quantizer": "gumbel",
+}
 IDS = [0, 1, 0, 0, 2, 3, 0, 0, 0, 0, 0, 4]
 
 
@@ -262,11 +303,21 @@ def test_settings_of_the_network_of_2022(tmp_path: Path) -> None:
 
 
 UVIT = UViTConfig(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-    in_channels=8, block_out_channels=8, block_num_heads=2, num_res_blocks=1, vocab_size=24,
-    codebook_size=20, encoder_hidden_size=16, cond_embed_dim=12, micro_cond_encode_dim=4,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    in_channels=8,
+    block_out_channels=8,
+    block_num_heads=2,
+    num_res_blocks=1,
+    vocab_size=24,
+    codebook_size=20,
+    encoder_hidden_size=16,
+    cond_embed_dim=12,
+    micro_cond_encode_dim=4,
     micro_cond_embed_dim=20,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +330,17 @@ def amused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = UViT(UVIT)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    codec = {"num_codes": 20, "ch": 4, "ch_mult": [1, 1], "num_res_blocks": 1, "norm_groups": 4,
-             "attn_resolutions": [], "attn_type": "none", "z_channels": 4,
-             "embed_dim": 4}  # fmt: skip
+    codec = {
+        "num_codes": 20,
+        "ch": 4,
+        "ch_mult": [1, 1],
+        "num_res_blocks": 1,
+        "norm_groups": 4,
+        "attn_resolutions": [],
+        "attn_type": "none",
+        "z_channels": 4,
+        "embed_dim": 4,
+    }
     tokenizer = VQGANModule({"model": codec, "objective": {"disc_weight": 0.0}})
     torch.nn.init.normal_(tokenizer.autoencoder.quantize.embedding.weight)
     text = CLIPTextModelWithProjection(
@@ -299,10 +358,13 @@ def amused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {k: v for k, v in dataclasses.asdict(UVIT).items() if "heads" in k or "micro" in k}
     settings = {
         "transformer/config.json": {**sizes, "sample_size": 4, "use_bias": False},
-        "vqvae/config.json": {"norm_num_groups": 4, "lookup_from_codebook": True,
-                              "block_out_channels": [4, 4]},
+        "vqvae/config.json": {
+            "norm_num_groups": 4,
+            "lookup_from_codebook": True,
+            "block_out_channels": [4, 4],
+        },
         "tokenizer/tokenizer_config.json": {"pad_token": "<|endoftext|>"},
-    }  # fmt: skip
+    }
     for name, content in settings.items():
         (folder / name).parent.mkdir()
         (folder / name).write_text(json.dumps(content))
@@ -318,14 +380,15 @@ def test_settings_of_amused(amused: Path) -> None:
     state = load_file(next((amused / "transformer").glob("*.s*")))
     assert found.num_codes == 20
     assert {k: v for k, v in pairs.items() if k.startswith("uvit.")} == {
-        f"uvit.{k}": v for k, v in dataclasses.asdict(UVIT).items()
-        if f"uvit.{k}" in pairs
-    }  # fmt: skip
+        f"uvit.{k}": v for k, v in dataclasses.asdict(UVIT).items() if f"uvit.{k}" in pairs
+    }
     assert pairs["uvit.num_attention_heads"] == 2 and pairs["network"] == "uvit"
     assert (pairs["sampling.guidance_end"], pairs["sampling.steps"]) == (10.0, 12)
     assert (pairs["text.name"], pairs["text.hidden_state"], pairs["text.pad_id"]) == (
-        "clip", -2, 49407,
-    )  # fmt: skip
+        "clip",
+        -2,
+        49407,
+    )
     assert pairs["text.path"] == str(amused / "text_encoder")
     assert (found.side, found.tokenizer) == (4, amused / "vqvae")
     assert set(found.state) == {f"network.{name}" for name in state}

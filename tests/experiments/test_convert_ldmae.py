@@ -18,8 +18,18 @@ from lightning_modules.registry import load_first_stage, load_generator
 VIT = ViTConfig(32, 8, 24, 1, 12, 24, 1, 12)
 DIT = DiTConfig(input_size=4, in_channels=3, hidden_size=24, depth=1, num_heads=2, num_classes=5)
 VMAE_WORDS = ["--paper", "autoencoder", "--from", "vmae.pth", "--out", "v"]
-DIT_WORDS = ["--paper", "ldmae", "--from", "0100000.pt", "--tokenizer", "vmae.pth", "--out", "d",
-             "data.resolution=32", "sampling.steps=3"]  # fmt: skip
+DIT_WORDS = [
+    "--paper",
+    "ldmae",
+    "--from",
+    "0100000.pt",
+    "--tokenizer",
+    "vmae.pth",
+    "--out",
+    "d",
+    "data.resolution=32",
+    "sampling.steps=3",
+]
 
 
 def main(words: list[str]) -> int:
@@ -104,9 +114,12 @@ def test_the_resolution_follows_from_the_grid(official: tuple[VMAE, DiT]) -> Non
 
 @pytest.mark.parametrize(
     ("std", "message"),
-    [([2, 2, 2], "real numbers"), ([2.0, 0.0, 2.0], "std of the latents must be positive"),
-     ([2.0, float("nan"), 2.0], "std holds numbers that are not finite")],
-)  # fmt: skip
+    [
+        ([2, 2, 2], "real numbers"),
+        ([2.0, 0.0, 2.0], "std of the latents must be positive"),
+        ([2.0, float("nan"), 2.0], "std holds numbers that are not finite"),
+    ],
+)
 def test_statistics_that_are_none(
     official: tuple[VMAE, DiT], std: list[float], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

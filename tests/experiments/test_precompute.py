@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -33,10 +34,14 @@ ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "lightning_modules" / "vqgan" / "shipped" / "tiny.safetensors"
 AUTOENCODER = ROOT / "lightning_modules" / "ldmae" / "shipped" / "tiny.safetensors"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "experiments.precompute", "experiments.pipeline.runner", "lightning_modules.registry",
-    "data.cache",
-])  # fmt: skip
+FORKS.set_forkserver_preload(
+    [
+        "experiments.precompute",
+        "experiments.pipeline.runner",
+        "lightning_modules.registry",
+        "data.cache",
+    ]
+)
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
 
@@ -65,6 +70,18 @@ def cache(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cache")
     assert precompute.run(words(shards, root)) == 0
     return root / "out"
+
+
+def test_remote_shards_are_encoded_as_local_ones_are(
+    cache: Path, shards: Path, tmp_path: Path
+) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in (shards / "train").iterdir():
+        memory.pipe(f"/precompute/train/{path.name}", path.read_bytes())
+    remote = "data.shards=memory://precompute/train/*.tar"
+    assert precompute.run([*words(shards, tmp_path), remote]) == 0
+    for path in cache.glob("*.parquet"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 def process(argv: list[str], env: dict[str, str], killed_at: int | None, made: Path) -> None:
@@ -198,9 +215,11 @@ def test_the_same_command_mends_a_damaged_cache(
 
 
 def test_a_full_disk_leaves_no_half_file_and_one_line(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     save, calls = data.cache.save_file, list[Path]()
 
     def full(tensors: Any, path: Path, *more: Any) -> None:
@@ -216,8 +235,9 @@ def test_a_full_disk_leaves_no_half_file_and_one_line(
     error = capsys.readouterr().err
     assert error == f"error: No space left on device: {out}/00002.safetensors\n"
     assert sorted(p.name for p in out.glob("[!.]*.safetensors")) == [
-        "00000.safetensors", "00001.safetensors",
-    ]  # fmt: skip
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
     assert not [*out.glob(".*.tmp")]
     assert precompute.run(words(shards, tmp_path)) == 0 and len(calls) == 3 + 3
 
@@ -230,8 +250,14 @@ def trained(run: Run, name: str = "train") -> tuple[Any, Any]:
     return curves(folder), load_weights(folder / "checkpoint.safetensors")[0]
 
 
-PAELLA = ["tokenizer.preset=tiny", "tokenizer.ckpt=shipped", "model.num_labels=512",
-          "eval.prompts=8", "eval.heldout=0", "data.val_size=24"]  # fmt: skip
+PAELLA = [
+    "tokenizer.preset=tiny",
+    "tokenizer.ckpt=shipped",
+    "model.num_labels=512",
+    "eval.prompts=8",
+    "eval.heldout=0",
+    "data.val_size=24",
+]
 
 
 def test_training_from_it_equals_training_from_the_runs_own_cache(
@@ -240,9 +266,7 @@ def test_training_from_it_equals_training_from_the_runs_own_cache(
     own = [f"data.shards={shards}/train", f"data.val_shards={shards}/val", "data.val_size=24"]
     store = cache.parent / "cache"
     one = go("paella", tmp_path / "one", store, *PAELLA, *own, "eval.batch_size=4")
-    other = go(
-        "paella", tmp_path / "two", store, *PAELLA, "data=cache", f"data.path={cache}"
-    )  # fmt: skip
+    other = go("paella", tmp_path / "two", store, *PAELLA, "data=cache", f"data.path={cache}")
     assert "encode" not in other.made() and "encode" in one.made() and "train" in other.made()
     assert other.config.data.name == "shards"
     for mine, theirs in zip(trained(one), trained(other), strict=True):
@@ -334,9 +358,11 @@ def test_refusals(
 
 @pytest.fixture(scope="module")
 def with_text(
-    shards: Path, tiny_t5: str, tiny_clip: dict[str, str],
+    shards: Path,
+    tiny_t5: str,
+    tiny_clip: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, list[str]]:  # fmt: skip
+) -> tuple[Path, list[str]]:
     root = tmp_path_factory.mktemp("text")
     text = [
         "text=byt5",
@@ -352,8 +378,15 @@ def test_captions_states_reach_the_training_without_the_encoder(
     with_text: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, text = with_text
-    more = [*PAELLA, *text, "model.clip_embd=12", "model.clip_seq_len=2", "objective.text_drop=0.5",
-            "objective.pooled_drop=0.3", "trainer.val_batches=0"]  # fmt: skip
+    more = [
+        *PAELLA,
+        *text,
+        "model.clip_embd=12",
+        "model.clip_seq_len=2",
+        "objective.text_drop=0.5",
+        "objective.pooled_drop=0.3",
+        "trainer.val_batches=0",
+    ]
     store, given = tmp_path / "cache", ["data=cache", f"data.path={cache}"]
     batch = next(iter(TokenData(cache, batch_size=4, text=True).stream()))
     assert batch["text"]["states"].dtype == torch.float16 and len(batch["text"]["pooled"]) == 5
@@ -405,8 +438,14 @@ def test_moments_of_an_autoencoder(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert read_index(out)["made"]["num_codes"] is None
     own = [f"data.shards={shards}/train", f"data.val_shards={shards}/val", "data.val_size=24"]
-    ldmae = ["autoencoder.preset=tiny", "autoencoder.ckpt=shipped", "eval.prompts=8",
-             "eval.heldout=0", "eval.batch_size=4", "model.in_channels=8"]  # fmt: skip
+    ldmae = [
+        "autoencoder.preset=tiny",
+        "autoencoder.ckpt=shipped",
+        "eval.prompts=8",
+        "eval.heldout=0",
+        "eval.batch_size=4",
+        "model.in_channels=8",
+    ]
     store = tmp_path / "cache"
     one = go("ldmae", tmp_path / "one", store, *ldmae, *own)
     two = go("ldmae", tmp_path / "two", store, *ldmae, f"data.path={out}")

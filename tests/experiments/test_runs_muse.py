@@ -69,8 +69,12 @@ def test_scores_of_both_stages_and_of_edits(run: Run) -> None:
         how = "reduced to 32 px by area averaging" if "superres" in prefix else None
         assert score.get("pictures") == how
     assert run.scores["edit/object_accuracy"]["n"] == 4
-    shown = ("Super-resolution: val, reduced", "Edits: the picture", "superres train",
-             "of which up to 50% are predicted by the base")  # fmt: skip
+    shown = (
+        "Super-resolution: val, reduced",
+        "Edits: the picture",
+        "superres train",
+        "of which up to 50% are predicted by the base",
+    )
     for words in shown:
         assert words in run.page
 
@@ -227,9 +231,13 @@ WRONG_WORDS = [
 
 @pytest.mark.parametrize(("words", "message"), WRONG_WORDS, ids=str)
 def test_wrong_edits_are_one_line(
-    words: list[str], message: str, run: Run, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    words: list[str],
+    message: str,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)

@@ -82,9 +82,10 @@ def test_sample_takes_a_plain_model_as_an_improved_one(runs: Runs, tmp_path: Pat
     prompt = ["--prompt", "a red circle", "--seed", "3"]
     words = ["--ckpt", str(runs.plain.out), *prompt, "--device", "cpu"]
     for name, more in {
-        "plain": [], "guided": ["--paper", "improved_vqd", "sampling.guidance=4"],
+        "plain": [],
+        "guided": ["--paper", "improved_vqd", "sampling.guidance=4"],
         "one": ["--paper", "improved_vqd", "sampling=plain", "sampling.steps=4"],
-    }.items():  # fmt: skip
+    }.items():
         assert command(sample.run, [*words, *more, "--out", str(tmp_path / name)]) == 0
     drawn = {p.name: (p / "00000.png").read_bytes() for p in tmp_path.iterdir()}
     assert drawn["guided"] != drawn["one"]

@@ -25,11 +25,32 @@ from lightning_modules.registry import GENERATORS, load_generator
 from lightning_modules.vqgan.module import VQGANModule
 from tests.tiny_generators import MUSE, tiny
 
-TOKENIZER = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
-             "z_channels": 4, "embed_dim": 4, "num_codes": 12, "norm_groups": 4}  # fmt: skip
-MODEL = {"c_in": 8, "c_out": 8, "num_labels": 12, "c_r": 8, "patch_size": 1, "c_cond": 8,
-         "c_hidden": [8, 8], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
-         "clip_embd": 0, "clip_image": False, "byt5_embd": 8, "dropout": 0.0}  # fmt: skip
+TOKENIZER = {
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "z_channels": 4,
+    "embed_dim": 4,
+    "num_codes": 12,
+    "norm_groups": 4,
+}
+MODEL = {
+    "c_in": 8,
+    "c_out": 8,
+    "num_labels": 12,
+    "c_r": 8,
+    "patch_size": 1,
+    "c_cond": 8,
+    "c_hidden": [8, 8],
+    "nhead": [-1, 2],
+    "blocks": [1, 1],
+    "level_config": ["CT", "CTA"],
+    "clip_embd": 0,
+    "clip_image": False,
+    "byt5_embd": 8,
+    "dropout": 0.0,
+}
 TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
 # two pixels per token, grids in multiples of two: sides are multiples of 4; trained on 16x16
@@ -42,8 +63,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "micro"
     torch.manual_seed(0)
     tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
-    config = {"paper": "paella", "seed": 0, "grid": [8, 8], "num_codes": 12, "model": MODEL,
-              "text": TEXT}  # fmt: skip
+    config = {
+        "paper": "paella",
+        "seed": 0,
+        "grid": [8, 8],
+        "num_codes": 12,
+        "model": MODEL,
+        "text": TEXT,
+    }
     generator = PaellaModule(config)
     for parameter in [*tokenizer.parameters(), *generator.parameters()]:
         torch.nn.init.normal_(parameter, std=0.3)
@@ -122,8 +149,22 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(run_folder: Path) -> Non
     gaps = [abs(pixels(f"a/{n}").astype(int) - pixels(f"single/{n}")).max() for n in names]
     assert sum(gap <= 1 for gap in gaps) >= 2  # a token that flips changes one picture, rarely
     assert load_png("a/00001.png")[1]["prompt"] == "a longer prompt of words"
-    assert sample(run_folder, "--prompt", "three", "--seed", "2", "--prompt", "x",
-                  "--batch-size", "2", "--out", "last") == 0  # fmt: skip
+    assert (
+        sample(
+            run_folder,
+            "--prompt",
+            "three",
+            "--seed",
+            "2",
+            "--prompt",
+            "x",
+            "--batch-size",
+            "2",
+            "--out",
+            "last",
+        )
+        == 0
+    )
     # the last batch of three is "three" twice: what fills it up changes nothing
     assert np.array_equal(pixels("last/00000.png"), pixels("a/00002.png"))
 
@@ -157,10 +198,18 @@ def test_words_that_training_never_saw(
         ("scenes", strange, "captions of scenes, which never say: dog, cat"),
         ("digits", strange[2:], "captions of digits, which never say: cat"),
         ("shards", strange, ""),
-        ("scenes", ["--prompt", "on a grey background, a small cyan circle over a large red square",
-                    "--prompt", "a Blue triangle"], ""),
+        (
+            "scenes",
+            [
+                "--prompt",
+                "on a grey background, a small cyan circle over a large red square",
+                "--prompt",
+                "a Blue triangle",
+            ],
+            "",
+        ),
         ("digits", ["--prompt", "the digit seven, handwritten"], ""),
-    ):  # fmt: skip
+    ):
         write_json(tmp_path / "checkpoint.json", {**beside, "data": data})
         assert sample(tmp_path, *prompts) == 0
         notes = [line for line in capsys.readouterr().out.splitlines() if "note" in line]
@@ -170,8 +219,12 @@ def test_words_that_training_never_saw(
 def test_help_names_the_papers_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    for option, ability in (("edit", "rewrite"), ("interpolate", "blend_with"),
-                            ("negative", "negative"), ("size", "grid")):  # fmt: skip
+    for option, ability in (
+        ("edit", "rewrite"),
+        ("interpolate", "blend_with"),
+        ("negative", "negative"),
+        ("size", "grid"),
+    ):
         (line,) = re.findall(rf"^  --{option} +([a-z_, ]+)(?:;.*)?$", said, re.MULTILINE)
         assert line.split(", ") == [n for n, cls in GENERATORS.items() if ability in cls.ABILITIES]
 
@@ -477,8 +530,10 @@ def test_an_old_run_folder_with_all_settings_inside(run_folder: Path) -> None:
 
 def test_an_old_run_folder_of_two_joined_stages() -> None:
     """Super-resolution once lay in the base's file, as superres.* tensors."""
-    superres = {"enabled": True, "model": {**MUSE, "low_num_codes": 12, "low_layers": 1,
-                                           "low_max_side": 4, "block": 2}}  # fmt: skip
+    superres = {
+        "enabled": True,
+        "model": {**MUSE, "low_num_codes": 12, "low_layers": 1, "low_max_side": 4, "block": 2},
+    }
     sampling = {"steps": 3, "superres": {"steps": 2}}
     high = {"grid": [8, 8], "num_codes": 12}
     parts: Any = tiny("muse", superres=superres, high=high, sampling=sampling)
@@ -492,8 +547,13 @@ def test_an_old_run_folder_of_two_joined_stages() -> None:
     base_state = {k: v for k, v in parts.state_dict().items() if k in base_state}
     state, settings = parts.superres.export()
     joined = {**base_state, **{f"superres.{k}": v for k, v in state.items()}}
-    inside = {**config, "tokenizer": own, "sampling": {**config["sampling"], **sampling},
-              "superres": superres, "high": high}  # fmt: skip
+    inside = {
+        **config,
+        "tokenizer": own,
+        "sampling": {**config["sampling"], **sampling},
+        "superres": superres,
+        "high": high,
+    }
     save_weights("old/checkpoint.safetensors", joined, inside)
 
     save_weights("new/checkpoint.safetensors", base_state, config)
@@ -535,7 +595,9 @@ def test_sample_draws_the_runs_own_pictures(trained: tuple[Path, Path]) -> None:
     for row, picture in zip(asked, theirs, strict=True):
         assert np.array_equal(pixels(f"whole/{row['file']}"), picture)
     assert sample(out, *words, "single", "--batch-size", "1") == 0
-    same = [np.array_equal(pixels(f"single/{row['file']}"), p)
-            for row, p in zip(asked, theirs, strict=True)]  # fmt: skip
+    same = [
+        np.array_equal(pixels(f"single/{row['file']}"), p)
+        for row, p in zip(asked, theirs, strict=True)
+    ]
     print(f"{sum(same)} of {len(same)} pictures drawn alone have the bytes of the run")
     assert sum(same) >= 12

@@ -155,8 +155,12 @@ def test_points_are_the_product_the_last_setting_fastest(tmp_path: Path) -> None
     assert found == [(1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]
     assert [p.config.sampling.steps for p in runs] == [1, 1, 2, 2]  # type: ignore[attr-defined]
     assert runs[1].out == out / "steps=1,guidance_end=2.0"
-    assert runs[0].argv == ["--paper=paella", "--scale=micro", "--sampling.steps=1",
-                              "--sampling.guidance_end=1.0"]  # fmt: skip
+    assert runs[0].argv == [
+        "--paper=paella",
+        "--scale=micro",
+        "--sampling.steps=1",
+        "--sampling.guidance_end=1.0",
+    ]
     assert all(p.config.logger == "csv" for p in runs)
 
     out, runs = make_runs(read, ["sampling.steps=3", "logger=wandb"], None)
@@ -228,11 +232,16 @@ KEYS = st.sampled_from(["paper", "scale", "seed", "sampling", "sampling.steps", 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 NODES = st.recursive(
     LEAVES | st.sampled_from(["paella", "micro"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["value", "values", "parameters", "distribution"]) | KEYS,
-                      inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["value", "values", "parameters", "distribution"]) | KEYS,
+            inner,
+            max_size=3,
+        )
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @given(
@@ -296,10 +305,11 @@ def test_an_agent_makes_the_same_runs(text: str, macro: str, tmp_path: Path, mon
 def answers(parameters: dict) -> Iterator[dict[str, Any]]:
     """What a server makes of a grid: nested parameters stay nested."""
     choices = [
-        list(answers(given["parameters"])) if "parameters" in given
+        list(answers(given["parameters"]))
+        if "parameters" in given
         else given.get("values") or [given["value"]]
         for given in parameters.values()
-    ]  # fmt: skip
+    ]
     for values in itertools.product(*choices):
         yield dict(zip(parameters, values, strict=True))
 
@@ -340,9 +350,10 @@ def test_a_random_sweep_draws_the_same_runs_again(tmp_path: Path) -> None:
 def test_a_grid_lists_what_can_be_listed(tmp_path: Path) -> None:
     path = small(tmp_path / "a.yaml")
     path.write_text(
-        path.read_text().replace("{values: [1, 2]}", "{min: 2, max: 4}")
+        path.read_text()
+        .replace("{values: [1, 2]}", "{min: 2, max: 4}")
         .replace("{values: [1.0, 2.0]}", "{distribution: q_uniform, min: 1, max: 2, q: 0.5}")
-    )  # fmt: skip
+    )
     _, runs = make_runs(read_sweep(path), [], None)
     found = [(r.settings["sampling.steps"], r.settings["sampling.guidance_end"]) for r in runs]
     assert found == list(itertools.product([2, 3, 4], [1, 1.5, 2]))
@@ -427,13 +438,18 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
     assert "[2/4] s: steps=1 guidance_end=2.0 (about" in said
     assert "in all runs: tokenizer/psnr" in said and "best eval/scene_accuracy: steps=" in said
     assert sorted(p.name for p in out.glob("*.*") if p.is_file()) == [
-        "picture.png", "table.csv", "table.html",
-    ]  # fmt: skip
+        "picture.png",
+        "table.csv",
+        "table.html",
+    ]
     with open(out / "table.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [(r["sampling.steps"], r["sampling.guidance_end"]) for r in rows] == [
-        ("1", "1.0"), ("1", "2.0"), ("2", "1.0"), ("2", "2.0"),
-    ]  # fmt: skip
+        ("1", "1.0"),
+        ("1", "2.0"),
+        ("2", "1.0"),
+        ("2", "2.0"),
+    ]
     for row in rows:
         metrics = json.loads((Path(row["run"]) / "metrics.json").read_text())
         for name, score in metrics.items():

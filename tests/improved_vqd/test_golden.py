@@ -189,9 +189,13 @@ def check_loop(
         posterior_times = [s.t - (stride - 1) if s.t > stride - 1 else s.t for s in steps]
         assert posterior_times == get("calls_t").tolist()
         final = process.sample(
-            predict, network.head, steps=steps, opens=common["swaps"],
-            transition=whole_posterior, **common,
-        )  # fmt: skip
+            predict,
+            network.head,
+            steps=steps,
+            opens=common["swaps"],
+            transition=whole_posterior,
+            **common,
+        )
     else:
         calls = improved.table_calls(schedule, spec["n_sample"], spec.get("prior_ps"))
         assert [call.t for call in calls] == get("calls_t").tolist()
@@ -201,10 +205,15 @@ def check_loop(
         for (i, b), uniforms in zip(made, get("pos_u"), strict=True):
             opens[i, b] = uniforms.unflatten(0, grid)
         final = improved.sample(
-            predict, network.head, calls=calls, opens=opens, draw=gumbel_draw,
-            order={1: "random", 2: "purity"}[rule], purity_weight=spec.get("prior_weight", 0.0),
+            predict,
+            network.head,
+            calls=calls,
+            opens=opens,
+            draw=gumbel_draw,
+            order={1: "random", 2: "purity"}[rule],
+            purity_weight=spec.get("prior_weight", 0.0),
             **common,
-        )  # fmt: skip
+        )
         check_positions(case, name, made, results, codes)
     assert len(calls_made) == len(laws)
     after = get("tokens_after")

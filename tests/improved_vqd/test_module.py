@@ -147,8 +147,11 @@ def test_plain_settings_sample_as_vq_diffusion_does() -> None:
     plain = exact(make_plain())
     plain.load_state_dict(module.state_dict())
     changes = {
-        "guidance": 4.0, "reveal": "constant", "tokens_per_call": 3, "compare_truncation": 0.7,
-    }  # fmt: skip
+        "guidance": 4.0,
+        "reveal": "constant",
+        "tokens_per_call": 3,
+        "compare_truncation": 0.7,
+    }
     settings = module.settings(changes).plain()
     found = module.sample_tokens(Request(CAPTIONS, SEEDS), settings)
     expected = draw(plain, CAPTIONS, SEEDS, changes={"steps": 5, "truncation": 0.7})
@@ -235,8 +238,10 @@ def test_fine_tuning_starts_from_a_plain_checkpoint(kind: str, tmp_path: Path) -
     module.config.init.ckpt = str(saved(module, tmp_path / "again.safetensors", "improved_vqd"))
     module.begin("hash")
     fit(module, 1)
-    assert not torch.equal(module.state_dict()["network.to_logits.1.bias"],
-                           plain.state_dict()["network.to_logits.1.bias"])  # fmt: skip
+    assert not torch.equal(
+        module.state_dict()["network.to_logits.1.bias"],
+        plain.state_dict()["network.to_logits.1.bias"],
+    )
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:

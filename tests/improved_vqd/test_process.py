@@ -122,9 +122,12 @@ def test_a_call_that_would_leave_one_token_takes_it():
 
 def test_settings_that_do_not_fit_are_named():
     for wrong in (
-        {"purity_weight": -1}, {"tokens_per_call": 0}, {"reveal": "constant"},
-        {"rule": "released"}, {"steps": 0},
-    ):  # fmt: skip
+        {"purity_weight": -1},
+        {"tokens_per_call": 0},
+        {"reveal": "constant"},
+        {"rule": "released"},
+        {"steps": 0},
+    ):
         name = "tokens_per_call" if "reveal" in wrong else next(iter(wrong))
         with pytest.raises(ValueError, match=name):
             SamplingConfig(**wrong)
@@ -191,9 +194,14 @@ def test_one_token_per_call_follows_a_joint_law(order):
     ):
         calls = improved.make_calls(schedule, config, 3)
         drawn = sample(
-            joint_network(joint), schedule, calls, range(4000), (1, 3), order=order,
+            joint_network(joint),
+            schedule,
+            calls,
+            range(4000),
+            (1, 3),
+            order=order,
             purity_weight=0.0,
-        ).flatten(1)  # fmt: skip
+        ).flatten(1)
         counts = torch.bincount(drawn @ torch.tensor([9, 3, 1]), minlength=27)
         check_shares(counts, joint.flatten())
 
@@ -206,9 +214,13 @@ def test_the_purity_weight_sharpens(weight):
     config = SamplingConfig(reveal="constant", tokens_per_call=1)
     calls = improved.make_calls(schedule, config, 1)
     drawn = sample(
-        lambda x, t, keep: p.log().expand(int(keep.sum()), -1), schedule, calls, range(6000),
-        (1, 1), purity_weight=weight,
-    )  # fmt: skip
+        lambda x, t, keep: p.log().expand(int(keep.sum()), -1),
+        schedule,
+        calls,
+        range(6000),
+        (1, 1),
+        purity_weight=weight,
+    )
     check_shares(torch.bincount(drawn.flatten(), minlength=3), p ** (1 + weight))
 
 
@@ -218,10 +230,13 @@ def test_purer_places_come_first():
     config = SamplingConfig(reveal="constant", tokens_per_call=1)
     firsts: list[Tensor] = []
     sample(
-        lambda x, t, keep: law.expand(*x.shape, -1)[keep], schedule,
-        improved.make_calls(schedule, config, 2), range(5000), (1, 2),
+        lambda x, t, keep: law.expand(*x.shape, -1)[keep],
+        schedule,
+        improved.make_calls(schedule, config, 2),
+        range(5000),
+        (1, 2),
         on_step=lambda i, x, out: firsts.append(out.flatten(1)) if i == 0 else None,
-    )  # fmt: skip
+    )
     opened = (firsts[0] != 3).sum(0)
     check_shares(opened, torch.tensor([0.98, 0.4]))
 
@@ -238,9 +253,14 @@ def test_every_call_reveals_its_number(order):
 
     states: list[Tensor] = []
     sample(
-        predict, schedule, calls, [0, 1], (5, 7), order=order,
+        predict,
+        schedule,
+        calls,
+        [0, 1],
+        (5, 7),
+        order=order,
         on_step=lambda i, x, out: states.append((out != 5).flatten(1).sum(1)),
-    )  # fmt: skip
+    )
     for call, revealed in zip(calls, states, strict=True):
         assert revealed.tolist() == [call.reveals[1] if call.reveals else 35] * 2
     each = [2 * (c.reveals[1] - c.reveals[0]) for c in calls[:-1]]
@@ -259,10 +279,15 @@ def test_what_is_known_stays_and_shares_are_kept():
     law = torch.rand(8, 8, 5, generator=seeded(1)).log()
     states: list[Tensor] = []
     drawn = sample(
-        lambda x, t, keep: law.expand(*x.shape, -1)[keep], schedule, calls, [0, 1, 2], (8, 8),
-        x=torch.where(mask == 1, 5, start), mask=mask,
+        lambda x, t, keep: law.expand(*x.shape, -1)[keep],
+        schedule,
+        calls,
+        [0, 1, 2],
+        (8, 8),
+        x=torch.where(mask == 1, 5, start),
+        mask=mask,
         on_step=lambda i, x, out: states.append(out),
-    )  # fmt: skip
+    )
     for state in states:
         assert torch.equal(state[mask == 0], start[mask == 0])
     for call, state in zip(calls[:-1], states, strict=False):
@@ -278,9 +303,14 @@ def test_an_image_depends_on_its_own_seed_only():
     def draw(seeds: list[int], order: str) -> Tensor:
         calls = improved.make_calls(schedule, SamplingConfig(steps=5, order=order), 24)
         return sample(
-            lambda x, t, keep: law.expand(*x.shape, -1)[keep], schedule, calls, seeds, (4, 6),
-            order=order, truncation=0.8,
-        )  # fmt: skip
+            lambda x, t, keep: law.expand(*x.shape, -1)[keep],
+            schedule,
+            calls,
+            seeds,
+            (4, 6),
+            order=order,
+            truncation=0.8,
+        )
 
     for order in ("purity", "random", "diffusion"):
         together = draw([3, 1, 4, 1], order)
@@ -296,13 +326,22 @@ def test_without_an_order_it_is_vq_diffusions_loop():
     noise = process.sample_noise([0, 1], 5, (4, 4))
     x = process.start_tokens(schedule, noise.pop("start"))
     ours = improved.sample(
-        predict, lambda rows: rows, x=x, truncation=0.7, **noise,
-        calls=improved.make_calls(schedule, config, 16), order="diffusion",
-    )  # fmt: skip
+        predict,
+        lambda rows: rows,
+        x=x,
+        truncation=0.7,
+        **noise,
+        calls=improved.make_calls(schedule, config, 16),
+        order="diffusion",
+    )
     plain = process.sample(
-        predict, lambda rows: rows, x=x, truncation=0.7, **noise,
+        predict,
+        lambda rows: rows,
+        x=x,
+        truncation=0.7,
+        **noise,
         steps=process.make_steps(schedule, config),
-    )  # fmt: skip
+    )
     assert torch.equal(ours, plain)
 
 
@@ -335,9 +374,15 @@ def test_the_time_is_chosen_anew_by_each_pictures_masks():
     x = torch.full((2, 2, 4), 3)
     x[1, 1] = 0  # half of the second picture is known
     sample(
-        predict, schedule, improved.make_calls(schedule, config, 8), range(2), (2, 4),
-        x=x, mask=x == 3, shares=schedule.mask[:-1],
-    )  # fmt: skip
+        predict,
+        schedule,
+        improved.make_calls(schedule, config, 8),
+        range(2),
+        (2, 4),
+        x=x,
+        mask=x == 3,
+        shares=schedule.mask[:-1],
+    )
     times = (schedule.mask[:-1] - torch.tensor([1, 0.5, 0.75, 0.375])[:, None]).abs().argmin(1)
     whole, half, later, eighth = times.tolist()
     assert told[0] == [whole, half] and told[1] == [later, eighth]

@@ -24,14 +24,20 @@ def config(kind: str = "vmae", **sections: Any) -> dict[str, Any]:
         "kind": kind,
         "channels": 3,
         "vit": {
-            "image_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2,
-            "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+            "embed_dim": 8,
+            "depth": 1,
+            "num_heads": 2,
+            "decoder_embed_dim": 8,
+            "decoder_depth": 1,
+            "decoder_num_heads": 2,
         },
         "conv": {"ch": 4, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "norm_groups": 2},
         "objective": {"disc_start": 1, "disc_layers": 1, "disc_width": 4},
         "optim": {"lr": 1e-3, "betas": [0.9, 0.95], "clip": 1.0, "warmup_batches": 2},
         "seed": 5,
-    }  # fmt: skip
+    }
     for name, value in sections.items():
         base[name] = base[name] | value if isinstance(value, dict) else value
     return base
@@ -59,10 +65,16 @@ def fit(
     folder: Path, epochs: int, trained: AutoencoderModule, ckpt: Path | None = None
 ) -> tuple[AutoencoderModule, L.Trainer]:
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, limit_train_batches=BATCHES,
-        default_root_dir=folder, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=epochs,
+        limit_train_batches=BATCHES,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+    )
     loader = torch.utils.data.DataLoader(Images(), batch_size=2)
     trainer.fit(trained, loader, loader, ckpt_path=ckpt, weights_only=True)
     return trained, trainer

@@ -20,11 +20,22 @@ CONFIGS = {
         4, 1, 3, 16, 2, 2, num_classes=1, class_dropout_prob=0.0, use_qknorm=False
     ),
     "plain": DiTConfig(
-        4, 2, 3, 24, 1, 3, mlp_ratio=2.5, num_classes=5, learn_sigma=True, use_swiglu=False,
-        use_rope=False, use_rmsnorm=False, wo_shift=True,
+        4,
+        2,
+        3,
+        24,
+        1,
+        3,
+        mlp_ratio=2.5,
+        num_classes=5,
+        learn_sigma=True,
+        use_swiglu=False,
+        use_rope=False,
+        use_rmsnorm=False,
+        wo_shift=True,
     ),
     "wide": DiTConfig(4, 1, 3, 16, 2, 2, mlp_ratio=3.3, num_classes=5),
-}  # fmt: skip
+}
 
 
 def released(name: str = "imagenet") -> dict[str, Tensor]:

@@ -99,9 +99,11 @@ def test_hidden_labels_and_guidance(golden, name):
     for key in ("cfg_low", "cfg_high"):
         t = io[f"{key}_t"][: len(x)]
         velocity = process.guided(
-            predictor(network, io["y"]), released.guidance, released.guidance_channels,
+            predictor(network, io["y"]),
+            released.guidance,
+            released.guidance_channels,
             (released.guidance_start, released.guidance_end),
-        )  # fmt: skip
+        )
         ours = velocity(x, t)
         first, second = io[f"{key}_out"].chunk(2)
         limit = {"atol": case.tolerance["cfg outputs atol"]}
@@ -177,9 +179,11 @@ def test_the_guided_latents_decoded(golden):
     io, check, network = case.io, close(case, "trajectory "), load_network(case)
     sample = case.case["sample"]
     velocity = process.guided(
-        predictor(network, io["sample.y"]), sample["cfg_scale"],
-        SamplingConfig().guidance_channels, (sample["cfg_interval_start"], 1.0),
-    )  # fmt: skip
+        predictor(network, io["sample.y"]),
+        sample["cfg_scale"],
+        SamplingConfig().guidance_channels,
+        (sample["cfg_interval_start"], 1.0),
+    )
     times = process.time_grid(sample["num_sampling_steps"] - 1, sample["timestep_shift"])
     latents = process.integrate(velocity, io["sample.z"], times)
 

@@ -23,9 +23,12 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "none": {"condition": "none", "model": SIZES},
 }
 SAMPLING = {
-    "steps": 5, "guidance": 3.0, "guidance_channels": None, "guidance_start": 0.3,
+    "steps": 5,
+    "guidance": 3.0,
+    "guidance_channels": None,
+    "guidance_start": 0.3,
     "timestep_shift": 0.7,
-}  # fmt: skip
+}
 CAPTIONS = ["one lion", "a zero", "", "one large red square"]
 
 Make = Callable[..., LDMAEModule]
@@ -83,9 +86,10 @@ def draw(
 def test_the_loss_is_the_papers(condition: str, cosine: bool, make: Make) -> None:
     drop = 0.0 if condition == "none" else 0.5
     module = make(
-        condition, objective={"cosine_loss": cosine},
+        condition,
+        objective={"cosine_loss": cosine},
         model={**CONDITIONS[condition]["model"], "class_dropout_prob": drop},
-    )  # fmt: skip
+    )
     given, generator = batch(n=6), source()
     loss, scalars = module.loss(given, source())
     means = given["moments"][:, :C]
@@ -288,8 +292,16 @@ def test_prompts_name_labels(make: Make) -> None:
 
 
 def test_on_a_real_autoencoder() -> None:
-    vit = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "decoder_embed_dim": 16, "depth": 1,
-           "decoder_depth": 1, "num_heads": 2, "decoder_num_heads": 2}  # fmt: skip
+    vit = {
+        "image_size": 16,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "decoder_embed_dim": 16,
+        "depth": 1,
+        "decoder_depth": 1,
+        "num_heads": 2,
+        "decoder_num_heads": 2,
+    }
     autoencoder = AutoencoderModule({"kind": "vmae", "channels": C, "vit": vit}).eval()
     autoencoder.set_statistics(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0]))
     module = LDMAEModule({"grid": [*GRID], "sampling": SAMPLING, **CONDITIONS["label"]})

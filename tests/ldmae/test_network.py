@@ -73,10 +73,14 @@ def test_conditions_do_not_see_each_other(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(network(x, t, [side])[0], out, rtol=1e-5, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-2
     for i in range(2):  # nor do samples
-        rows = [Side(s.vector[i : i + 1] if len(s.vector) > 1 else s.vector,
-                     [(k[i : i + 1], v[i : i + 1]) if len(k) > 1 else (k, v) for k, v in s.text],
-                     s.mask if s.mask is None else s.mask[i : i + 1])
-                for s in given]  # fmt: skip
+        rows = [
+            Side(
+                s.vector[i : i + 1] if len(s.vector) > 1 else s.vector,
+                [(k[i : i + 1], v[i : i + 1]) if len(k) > 1 else (k, v) for k, v in s.text],
+                s.mask if s.mask is None else s.mask[i : i + 1],
+            )
+            for s in given
+        ]
         alone = network(x[i : i + 1], t, rows)
         torch.testing.assert_close(alone, together[:, i : i + 1], rtol=1e-5, atol=1e-5)
 
@@ -165,9 +169,11 @@ def test_half_precision(settings: dict[str, Any]) -> None:
     assert (half.float() - full).norm() < 0.05 * full.norm()
     converted = copy.deepcopy(network).bfloat16()
     with torch.autocast("cpu", enabled=False):
-        given = [converted.label_side(torch.tensor([1, 3]))] if settings is LABEL else [
-            converted.text_side(numbers(2, 4, 6, seed=1).bfloat16())
-        ]  # fmt: skip
+        given = (
+            [converted.label_side(torch.tensor([1, 3]))]
+            if settings is LABEL
+            else [converted.text_side(numbers(2, 4, 6, seed=1).bfloat16())]
+        )
         assert converted(x.bfloat16(), t, given).dtype == torch.bfloat16
 
 

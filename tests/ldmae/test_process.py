@@ -85,9 +85,13 @@ def test_dopri5_speaks_up() -> None:
 def test_dopri5_stops_where_guidance_begins_and_ends() -> None:
     predict, rounds = Recorded(), []
     out = process.piecewise_dopri5(
-        lambda interval: process.guided(predict, 3.0, None, interval), noise(2), (0.25, 0.75),
-        atol=1e-6, rtol=1e-3, on_step=lambda i, before, after: rounds.append(i),
-    )  # fmt: skip
+        lambda interval: process.guided(predict, 3.0, None, interval),
+        noise(2),
+        (0.25, 0.75),
+        atol=1e-6,
+        rtol=1e-3,
+        on_step=lambda i, before, after: rounds.append(i),
+    )
     torch.testing.assert_close(out, noise(2) + 0.25 + 3 * 0.5 + 0.25, rtol=0, atol=1e-12)
     assert rounds == list(range(len(rounds))) and len(rounds) < 30
     switches = [a != b for a, b in itertools.pairwise(predict.passes)]
@@ -95,9 +99,12 @@ def test_dopri5_stops_where_guidance_begins_and_ends() -> None:
 
     predict = Recorded()
     out = process.piecewise_dopri5(
-        lambda interval: process.guided(predict, 3.0, None, interval), noise(2), (0.0, 1.0),
-        atol=1e-6, rtol=1e-3,
-    )  # fmt: skip
+        lambda interval: process.guided(predict, 3.0, None, interval),
+        noise(2),
+        (0.0, 1.0),
+        atol=1e-6,
+        rtol=1e-3,
+    )
     assert all(predict.passes)
 
 
@@ -262,9 +269,14 @@ def test_an_ancestral_step_is_that_of_ddpm() -> None:
     k, states = 600, []
     x, e, z = noise(2), noise(2, 1), noise(2, 2)
     process.ddim(
-        lambda x, k: e, x, [k, k - 1], shares, eta=1.0, fresh=[z],
+        lambda x, k: e,
+        x,
+        [k, k - 1],
+        shares,
+        eta=1.0,
+        fresh=[z],
         on_step=lambda i, before, after: states.append(after),
-    )  # fmt: skip
+    )
     a, after = float(shares[k]), float(shares[k - 1])
     beta = 1 - a / after
     mean = (x - beta / math.sqrt(1 - a) * e) / math.sqrt(1 - beta)

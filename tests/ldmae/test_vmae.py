@@ -30,9 +30,15 @@ from lightning_modules.ldmae.vmae import (
 
 def sizes(**changes: Any) -> ViTConfig:
     small = {
-        "image_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2,
-        "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 4,
-    }  # fmt: skip
+        "image_size": 16,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_embed_dim": 16,
+        "decoder_depth": 1,
+        "decoder_num_heads": 4,
+    }
     return ViTConfig(**(small | changes))
 
 

@@ -86,9 +86,14 @@ class Wish:
 def rewrite(network: Wish, start: Tensor, steps: int, **options: Any) -> Tensor:
     shape = (steps, *start.shape)
     return editing.rewrite(
-        network.predict, lambda rows: rows, start, EditConfig(**options), mask_id=MASK,
-        places=torch.rand(shape, generator=source(1)), draws=torch.rand(shape, generator=source(2)),
-    )  # fmt: skip
+        network.predict,
+        lambda rows: rows,
+        start,
+        EditConfig(**options),
+        mask_id=MASK,
+        places=torch.rand(shape, generator=source(1)),
+        draws=torch.rand(shape, generator=source(2)),
+    )
 
 
 def test_a_share_of_the_tokens_is_drawn_in_every_iteration():
@@ -128,8 +133,10 @@ def test_rewriting_draws_among_the_likeliest():
 def module(request: pytest.FixtureRequest) -> MuseModule:
     """A base of random weights for 4x4 tokens, with or without super-resolution to 8x8."""
     high = {**MUSE, "low_num_codes": K, "low_layers": 1, "low_max_side": 4, "block": 2}
-    further = {"superres": {"enabled": True, "model": high},
-               "high": {"grid": [8, 8], "num_codes": K}}  # fmt: skip
+    further = {
+        "superres": {"enabled": True, "model": high},
+        "high": {"grid": [8, 8], "num_codes": K},
+    }
     sampling = {"steps": 3, "superres": {"steps": 2}, "edit": {"iterations": 5}}
     return tiny("muse", 0.3, sampling=sampling, **(further if request.param else {}))
 
@@ -168,8 +175,11 @@ def test_the_base_generates_every_token_that_the_mask_touches(module: MuseModule
 def test_outpainting_beyond_the_trained_size(where: str, module: MuseModule) -> None:
     side, f = 4 * module.pixels_per_token, module.pixels_per_cell
     inner = pictures(2, side, side)
-    left, right, top, bottom = {"left": (side, 0, 0, 0), "right": (0, side // 2, 0, 0),
-                                "all around": (8, 8, 8, 16)}[where]  # fmt: skip
+    left, right, top, bottom = {
+        "left": (side, 0, 0, 0),
+        "right": (0, side // 2, 0, 0),
+        "all around": (8, 8, 8, 16),
+    }[where]
     canvas = torch.nn.functional.pad(inner, (left, right, top, bottom))
     known = torch.zeros(canvas.shape[-2:], dtype=torch.bool)
     known[top : top + side, left : left + side] = True

@@ -78,8 +78,9 @@ def test_masking_and_losses(golden):
     def close(actual: Tensor, name: str, limit: float = case.tolerance["loss_abs"]) -> None:
         torch.testing.assert_close(actual, io[name].view(actual.shape), atol=limit, rtol=0)
 
-    rates = process.masked_rate(io["u_time"], config["mask_schedule"], total,
-                                config["min_masking_rate"])  # fmt: skip
+    rates = process.masked_rate(
+        io["u_time"], config["mask_schedule"], total, config["min_masking_rate"]
+    )
     close(rates, "mask_prob", 1e-6)
     number = process.masked_number(rates, total)
     assert torch.equal(number, io["n_masked"])
@@ -94,8 +95,12 @@ def test_masking_and_losses(golden):
     logits = io["logits"].clone().requires_grad_()
 
     def ce(label_smoothing: float) -> Tensor:
-        flat = F.cross_entropy(logits.flatten(0, 1), io["image_tokens"].flatten(),
-                               reduction="none", label_smoothing=label_smoothing)  # fmt: skip
+        flat = F.cross_entropy(
+            logits.flatten(0, 1),
+            io["image_tokens"].flatten(),
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
         return flat.view(mask.shape)
 
     only = process.loss_weight(mask, rates)
@@ -121,12 +126,15 @@ def test_maskgit(golden, name):
     start = torch.where(io["x_init"] == config["mask_token_id"], codes, io["x_init"])[:, None]
     settings = process.loop_settings(
         DecodeConfig(
-            steps=steps, first_step=first, counting="maskgit", guidance_end=1.0,
+            steps=steps,
+            first_step=first,
+            counting="maskgit",
+            guidance_end=1.0,
             schedule=named(config["mask_scheduling_method"]),
             choice_temperature=config["choice_temperature"],
         ),
         (start == codes).flatten(1).sum(1),
-    )  # fmt: skip
+    )
     script = Script(io["logits"][first:, :, None])
     sampled, scores, after = [], [], []
 
@@ -135,10 +143,17 @@ def test_maskgit(golden, name):
         scores.append(score[:, 0])
 
     answer = process.decode(
-        script.predict, lambda rows: rows, start=start, mask_id=codes, draw=gumbel_draw,
-        draws=io["g_token"][first:, :, None], choice_noise=io["g_conf"][first:, :, None],
-        on_scores=on_scores, on_step=lambda i, before, now: after.append(now[:, 0]), **settings,
-    )  # fmt: skip
+        script.predict,
+        lambda rows: rows,
+        start=start,
+        mask_id=codes,
+        draw=gumbel_draw,
+        draws=io["g_token"][first:, :, None],
+        choice_noise=io["g_conf"][first:, :, None],
+        on_scores=on_scores,
+        on_step=lambda i, before, now: after.append(now[:, 0]),
+        **settings,
+    )
     seen = torch.stack(script.inputs)[:, :, 0]
     assert torch.equal(
         torch.where(seen == codes, config["mask_token_id"], seen), io["model_inputs"]
@@ -160,19 +175,30 @@ def test_amused_scheduler(golden, name):
     heat = heat if isinstance(heat, list) else [heat, 0.01]
     settings = process.loop_settings(
         DecodeConfig(
-            steps=steps, counting="maskgit", choice_law="linspace", choice_temperature=heat[0],
-            choice_end=heat[1], guidance_end=1.0, schedule=named(config["masking_schedule"]),
+            steps=steps,
+            counting="maskgit",
+            choice_law="linspace",
+            choice_temperature=heat[0],
+            choice_end=heat[1],
+            guidance_end=1.0,
+            schedule=named(config["masking_schedule"]),
         ),
         (start == mask_id).flatten(1).sum(1),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(
-        torch.tensor(settings["choice_temperature"]), io["temperatures"],
-        atol=case.tolerance["temperatures_abs"], rtol=0,
-    )  # fmt: skip
+        torch.tensor(settings["choice_temperature"]),
+        io["temperatures"],
+        atol=case.tolerance["temperatures_abs"],
+        rtol=0,
+    )
     settings["counts"] = process.mask_counts(
-        (start == mask_id).flatten(1).sum(1), steps, named(config["masking_schedule"]),
-        "maskgit", total=start[0].numel(), share=config["starting_mask_ratio"],
-    )  # fmt: skip
+        (start == mask_id).flatten(1).sum(1),
+        steps,
+        named(config["masking_schedule"]),
+        "maskgit",
+        total=start[0].numel(),
+        share=config["starting_mask_ratio"],
+    )
     assert torch.equal(settings["counts"][:-1], io["mask_len"].long())
     assert torch.equal(settings["counts"], io["n_masked_after"])
 
@@ -184,11 +210,17 @@ def test_amused_scheduler(golden, name):
         scores.append(score)
 
     answer = process.decode(
-        script.predict, lambda rows: rows, start=start, mask_id=mask_id, draw=gumbel_draw,
+        script.predict,
+        lambda rows: rows,
+        start=start,
+        mask_id=mask_id,
+        draw=gumbel_draw,
         draws=io["g_token"].view(*io["g_conf"].shape[:2], *start.shape[1:], -1),
         choice_noise=io["g_conf"].view(-1, *start.shape),
-        on_scores=on_scores, on_step=lambda i, before, now: after.append(now), **settings,
-    )  # fmt: skip
+        on_scores=on_scores,
+        on_step=lambda i, before, now: after.append(now),
+        **settings,
+    )
     assert torch.equal(torch.stack(after), io["prev_sample"])
     assert torch.equal(torch.stack(sampled), io["pred_original_sample"])
     assert torch.equal(answer, sampled[-1])

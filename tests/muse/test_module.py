@@ -33,8 +33,14 @@ from tests.tiny_generators import (
 )
 
 HIGH = (8, 8)
-SUPERRES = {**MUSE, "low_num_codes": K, "low_layers": 1, "low_max_side": 8, "block": 2,
-            "max_side": 16}  # fmt: skip
+SUPERRES = {
+    **MUSE,
+    "low_num_codes": K,
+    "low_layers": 1,
+    "low_max_side": 8,
+    "block": 2,
+    "max_side": 16,
+}
 SEEDS = [1, 2, 3, 4]
 
 Make = Callable[..., MuseModule]
@@ -46,9 +52,14 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     folder = tmp_path_factory.mktemp("clip_text")
-    config = CLIPTextConfig(hidden_size=16, intermediate_size=32, projection_dim=12,
-                            num_hidden_layers=2, num_attention_heads=2,
-                            max_position_embeddings=16)  # fmt: skip
+    config = CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         CLIPTextModelWithProjection(config).save_pretrained(folder)
@@ -58,18 +69,28 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def make(clip_folder: str) -> Make:
     """Make a module of one kind; keyword arguments extend its sections."""
-    clip = {"name": "clip", "path": clip_folder, "projected": True, "hidden_state": -2,
-            "unit_norm": False}  # fmt: skip
+    clip = {
+        "name": "clip",
+        "path": clip_folder,
+        "projected": True,
+        "hidden_state": -2,
+        "unit_norm": False,
+    }
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "muse": ("muse", {}),
         "learned": ("muse learned", {}),
         "empty": ("muse", {"model": {"null_text": "empty"}}),
         "critic": ("muse critic", {}),
         "uvit": ("muse uvit", {"text": clip, "uvit": {"cond_embed_dim": 12}}),
-        "superres": ("muse", {"superres": {"enabled": True, "model": SUPERRES},
-                              "high": {"grid": [*HIGH], "num_codes": K},
-                              "sampling": {"superres": {"steps": 3}}}),
-    }  # fmt: skip
+        "superres": (
+            "muse",
+            {
+                "superres": {"enabled": True, "model": SUPERRES},
+                "high": {"grid": [*HIGH], "num_codes": K},
+                "sampling": {"superres": {"steps": 3}},
+            },
+        ),
+    }
 
     def build(kind: str = "muse", random: float = 0.0, **sections: Any) -> MuseModule:
         name, own = kinds[kind]
@@ -103,12 +124,21 @@ def high_batch(seed: int = 0, n: int = 4) -> dict[str, Any]:
     return {"tokens": high, "low": low["tokens"], "caption": low["caption"]}
 
 
-def fit(module: SuperResModule, epochs: int, ckpt: Path | None = None,
-        callbacks: list[L.Callback] | None = None) -> L.Trainer:  # fmt: skip
+def fit(
+    module: SuperResModule,
+    epochs: int,
+    ckpt: Path | None = None,
+    callbacks: list[L.Callback] | None = None,
+) -> L.Trainer:
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=callbacks,
+    )
     batches: Any = [high_batch(i) for i in range(BATCHES)]
     loader: Any = DataLoader(batches, batch_size=None)
     trainer.fit(module.train(), loader, loader, ckpt_path=ckpt)
@@ -198,8 +228,14 @@ def test_the_first_stage_of_high_res_tokens(make: Make) -> None:
 def test_the_loss_is_the_masked_cross_entropy(
     kind: str, reduction: str, visible: float, make: Make
 ) -> None:
-    objective = {"label_smoothing": 0.2, "text_drop": 0.0, "reduction": reduction,
-                 "visible_weight": visible, "visible_law": "rate", "min_rate": 0.2}  # fmt: skip
+    objective = {
+        "label_smoothing": 0.2,
+        "text_drop": 0.0,
+        "reduction": reduction,
+        "visible_weight": visible,
+        "visible_law": "rate",
+        "min_rate": 0.2,
+    }
     module = make(kind, random=0.3, objective=objective)
     given, network = batch("muse", n=6), module.network
     loss, scalars = module.loss(given, source())
@@ -402,17 +438,26 @@ MISFITS: list[tuple[str, dict[str, Any], str]] = [
     ("uvit", {"text": {"projected": False}}, "add text.name=clip and text.projected=true"),
     ("uvit", {"critic": {"layers": 1}}, "critic.layers must be 0 with network=uvit"),
     ("uvit", {"uvit": {"downsample": True}, "grid": [5, 4]}, "data.resolution must be a multiple"),
-    ("superres", {"num_codes": 13, "model": {"num_codes": 13}},
-     r"superres\.model\.low_num_codes must be the tokenizer's 13 codes"),
+    (
+        "superres",
+        {"num_codes": 13, "model": {"num_codes": 13}},
+        r"superres\.model\.low_num_codes must be the tokenizer's 13 codes",
+    ),
     ("superres", {"high": {"num_codes": 13}}, r"superres\.model\.num_codes must be the tokeni"),
     ("superres", {"high": {"grid": [32, 32]}}, r"superres\.model\.max_side must be at least"),
     ("superres", {"high": {"grid": [9, 8]}}, "data.resolution must be a multiple of 2, got 9"),
-    ("superres", {"superres": {"model": {**SUPERRES, "low_max_side": 3}}},
-     r"superres\.model\.low_max_side must be at least the token grid's 4, got 3"),
-    ("superres", {"superres": {"model": {**SUPERRES, "text_width": 8}}},
-     r"superres\.model\.text_width must be text\.width \(16\)"),
+    (
+        "superres",
+        {"superres": {"model": {**SUPERRES, "low_max_side": 3}}},
+        r"superres\.model\.low_max_side must be at least the token grid's 4, got 3",
+    ),
+    (
+        "superres",
+        {"superres": {"model": {**SUPERRES, "text_width": 8}}},
+        r"superres\.model\.text_width must be text\.width \(16\)",
+    ),
     ("superres", {"superres": {"factor": 8}}, r"superres\.model\.max_side must be at least"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "sections", "message"), MISFITS, ids=lambda v: str(v)[:40])

@@ -100,10 +100,11 @@ def test_images_that_are_all_masks_share_a_pass():
     shared = network.mixed_rows(x, sides, [2.0, -1.0], keep)
     assert seen == [1, 3 + 1]
     alone = [
-        network.mixed_rows(x[i : i + 1], [network.prepare(text[i : i + 1]), sides[1]],
-                           [2.0, -1.0], keep[i : i + 1])
+        network.mixed_rows(
+            x[i : i + 1], [network.prepare(text[i : i + 1]), sides[1]], [2.0, -1.0], keep[i : i + 1]
+        )
         for i in range(3)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(shared, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 

@@ -63,9 +63,14 @@ def decode(network: Network, start: Tensor, config: DecodeConfig, **more: Any) -
         more.setdefault("critic", lambda x: torch.sin(x.float() * 7))
     noise = process.sample_noise(names, config.steps - config.first_step, GRID)
     return process.decode(
-        network.predict, network.head, start=start, mask_id=MASK,
-        **noise, **process.loop_settings(config, unknown), **more,
-    )  # fmt: skip
+        network.predict,
+        network.head,
+        start=start,
+        mask_id=MASK,
+        **noise,
+        **process.loop_settings(config, unknown),
+        **more,
+    )
 
 
 def masks(n: int = 3) -> Tensor:
@@ -112,8 +117,19 @@ def test_strict_and_maskgit_agree_where_maskgit_never_waits(n, steps):
 
 def test_float32_decides_at_two_thirds():
     assert process.mask_counts(torch.tensor([256]), 12)[:, 0].tolist() == [
-        253, 247, 236, 221, 203, 181, 155, 127, 97, 66, 33, 0
-    ]  # fmt: skip
+        253,
+        247,
+        236,
+        221,
+        203,
+        181,
+        155,
+        127,
+        97,
+        66,
+        33,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES, "pow2.5"])
@@ -142,8 +158,15 @@ def test_any_power_in_decoding_and_training() -> None:
     )
     # floor(256 (1 - (s / 8)^2.5)), the float32 of MaskGIT's mask_schedule.py
     assert process.mask_counts(torch.tensor([256]), 8, "pow2.5", "maskgit")[:, 0].tolist() == [
-        254, 248, 233, 210, 176, 131, 72, 0
-    ]  # fmt: skip
+        254,
+        248,
+        233,
+        210,
+        176,
+        131,
+        72,
+        0,
+    ]
     assert torch.equal(process.masked_rate(r, "pow2.5"), process.mask_ratio("pow2.5", r))
     assert ObjectiveConfig(mask_law="pow2.5").mask_law == "pow2.5"
 
@@ -192,9 +215,11 @@ def test_scattered_mask_has_its_number_and_is_uniform():
 
 
 @given(
-    h=st.integers(1, 9), w=st.integers(1, 9), data=st.data(),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    data=st.data(),
     u=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3),
-)  # fmt: skip
+)
 @settings(deadline=None)
 def test_rectangle(h, w, data, u):
     n = data.draw(st.integers(1, h * w))
@@ -263,12 +288,19 @@ def test_tied_temperatures():
 # The loop ----
 
 ORDERS: list[dict[str, Any]] = [
-    {}, {"order": "random"}, {"order": "halton", "schedule": "arccos", "counting": "halton"},
-    {"order": "critic"}, {"order": "critic", "frozen": False}, {"frozen": False},
-    {"confidence": "logit", "tie_temperatures": True}, {"confidence": "tempered"},
-    {"top_k": 2, "temperature_end": 0.0}, {"counting": "maskgit", "schedule": "log"},
-    {"counting": "lucidrains", "choice_temperature": 0.0}, {"first_step": 2},
-]  # fmt: skip
+    {},
+    {"order": "random"},
+    {"order": "halton", "schedule": "arccos", "counting": "halton"},
+    {"order": "critic"},
+    {"order": "critic", "frozen": False},
+    {"frozen": False},
+    {"confidence": "logit", "tie_temperatures": True},
+    {"confidence": "tempered"},
+    {"top_k": 2, "temperature_end": 0.0},
+    {"counting": "maskgit", "schedule": "log"},
+    {"counting": "lucidrains", "choice_temperature": 0.0},
+    {"first_step": 2},
+]
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=str)
@@ -371,9 +403,14 @@ def test_missing_parts_are_named():
     for order, what in (("halton", "ranks"), ("random", "choice_noise"), ("critic", "critic")):
         with pytest.raises(ValueError, match=what):
             process.decode(
-                Network().predict, Network().head, start=masks(), mask_id=MASK, order=order,
-                counts=torch.zeros(1, 3, dtype=torch.int64), draws=torch.rand(1, 3, *GRID),
-            )  # fmt: skip
+                Network().predict,
+                Network().head,
+                start=masks(),
+                mask_id=MASK,
+                order=order,
+                counts=torch.zeros(1, 3, dtype=torch.int64),
+                draws=torch.rand(1, 3, *GRID),
+            )
 
 
 def test_top_k():
@@ -399,8 +436,9 @@ def test_halton_ranks_are_rolled_by_the_seed_alone():
     assert torch.equal(still[0], still[1])
     order = ordered.halton_order(6, 5)
     assert torch.equal(still[0][order[:, 0], order[:, 1]], torch.arange(30))
-    rolled = {tuple(still[0].roll((i, j), (0, 1)).flatten().tolist())
-              for i in range(6) for j in range(5)}  # fmt: skip
+    rolled = {
+        tuple(still[0].roll((i, j), (0, 1)).flatten().tolist()) for i in range(6) for j in range(5)
+    }
     assert tuple(ranks[1].flatten().tolist()) in rolled
 
 
@@ -438,19 +476,27 @@ def test_one_token_per_step_is_exact(order):
     setting = DecodeConfig(steps=places, order=order)
     more = {"ranks": ordered.halton_ranks(grid, names)} if order == "halton" else {}
     tokens = process.decode(
-        predict, lambda rows: rows, start=start, mask_id=codes,
+        predict,
+        lambda rows: rows,
+        start=start,
+        mask_id=codes,
         **process.loop_settings(setting, torch.full((n,), places)),
-        **process.sample_noise(names, places, grid), **more,
-    )  # fmt: skip
+        **process.sample_noise(names, places, grid),
+        **more,
+    )
     power = codes ** torch.arange(places - 1, -1, -1)
     counts = (tokens.flatten(1) * power).sum(1).bincount(minlength=len(joint))
     assert chisquare(counts, weight * n).pvalue > 1e-3
     # the test can fail: all tokens at once forget how they depend on each other
     one = process.decode(
-        predict, lambda rows: rows, start=start, mask_id=codes,
+        predict,
+        lambda rows: rows,
+        start=start,
+        mask_id=codes,
         **process.loop_settings(DecodeConfig(steps=1, order=order), torch.full((n,), places)),
-        **process.sample_noise(names, 1, grid), **more,
-    )  # fmt: skip
+        **process.sample_noise(names, 1, grid),
+        **more,
+    )
     counts = (one.flatten(1) * power).sum(1).bincount(minlength=len(joint))
     assert chisquare(counts, weight * n).pvalue < 1e-9
 

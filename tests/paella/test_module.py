@@ -31,8 +31,14 @@ from tests.tiny_generators import (
     source,
 )
 
-V1 = {"num_labels": K, "c_hidden": 16, "c_clip": 12, "c_r": 8, "down_levels": [1, 1],
-      "up_levels": [1, 1]}  # fmt: skip
+V1 = {
+    "num_labels": K,
+    "c_hidden": 16,
+    "c_clip": 12,
+    "c_r": 8,
+    "down_levels": [1, 1],
+    "up_levels": [1, 1],
+}
 Make = Callable[..., PaellaModule]
 
 
@@ -48,14 +54,22 @@ def make(tiny_t5: str, tiny_clip: dict[str, str]) -> Make:
             "text": frozen,
         },
         "v1": {
-            "network": "v1", "v1": V1, "text": {**frozen, "name": "open_clip"},
+            "network": "v1",
+            "v1": V1,
+            "text": {**frozen, "name": "open_clip"},
             "sampling": {**SAMPLING["paella"], "schedule": "cosine"},
         },
-    }  # fmt: skip
+    }
 
     def build(kind: str = "v3", random: float | None = None, **sections: Any) -> PaellaModule:
-        config: dict[str, Any] = {"paper": "paella", "seed": 5, "grid": [*GRID], "num_codes": K,
-                                  "sampling": SAMPLING["paella"], **kinds[kind]}  # fmt: skip
+        config: dict[str, Any] = {
+            "paper": "paella",
+            "seed": 5,
+            "grid": [*GRID],
+            "num_codes": K,
+            "sampling": SAMPLING["paella"],
+            **kinds[kind],
+        }
         for name, section in sections.items():
             both = isinstance(section, dict) and name in config
             config[name] = {**config[name], **section} if both else section
@@ -233,8 +247,10 @@ def test_text_pooled_and_image_drop_independently(make: Make) -> None:
     module, image = make("full", random=0.3), batch()["image"]
     losses = {
         (t, p, i): loss_of(module, CAPTIONS, image, text=t, pooled=p, image=i).item()
-        for t in (0.0, 1.0) for p in (0.0, 1.0) for i in (0.0, 1.0)
-    }  # fmt: skip
+        for t in (0.0, 1.0)
+        for p in (0.0, 1.0)
+        for i in (0.0, 1.0)
+    }
     assert len({round(v, 6) for v in losses.values()}) == 8
     # what is hidden has no influence left
     other = batch(9)["image"]

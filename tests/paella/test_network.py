@@ -225,10 +225,11 @@ def test_impossible_sizes_are_named(mistake):
 
 SMALL = {
     "v3": Paella(ModelConfig(**TINY)),
-    "v1": DenoiseUNet(V1Config(num_labels=20, c_hidden=16, c_clip=6, c_r=64,
-                               down_levels=[1, 2], up_levels=[2, 1])),
+    "v1": DenoiseUNet(
+        V1Config(num_labels=20, c_hidden=16, c_clip=6, c_r=64, down_levels=[1, 2], up_levels=[2, 1])
+    ),
     "prior": Prior(PriorConfig(clip_embd=6, c_hidden=8, c_r=4, num_blocks=2)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SMALL)

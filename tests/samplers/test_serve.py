@@ -41,9 +41,13 @@ def served(name: str, kernel: Corruption, **more: Any) -> tuple[Any, Table]:
     table = Table()
     options = {k: more.pop(k) for k in ("guidance", "temperature") if k in more}
     network = serve.Network(
-        table, lambda rows: rows, kernel, options.pop("guidance", Guidance()),
-        critic=lambda pictures, x: x.double(), **options,
-    )  # fmt: skip
+        table,
+        lambda rows: rows,
+        kernel,
+        options.pop("guidance", Guidance()),
+        critic=lambda pictures, x: x.double(),
+        **options,
+    )
     settings: dict[str, Any] = {"seeds": SEEDS, "steps": 4, "given": None, **more}
     config = settings.pop("config", SamplerConfig(name))  # type: ignore[arg-type]
     generate = settings.pop("generate", torch.ones(len(settings["seeds"]), *GRID, dtype=torch.bool))
@@ -55,9 +59,10 @@ BOTH = [
     (name, noise)
     for name in get_args(Name)
     for noise in NOISE
-    if name != "own" and NEEDS[name].masks in (None, noise == "masks")
+    if name != "own"
+    and NEEDS[name].masks in (None, noise == "masks")
     and (noise == "random" or not NEEDS[name].replaces)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "noise"), BOTH)
@@ -276,9 +281,14 @@ def test_the_sum_of_the_guided_law_scales_how_fast_masks_open() -> None:
     network = serve.Network(Pair(), lambda rows: rows, NOISE["masks"], guidance)
     everywhere = torch.ones(400, *GRID, dtype=torch.bool)
     found = serve.sample(
-        SamplerConfig("posterior"), network, seeds=seeds, steps=6, given=None, generate=everywhere,
+        SamplerConfig("posterior"),
+        network,
+        seeds=seeds,
+        steps=6,
+        given=None,
+        generate=everywhere,
         on_step=lambda i, x, out: first.append(out) if i == 0 else None,
-    )  # fmt: skip
+    )
     opened = (first[0] != K).flatten(1).double().mean(0)
     expected = (mass / 6).clamp(max=1)
     assert float((opened - expected).abs().max()) < 0.1 < float((expected - 1 / 6).abs().max())

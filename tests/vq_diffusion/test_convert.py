@@ -84,9 +84,12 @@ def clip(vocabulary: int = 9) -> dict[str, Tensor]:
         f"{layer}.mlp.c_fc.bias": (4 * WIDTH,),
         f"{layer}.mlp.c_proj.weight": (WIDTH, 4 * WIDTH),
         f"{layer}.mlp.c_proj.bias": (WIDTH,),
-        **{f"{n}.{k}": (WIDTH,) for n in (f"{layer}.ln_1", f"{layer}.ln_2", "ln_final")
-           for k in ("weight", "bias")},
-    }  # fmt: skip
+        **{
+            f"{n}.{k}": (WIDTH,)
+            for n in (f"{layer}.ln_1", f"{layer}.ln_2", "ln_final")
+            for k in ("weight", "bias")
+        },
+    }
     return {
         k: torch.randn(s).half() if "proj" in k or "c_fc" in k else torch.randn(s)
         for k, s in shapes.items()
@@ -156,8 +159,13 @@ def test_a_file_without_average_or_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classes", [5, 6], ids=["pretrained", "learnable"])
 @pytest.mark.parametrize("class_type", ["adalayernorm", "adainsnorm"])
 def test_class_files(classes: int, class_type: str) -> None:
-    network = ours(condition="class", class_number=classes, mlp_type="conv_mlp",
-                   mlp_hidden_times=3, class_type=class_type)  # fmt: skip
+    network = ours(
+        condition="class",
+        class_number=classes,
+        mlp_type="conv_mlp",
+        mlp_hidden_times=3,
+        class_type=class_type,
+    )
     state = diffusion(network, null=classes == 6)
     for name in ("alpha", "1_min_alpha", "cumprod_alpha", "1_min_cumprod_alpha"):
         state[f"log_{name}"] = torch.zeros(5)
@@ -180,8 +188,11 @@ def test_class_files(classes: int, class_type: str) -> None:
 )
 def test_sizes_come_from_shapes_and_hints(changes: dict) -> None:
     network = ours(**changes)
-    hints = {"n_head": 2, "block_activate": network.config.block_activate,
-             "attn_pdrop": network.config.attn_dropout}  # fmt: skip
+    hints = {
+        "n_head": 2,
+        "block_activate": network.config.block_activate,
+        "attn_pdrop": network.config.attn_dropout,
+    }
     state = denoiser(network)
     state = {k: v for k, v in state.items() if k in network.state_dict() or ".attn." in k}
     model = convert(state, {**hints, "diffusion_step": 5}).model
@@ -252,9 +263,15 @@ def test_an_empty_null_is_none() -> None:
         convert({**hugging_face(ours()), f"{HF_NULL}.embeddings": torch.ones(4, 3)}, {"n_head": 2})
 
 
-HF_SCHEDULER = {"_class_name": "VQDiffusionScheduler", "num_vec_classes": 7,
-                "num_train_timesteps": 5, "alpha_cum_start": 0.99999, "alpha_cum_end": 9e-06,
-                "gamma_cum_start": 9e-06, "gamma_cum_end": 0.99999}  # fmt: skip
+HF_SCHEDULER = {
+    "_class_name": "VQDiffusionScheduler",
+    "num_vec_classes": 7,
+    "num_train_timesteps": 5,
+    "alpha_cum_start": 0.99999,
+    "alpha_cum_end": 9e-06,
+    "gamma_cum_start": 9e-06,
+    "gamma_cum_end": 0.99999,
+}
 
 
 def test_the_schedule_of_a_hugging_face_folder() -> None:
@@ -290,9 +307,15 @@ def test_every_left_over_missing_or_misshapen_key_is_named() -> None:
     for key in needed:
         with pytest.raises(ValueError):
             convert({k: v for k, v in state.items() if k != key}, {"n_head": 2})
-    extra = ("odd", "transformer.odd", "transformer.transformer.odd", "transformer.log_odd",
-             "transformer.transformer.blocks.0.attn2.odd", "transformer.condition_emb.odd",
-             "transformer.condition_emb.transformer.resblocks.0.odd")  # fmt: skip
+    extra = (
+        "odd",
+        "transformer.odd",
+        "transformer.transformer.odd",
+        "transformer.log_odd",
+        "transformer.transformer.blocks.0.attn2.odd",
+        "transformer.condition_emb.odd",
+        "transformer.condition_emb.transformer.resblocks.0.odd",
+    )
     for key in extra:
         with pytest.raises(ValueError, match=r"odd"):
             convert({**state, key: torch.zeros(1)}, {"n_head": 2})
@@ -304,9 +327,16 @@ def test_every_left_over_missing_or_misshapen_key_is_named() -> None:
 
 
 FIRST_STAGE = {
-    "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
-    "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "gumbel",
-}  # fmt: skip
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "z_channels": 4,
+    "embed_dim": 4,
+    "num_codes": 12,
+    "norm_groups": 4,
+    "quantizer": "gumbel",
+}
 IDS = torch.tensor([0, 1, 0, 0, 2, 3, 0, 0, 4, 0, 0, 5])
 
 
@@ -340,9 +370,21 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., D
 
 
 def words(paper: str, *more: str) -> list[str]:
-    return ["--paper", paper, "--from", "official.pth", "--codes", "taming_vqvae_6.pt",
-            "--out", "x", "data.resolution=8", "tokenizer.model.norm_groups=4", "model.n_head=2",
-            "sampling.steps=3", *more]  # fmt: skip
+    return [
+        "--paper",
+        paper,
+        "--from",
+        "official.pth",
+        "--codes",
+        "taming_vqvae_6.pt",
+        "--out",
+        "x",
+        "data.resolution=8",
+        "tokenizer.model.norm_groups=4",
+        "model.n_head=2",
+        "sampling.steps=3",
+        *more,
+    ]
 
 
 def pictures(*prompts: str, ckpt: str = "x.safetensors", **changes: str) -> list[Tensor]:
@@ -472,10 +514,12 @@ def test_a_whole_hugging_face_folder_samples(
     settings = {
         "transformer/config.json": known,
         "scheduler/scheduler_config.json": {
-            **HF_SCHEDULER, "num_vec_classes": 13, "gamma_cum_end": 0.9
+            **HF_SCHEDULER,
+            "num_vec_classes": 13,
+            "gamma_cum_end": 0.9,
         },
         "tokenizer/tokenizer_config.json": {"pad_token": "<|endoftext|>"},
-    }  # fmt: skip
+    }
     for name, content in settings.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
@@ -485,8 +529,13 @@ def test_a_whole_hugging_face_folder_samples(
     )
     save_file(taming.export()[0], folder / "vqvae" / "model.safetensors")
     (folder / "vqvae" / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
-    text = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                          num_attention_heads=2, max_position_embeddings=4)  # fmt: skip
+    text = CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4,
+    )
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
 
     command = ["--paper", "improved_vqd", "--from", str(folder), "--out", "x"]

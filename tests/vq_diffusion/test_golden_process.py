@@ -70,9 +70,13 @@ def test_schedule(golden, name):
     assert schedule.steps == steps
     kernel = schedule.kernel(torch.arange(steps))
     found = {
-        "at": kernel.a, "bt": kernel.b, "ct": kernel.c, "cumprod_at": schedule.keep,
-        "cumprod_bt": schedule.replace, "cumprod_ct": schedule.mask,
-    }  # fmt: skip
+        "at": kernel.a,
+        "bt": kernel.b,
+        "ct": kernel.c,
+        "cumprod_at": schedule.keep,
+        "cumprod_bt": schedule.replace,
+        "cumprod_ct": schedule.mask,
+    }
     for key, value in found.items():
         torch.testing.assert_close(value, io[key].double(), rtol=1e-6, atol=1e-12, msg=key)
         stored = case.weights[f"log_{key}"].double()

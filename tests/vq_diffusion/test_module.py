@@ -102,9 +102,10 @@ def test_overfits_one_batch_and_draws_it(kind: str, rate: float) -> None:
     module = make(kind, model={"n_embd": 32, "n_head": 4}, schedule={"mask_rate": rate}).train()
     generator = torch.Generator().manual_seed(0)
     given = {
-        "tokens": torch.randint(K, (4, *GRID), generator=generator), "caption": CAPTIONS,
+        "tokens": torch.randint(K, (4, *GRID), generator=generator),
+        "caption": CAPTIONS,
         "label": torch.tensor([1, 4, 0, 2]),
-    }  # fmt: skip
+    }
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
     for i in range(300):
@@ -234,9 +235,11 @@ def test_written_tokens_follow_their_distribution() -> None:
         return joint.log()[x[:, 0, 0]]
 
     drawn = autoregressive.sample(
-        predict, lambda rows: rows, x=torch.zeros(n, 1, 2, dtype=torch.int64),
+        predict,
+        lambda rows: rows,
+        x=torch.zeros(n, 1, 2, dtype=torch.int64),
         draws=torch.rand(n, 1, 2, generator=source()),
-    )  # fmt: skip
+    )
     counts = torch.bincount(drawn[:, 0, 0] * 3 + drawn[:, 0, 1], minlength=9) / n
     assert (counts - joint.flatten()).abs().max() < 4 * math.sqrt(0.25 / n)
 

@@ -324,9 +324,13 @@ def test_the_table_of_the_released_fast_rule():
     """Calls, masks left after the middle one and largest share opened at once near the end."""
     schedule = process.mask_schedule(100, 2887, RELEASED)
     for stride, calls, middle, largest in (
-        (1, 100, 0.485, 0.010), (2, 51, 0.687, 0.080), (3, 34, 0.766, 0.279),
-        (4, 26, 0.808, 0.245), (5, 21, 0.846, 0.356), (10, 11, 0.904, 0.665),
-    ):  # fmt: skip
+        (1, 100, 0.485, 0.010),
+        (2, 51, 0.687, 0.080),
+        (3, 34, 0.766, 0.279),
+        (4, 26, 0.808, 0.245),
+        (5, 21, 0.846, 0.356),
+        (10, 11, 0.904, 0.665),
+    ):
         steps = process.released_steps(schedule, stride)
         assert len(steps) == calls
         chosen = process.make_steps(schedule, SamplingConfig(rule="released", steps=calls))
@@ -400,10 +404,14 @@ def test_one_step_follows_the_posterior(rate, t, s):
             noise = torch.rand(3, n, 1, 1, generator=seeded(j))
             x = torch.full((n, 1, 1), j)
             drawn = process.transition(
-                x, Step(t, kernel), lambda keep: torch.zeros(int(keep.sum()), 1),
+                x,
+                Step(t, kernel),
+                lambda keep: torch.zeros(int(keep.sum()), 1),
                 lambda rows, logits=logits: logits.expand(len(rows), -1),
-                Chance(*noise), generate, draw_at_once,
-            )  # fmt: skip
+                Chance(*noise),
+                generate,
+                draw_at_once,
+            )
             law = posterior(kept, torch.tensor(j), kernel)
             check_shares(drawn.flatten(), law)
 
@@ -522,9 +530,14 @@ def test_known_tokens_never_change(rate):
     x = torch.where(mask, process.start_tokens(schedule, noise.pop("start")), start)
     seen: list[Tensor] = []
     drawn = process.sample(
-        predict, head, x=x, steps=steps, mask=mask.long(), **noise,
+        predict,
+        head,
+        x=x,
+        steps=steps,
+        mask=mask.long(),
+        **noise,
         on_step=lambda i, before, after: seen.extend([before, after]),
-    )  # fmt: skip
+    )
     assert len(seen) == 20
     for tokens in (*seen, drawn):
         assert torch.equal(tokens[~mask], start[~mask])
@@ -534,9 +547,11 @@ def test_known_tokens_never_change(rate):
 def test_start_and_noise_have_their_shares():
     noise = process.sample_noise(range(50), 2, (32, 32))
     assert {k: tuple(v.shape) for k, v in noise.items()} == {
-        "start": (2, 50, 32, 32), "opens": (2, 50, 32, 32), "draws": (2, 50, 32, 32),
+        "start": (2, 50, 32, 32),
+        "opens": (2, 50, 32, 32),
+        "draws": (2, 50, 32, 32),
         "swaps": (2, 50, 32, 32),
-    }  # fmt: skip
+    }
     for rate in (0.0, 0.9, RELEASED, 1.0):
         schedule = process.mask_schedule(100, 10, rate)
         x = process.start_tokens(schedule, noise["start"])
@@ -556,9 +571,10 @@ def test_a_certain_network_is_believed():
     for rate in (0.5, RELEASED, 1.0):
         schedule = process.mask_schedule(12, 6, rate)
         for config in (
-            SamplingConfig(steps=12), SamplingConfig(steps=4, truncation=0.5),
+            SamplingConfig(steps=12),
+            SamplingConfig(steps=4, truncation=0.5),
             SamplingConfig(steps=5, rule="released"),
-        ):  # fmt: skip
+        ):
             steps = process.make_steps(schedule, config)
             drawn = run(predict, head, schedule, steps, 3, (4, 4), truncation=config.truncation)
             assert (drawn == wanted).all()

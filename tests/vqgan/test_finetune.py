@@ -19,11 +19,27 @@ from lightning_modules.vqgan.module import VQGANModule
 from tests import micro_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found", "ignore:You def", *micro_runs.QUIET)
-TAMING = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4,
-          "embed_dim": 4, "num_codes": 12, "norm_groups": 4, "quantizer": "ema",
-          "restart_after": 2}  # fmt: skip
-PAELLA = {"network": "paella", "num_codes": 12, "c_hidden": 8, "c_latent": 4,
-          "bottleneck_blocks": 1, "levels": 2, "quantizer": "ema"}  # fmt: skip
+TAMING = {
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "z_channels": 4,
+    "embed_dim": 4,
+    "num_codes": 12,
+    "norm_groups": 4,
+    "quantizer": "ema",
+    "restart_after": 2,
+}
+PAELLA = {
+    "network": "paella",
+    "num_codes": 12,
+    "c_hidden": 8,
+    "c_latent": 4,
+    "bottleneck_blocks": 1,
+    "levels": 2,
+    "quantizer": "ema",
+}
 WIDER = {
     "taming": {**TAMING, "decoder_ch": 16, "decoder_res_blocks": 4},
     "paella": {**PAELLA, "decoder_hidden": 16, "bottleneck_blocks": 2},
@@ -57,8 +73,14 @@ def finetuned(path: Path, model: dict[str, Any]) -> VQGANModule:
     module = make(model, finetune=str(path))
     module.adopt(load_weights(path)[0], file_hash(path))
     batches: Any = [{"image": images(seed=i)} for i in range(6)]
-    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
-                      enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return module.eval()
 
@@ -112,12 +134,24 @@ def test_generators_take_the_new_decoder(first: tuple[str, Path], tmp_path: Path
     module = finetuned(path, WIDER[kind])
     new = tmp_path / "new.safetensors"
     save_weights(new, *module.export())
-    model = {"num_codes": 12, "hidden": 8, "mlp": 8, "layers": 1, "heads": 2, "max_side": 8,
-             "text_width": 8}  # fmt: skip
+    model = {
+        "num_codes": 12,
+        "hidden": 8,
+        "mlp": 8,
+        "layers": 1,
+        "heads": 2,
+        "max_side": 8,
+        "text_width": 8,
+    }
     generator = MuseModule(
-        {"paper": "muse", "grid": [8, 8], "num_codes": 12, "model": model,
-         "text": {"name": "bytes", "width": 8, "buckets": 16}}
-    )  # fmt: skip
+        {
+            "paper": "muse",
+            "grid": [8, 8],
+            "num_codes": 12,
+            "model": model,
+            "text": {"name": "bytes", "width": 8, "buckets": 16},
+        }
+    )
     state, config = generator.export()
     named = {"file": path.name, "sha256": file_hash(path)}
     save_weights(tmp_path / "g.safetensors", state, {**config, "first_stage": named})

@@ -95,9 +95,11 @@ def test_one_picture_per_id_and_a_result_that_says_how(place: Place, once: Path)
     told = json.loads((once / "result.json").read_text())
     found = {name.partition("/")[2]: score for name, score in told["scores"].items()}
     names = {"fd_scenes", "fd_scenes_floor", "fd_scenes_infinity", "kd_scenes", "clip_scenes"}
+    names |= {"network_calls"}
     assert found.keys() == names and all(score["n"] in (NUM, NUM // 2) for score in found.values())
     protocol = told["protocol"]
     assert protocol["name"] == "coco30k" and {"num", "features"} <= {*protocol["changed"]}
+    assert "prompts" not in protocol["changed"]
     assert protocol["n"] == protocol["list"]["n"] == protocol["reference"]["n"] == NUM
     assert len(protocol["list"]["sha256"]) == len(protocol["reference"]["sha256"]) == 64
     assert protocol["reference"]["prepared"] == {
@@ -130,7 +132,9 @@ def test_a_folder_scores_as_the_checkpoint_that_filled_it(
 ) -> None:
     words = [w for w in place.words(tmp_path / "out") if not w.startswith("--ckpt")]
     assert call(COCO30K, *words, "--images", once / "images") == 0
-    assert scores(tmp_path / "out") == scores(once)
+    drawn = scores(once)
+    assert drawn.pop("eval/network_calls")["value"] == 3  # a folder does not tell
+    assert scores(tmp_path / "out") == drawn
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (
         told["protocol"]["list"]
@@ -141,8 +145,10 @@ def test_a_folder_scores_as_the_checkpoint_that_filled_it(
 def test_the_written_list_can_be_given(place: Place, once: Path, tmp_path: Path) -> None:
     words = ["--ckpt", place.ckpt, "--prompts", once / "prompts.json", "--features", "scenes"]
     words += ["--reference", place.coco / "val2014", "--batch-size", SIZE, "--num", NUM]
-    more = ["--resolution", 256, "--crop", "square", "--out", tmp_path / "out"]
+    more = ["--protocol", "coco30k", "--scores", "fid", "--out", tmp_path / "out"]
     assert call(eval.fid.DOOR, *words, *more, "--cache", place.root / "cache") == 0
+    told = json.loads((tmp_path / "out" / "result.json").read_text())["protocol"]
+    assert told["changed"] == ["num", "reference", "features", "scores", "prompts"]
     assert pngs(tmp_path / "out") == pngs(once)
     assert scores(tmp_path / "out")["eval/fd_scenes"] == scores(once)["eval/fd_scenes"]
 
@@ -287,13 +293,32 @@ REFUSED = {
     ),
     "an unknown score": (["--scores", "fid,kit"], "--scores: 'kit' is not one of fid, kid"),
     "a score of Inception": (
-        ["--ckpt", "CKPT", "--num", 4, "--scores", "sfid", "--features", "scenes", "--reference",
-         "VAL"],
+        [
+            "--ckpt",
+            "CKPT",
+            "--num",
+            4,
+            "--scores",
+            "sfid",
+            "--features",
+            "scenes",
+            "--reference",
+            "VAL",
+        ],
         "sfid is a score of Inception-v3 alone",
     ),
     "an unknown setting": (
-        ["--ckpt", "CKPT", "--num", 4, "--reference", "VAL", "--features", "scenes",
-         "sampling.step=3"],
+        [
+            "--ckpt",
+            "CKPT",
+            "--num",
+            4,
+            "--reference",
+            "VAL",
+            "--features",
+            "scenes",
+            "sampling.step=3",
+        ],
         "did you mean sampling.steps?",
     ),
     "weights that are not there": (
@@ -301,13 +326,33 @@ REFUSED = {
         "there is no file none.pt",
     ),
     "pictures for a score of pictures": (
-        ["--ckpt", "CKPT", "--num", 4, "--scores", "kid", "--features", "scenes", "--reference",
-         "NPZ"],
+        [
+            "--ckpt",
+            "CKPT",
+            "--num",
+            4,
+            "--scores",
+            "kid",
+            "--features",
+            "scenes",
+            "--reference",
+            "NPZ",
+        ],
         "kid compares pictures, and",
     ),
     "a size that the classifier cannot read": (
-        ["--images", "IMAGES", "--reference", "VAL", "--resolution", 48, "--crop", "square",
-         "--features", "scenes"],
+        [
+            "--images",
+            "IMAGES",
+            "--reference",
+            "VAL",
+            "--resolution",
+            48,
+            "--crop",
+            "square",
+            "--features",
+            "scenes",
+        ],
         "reads pictures of 32 px or multiples of it, not of 48",
     ),
     "statistics of other features": (
@@ -329,7 +374,7 @@ REFUSED = {
         ["--ckpt", "CKPT", "--num", 4, "--seed", 2**32, "--reference", "VAL"],
         "no picture's seed may exceed",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -406,7 +451,8 @@ def test_a_data_set_of_runs_gives_prompts_and_reference(place: Place, tmp_path: 
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert told["protocol"]["n"] == 12 == len(pngs(tmp_path / "out"))
     assert told["protocol"]["reference"]["captions"] == "shares none with the prompts"
-    assert told["scores"].keys() == {"eval/fd_scenes", "eval/fd_scenes_floor", "eval/clip_scenes"}
+    names = {"fd_scenes", "fd_scenes_floor", "clip_scenes", "network_calls"}
+    assert told["scores"].keys() == {f"eval/{name}" for name in names}
 
 
 def test_statistics_stand_for_the_pictures_that_they_are_of(

@@ -87,15 +87,41 @@ def test_damage_to_any_file_of_the_store(
 
 
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.text(max_size=8),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.text(max_size=8),
     st.sampled_from([0.5, -1e300, float("nan")]),
-    st.sampled_from([torch.zeros(2, 3), torch.zeros(()), torch.full((2,), torch.nan),
-                     torch.zeros(0), torch.ones(2, dtype=torch.int64), torch.ones(1) * 1j]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            torch.zeros(2, 3),
+            torch.zeros(()),
+            torch.full((2,), torch.nan),
+            torch.zeros(0),
+            torch.ones(2, dtype=torch.int64),
+            torch.ones(1) * 1j,
+        ]
+    ),
+)
 NAMES = st.sampled_from(
-    ["state_dict", "model", "hyper_parameters", "config", "paper", "paella", "vqgan", "sampling",
-     "first_stage", "tokenizer", "text", "optim", "epoch", "encoder.conv_in.weight", "ema"]
-)  # fmt: skip
+    [
+        "state_dict",
+        "model",
+        "hyper_parameters",
+        "config",
+        "paper",
+        "paella",
+        "vqgan",
+        "sampling",
+        "first_stage",
+        "tokenizer",
+        "text",
+        "optim",
+        "epoch",
+        "encoder.conv_in.weight",
+        "ema",
+    ]
+)
 KEYS = st.one_of(NAMES, st.text(max_size=5), st.integers(0, 3))
 CONTENTS = st.recursive(
     LEAVES,
@@ -131,10 +157,19 @@ def test_any_content_as_a_checkpoint(
     refused(tmp_path / "x.ckpt", capsys)
 
 
-@given(config=st.dictionaries(NAMES, st.one_of(
-    st.none(), st.integers(), st.text(max_size=5), st.sampled_from(["paella", "vqgan"]),
-    st.dictionaries(NAMES, st.integers(), max_size=2), st.lists(st.integers(), max_size=2),
-)))  # fmt: skip
+@given(
+    config=st.dictionaries(
+        NAMES,
+        st.one_of(
+            st.none(),
+            st.integers(),
+            st.text(max_size=5),
+            st.sampled_from(["paella", "vqgan"]),
+            st.dictionaries(NAMES, st.integers(), max_size=2),
+            st.lists(st.integers(), max_size=2),
+        ),
+    )
+)
 @settings(FUZZ, max_examples=40)
 def test_any_settings_of_a_checkpoint(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture

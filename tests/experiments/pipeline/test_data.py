@@ -100,10 +100,16 @@ def test_a_pattern_that_matches_nothing_is_refused(run, value: str) -> None:
         ({"0.tar": pairs(48, "photo v1.{} (clean)")}, "have the key 'photo v1', the file name up"),
         ({f"{i}.tar": pairs(1, "image") for i in range(12)}, "all 12 images .* set val_shards"),
         ({"0.tar": pairs(48, "p{0}.{0}")}, r"no image \(a key ends at the first dot"),
-        ({"0.tar": {n: b"\xff\xfe\xff" if n.endswith("txt") else d for n, d in pairs(48).items()}},
-         r"of \d+ samples were skipped: \d+ bad text \(last: 0"),
+        (
+            {
+                "0.tar": {
+                    n: b"\xff\xfe\xff" if n.endswith("txt") else d for n, d in pairs(48).items()
+                }
+            },
+            r"of \d+ samples were skipped: \d+ bad text \(last: 0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_data_of_which_nothing_is_left_say_why(run, files: dict, says: str) -> None:
     for name, members in files.items():
         tar(Path("a") / name, members)

@@ -97,11 +97,26 @@ def test_papers_share_a_first_stage() -> None:
 # Every setting ----
 
 # settings that no other value of their own makes a plan; what their keys are is asked below
-ELSEWHERE = ("data.name", "data.shards", "data.root", "data.path", "data.crops",
-             "eval.scores", "eval.features", "eval.weights")  # fmt: skip
-OF_TRAINERS = ("accelerator", "strategy", "compile", "checkpoint_activations",
-               "keep_every", "val_batches", "log_every",
-               "progress")  # fmt: skip
+ELSEWHERE = (
+    "data.name",
+    "data.shards",
+    "data.root",
+    "data.path",
+    "data.crops",
+    "eval.scores",
+    "eval.features",
+    "eval.weights",
+)
+OF_TRAINERS = (
+    "accelerator",
+    "strategy",
+    "compile",
+    "checkpoint_activations",
+    "keep_every",
+    "val_batches",
+    "log_every",
+    "progress",
+)
 MACHINE = {"logger", "cache", "data.max_skipped", "data.workers", "eval.batch_size"}
 WITHOUT_PICTURES = {"data.cache", "data.heldout_size", "eval.heldout", "eval.partial"}
 WITHOUT_PICTURES |= {"eval.traces", "eval.edits"}
@@ -302,8 +317,10 @@ def test_a_corpus_is_known_by_its_lists_and_folders(tmp_path: Path) -> None:
 
 
 def test_crops_make_another_cache() -> None:
-    before, after = (keys("paella", micro("paella", "data.crop=random", *more))
-                     for more in ([], ["data.crops=2"]))  # fmt: skip
+    before, after = (
+        keys("paella", micro("paella", "data.crop=random", *more))
+        for more in ([], ["data.crops=2"])
+    )
     assert changes(before, after) == {"encode", *TRAINED}
 
 
@@ -319,10 +336,14 @@ def test_a_cache_knows_by_how_much_its_pictures_were_reduced() -> None:
         found = [s for s in plan("muse", run).stages if isinstance(s, Encode)]
         caches.append(max(found, key=lambda stage: stage.view.resolution))
     assert [c.view.resolution for c in caches] == [128, 128]
-    same_source = dataclasses.replace(caches[1], shards=caches[0].shards, views=tuple(
-        dataclasses.replace(v, first_stage=w.first_stage)
-        for v, w in zip(caches[1].views, caches[0].views, strict=True)
-    ))  # fmt: skip
+    same_source = dataclasses.replace(
+        caches[1],
+        shards=caches[0].shards,
+        views=tuple(
+            dataclasses.replace(v, first_stage=w.first_stage)
+            for v, w in zip(caches[1].views, caches[0].views, strict=True)
+        ),
+    )
     assert same_source.key != caches[0].key
 
 

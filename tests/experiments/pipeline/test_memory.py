@@ -164,8 +164,19 @@ def told(capsys, *words: str) -> str:
 
 
 def test_models_of_a_billion_are_planned_without_memory(capsys) -> None:
-    out = json.loads(told(capsys, "--paper", "paella", "--scale", "paper", "data=scenes",
-                          "--memory", "80GiB", "--json"))  # fmt: skip
+    out = json.loads(
+        told(
+            capsys,
+            "--paper",
+            "paella",
+            "--scale",
+            "paper",
+            "data=scenes",
+            "--memory",
+            "80GiB",
+            "--json",
+        )
+    )
     base = out["trainings"][-1]
     assert base["parameters"] == 1_008_350_592 and out["devices"] == 128
     assert base["samples"] == 1_500_000 * 2048 and base["tokens"] == base["samples"] * 64 * 64

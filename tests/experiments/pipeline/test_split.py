@@ -26,13 +26,26 @@ pytestmark = pytest.mark.bits
 SPLIT = (Encode, Sample, Features)
 # processes are forks of one that has imported torch and run nothing
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "experiments.pipeline.plan", "experiments.papers.registry", "eval.scorers", "data.webdata",
-    "lightning_modules.registry", "data.tokens", "eval.classifier_network",
-])  # fmt: skip
+FORKS.set_forkserver_preload(
+    [
+        "experiments.pipeline.plan",
+        "experiments.papers.registry",
+        "eval.scorers",
+        "data.webdata",
+        "lightning_modules.registry",
+        "data.tokens",
+        "eval.classifier_network",
+    ]
+)
 # three shards to encode, six batches to sample and twelve of a reference; the last ones not full
-WORDS = ["data.train_size=600", "eval.batch_size=3", "trainer.max_steps=1", "logger=csv",
-         "tokenizer.trainer.max_steps=1", "superres_trainer.max_steps=1"]  # fmt: skip
+WORDS = [
+    "data.train_size=600",
+    "eval.batch_size=3",
+    "trainer.max_steps=1",
+    "logger=csv",
+    "tokenizer.trainer.max_steps=1",
+    "superres_trainer.max_steps=1",
+]
 
 
 def planned(paper: str, cache: Path) -> tuple[Plan, Any]:

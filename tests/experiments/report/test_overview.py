@@ -25,12 +25,17 @@ def done(name: str, rows: dict[tuple[Any, ...], dict[str, float]]) -> Done:
     names = [n for n, form in sweep.forms.items() if "values" in form]
     runs = [
         SweepRun(
-            dict(zip(names, key, strict=True)), [], name.rpartition("_")[0], "tiny", CONFIG,
-            Path("x"), PLAN,
+            dict(zip(names, key, strict=True)),
+            [],
+            name.rpartition("_")[0],
+            "tiny",
+            CONFIG,
+            Path("x"),
+            PLAN,
             {s: {"value": v, "low": v - 0.1, "high": v + 0.1, "n": 9} for s, v in scores.items()},
         )
         for key, scores in rows.items()
-    ]  # fmt: skip
+    ]
     return Done(sweep, runs)
 
 
@@ -38,10 +43,19 @@ def done(name: str, rows: dict[tuple[Any, ...], dict[str, float]]) -> Done:
 def sweeps() -> list[Done]:
     steps = {2: 9.0, 4: 5.0, 6: 4.0, 8: 3.0, 12: 2.5, 24: 4.0}
     return [
-        done("paella_steps", {(k,): {"eval/fd_scenes": v, "eval/scene_accuracy": 1 - v / 10,
-                                     "eval/clip_scenes": 1 / v} for k, v in steps.items()}),
+        done(
+            "paella_steps",
+            {
+                (k,): {
+                    "eval/fd_scenes": v,
+                    "eval/scene_accuracy": 1 - v / 10,
+                    "eval/clip_scenes": 1 / v,
+                }
+                for k, v in steps.items()
+            },
+        ),
         done("vq_diffusion_truncation", {(0.8,): {}, (0.86,): {}}),
-    ]  # fmt: skip
+    ]
 
 
 def test_the_page_holds_claims_tables_and_numbers(sweeps: list[Done], tmp_path: Path) -> None:

@@ -25,8 +25,11 @@ def sweep_run(value: float, right: list[int] | None = None, **settings: Any) -> 
 
 
 def test_seeds_become_a_mean_with_the_interval_of_student() -> None:
-    runs = [sweep_run(v, kind=k, seed=s) for k, base in (("x", 1.0), ("y", 5.0))
-            for s, v in enumerate((base, base + 1, base + 2))]  # fmt: skip
+    runs = [
+        sweep_run(v, kind=k, seed=s)
+        for k, base in (("x", 1.0), ("y", 5.0))
+        for s, v in enumerate((base, base + 1, base + 2))
+    ]
     x, y = over_seeds(runs)
     assert x.settings == {"kind": "x"} and y.scores["eval/a"]["value"] == pytest.approx(6)
     score = x.scores["eval/a"]
@@ -38,8 +41,11 @@ def test_seeds_become_a_mean_with_the_interval_of_student() -> None:
 
 
 def test_a_seed_that_failed_is_told_and_the_others_count() -> None:
-    runs = [sweep_run(1.0, kind="x", seed=0), sweep_run(2.0, kind="x", seed=1),
-            sweep_run(3.0, kind="y", seed=0)]  # fmt: skip
+    runs = [
+        sweep_run(1.0, kind="x", seed=0),
+        sweep_run(2.0, kind="x", seed=1),
+        sweep_run(3.0, kind="y", seed=0),
+    ]
     runs[1] = replace(runs[1], scores={}, error="no disk")
     x, _ = over_seeds(runs)
     assert x.error == "no disk" and x.scores["eval/a"]["value"] == 1.0
