@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.classifier_config import WEIGHTS, ClassifierConfig, weight_name
+from eval.classifier_config import ClassifierConfig, weight_name
 from eval.classifier_data import fresh_scenes, sound_sample, to_tensor, wear
 from eval.classifier_network import descend, encode, save_half, shrink
 from lightning_modules.common.perceptual import LPIPS
 
 WIDTHS = (8, 16, 32, 32, 32)
 STEPS = 1500
-SHIPPED = WEIGHTS / "lpips-32px-2objects.safetensors"
 
 
 class Reader(nn.Module):

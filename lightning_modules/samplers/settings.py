@@ -90,7 +90,8 @@ class SamplerConfig:
     sure: float = 0.9
     """klass: probability above which a token is sure."""
     eta: float | None = None
-    """remdm: rate of masking again (null: 0.02, rescale 0.05); p2: weight of visible scores (1)."""
+    """remdm: rate of masking again, at most 1 (null: 0.02, rescale 0.05); p2: weight of visible
+    scores (1)."""
     corrections: int | None = None
     """gibbs: corrector calls after each step (null: 1); gidd: most calls at the end (128)."""
     places: int = 1
@@ -107,6 +108,8 @@ class SamplerConfig:
         at_least(self, 1, "limit", "places")
         at_least(self, 0, "corrections")
         within(self, 0, 1, "sure")
+        is_rate = not self.name.startswith("remdm") or self.rate <= 1
+        require(is_rate, f"eta must be at most 1 with sampler={self.name}, got {self.eta}")
         heat = self.choice_heat
         require(heat is None or heat > 0, f"choice_heat must be positive or null, got {heat}")
 

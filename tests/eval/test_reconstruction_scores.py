@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data.scenes import scenes
 from eval.extractors import ReconstructionRows, SceneRows
-from eval.perceptual import SHIPPED
 from eval.reconstruction_scores import codebook_use, lpips_name, psnr, score_reconstruction, ssim
 from eval.rows import Measured, joined
+from experiments.papers.base import LPIPS_SCENES
 from lightning_modules.common.perceptual import LPIPS
 
 
@@ -138,7 +138,7 @@ def test_a_continuous_autoencoder_has_no_codebook(monkeypatch: pytest.MonkeyPatc
 
     where = "lightning_modules.common.perceptual.load_lpips"
     monkeypatch.setattr(where, lambda path: Quarter((8,) * 5))
-    made = measured(Dimmed(), images, 2, lpips=SHIPPED)
+    made = measured(Dimmed(), images, 2, lpips=LPIPS_SCENES)
     assert not made.sums
     scores = scores_of(made)
     assert list(scores) == [f"eval/{n}" for n in ("psnr", "ssim", "l1", "mse", "lpips_scenes")]

@@ -231,6 +231,7 @@ def test_a_refusal_names_only_what_fits() -> None:
         ({"limit": 0}, "limit must be at least 1"),
         ({"sure": 1.5}, "sure must be from 0 to 1"),
         ({"choice_heat": 0.0}, "choice_heat must be positive or null"),
+        ({"name": "remdm_rescale", "eta": 1.5}, "eta must be at most 1 with sampler=remdm_rescale"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
