@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sklearn.datasets import load_sample_images
-
 from data.shards import write_shards
 
 SUBJECTS = {"china.jpg": "a temple in china", "flower.jpg": "a pink flower"}
@@ -27,6 +25,8 @@ def photos(size: int = 64, stride: int = 32) -> Iterator[dict[str, Any]]:
     Yields:
         {"key": str, "image": uint8 [size, size, 3], "caption": str, "label": 0 china, 1 flower}.
     """
+    from sklearn.datasets import load_sample_images  # a second that --help does without
+
     source = load_sample_images()
     for label, (path, image) in enumerate(zip(source.filenames, source.images, strict=True)):
         height, width, _ = image.shape

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import scene_clip
 from eval.classifier_config import KIND, ClassifierConfig, weight_name
 from eval.classifier_data import IGNORE, draw_sample, fresh_scenes, to_tensor, wear
 from eval.classifier_network import (
@@ -98,6 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         accuracy = reading_accuracy(read_classifier(path))
         print(f"{path}: reads {accuracy:.2%} of fresh scenes fully right")
     if a.only != "classifier":
+        from eval import scene_clip  # seconds of open_clip, which nothing else here takes
+
         clip_config = scene_clip.ClipConfig(a.resolution, a.max_objects, seed=a.seed)
         clip_steps = a.steps or clip_config.steps
         clip_config = replace(clip_config, steps=clip_steps)

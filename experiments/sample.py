@@ -157,6 +157,10 @@ def draw(
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"the text encoder: {first_line(error)}") from error
 
+    traced = [] if args.trace is None else traced_settings(settings, args.samplers)
+    for chosen in [settings, *traced]:
+        check_settings(module, chosen)
+
     out = out_folder(args, tasks)
     warn_of_words(args.ckpt, prompts, say)
     width, height = size or trained_size(module)
@@ -196,8 +200,7 @@ def draw(
             some = tasks[:TRACED]
             title = f"Samplings of {args.ckpt.name}"
             prompted = [task.prompt for task in some]
-            names = args.samplers.split(",") if args.samplers else [""]
-            shown = played(module, settings, asked(some), names)
+            shown = played(module, asked(some), traced)
             write_text(args.trace, trace_page(title, prompted, shown))
     finally:
         counter.close()
@@ -209,13 +212,11 @@ def draw(
         say(f"step by step: {args.trace}")
 
 
-def played(
-    module: GeneratorModule, settings: Any, request: Request, names: Sequence[str]
-) -> list[list[Played]]:
-    """Draw the pictures of a request once more by every sampler; the empty name is the settings'.
+def played(module: GeneratorModule, request: Request, traced: Sequence[Any]) -> list[list[Played]]:
+    """Draw the pictures of a request once more by each of the `traced` settings.
 
     Raises:
-        ConfigError: a sampler that does not fit, or pictures that are made window by window.
+        ConfigError: settings that do not fit, or pictures that are made window by window.
     """
     import torch
 
@@ -224,15 +225,14 @@ def played(
     from experiments.report.trace import Played
 
     shown: list[list[Played]] = [[] for _ in request.prompts]
-    for name in names:
+    for settings in traced:
         states: list[Tensor] = []
 
         def on_step(step: int, before: Tensor, after: Tensor, states: Any = states) -> None:
             states.extend([after] if states else [before, after])
 
-        chosen = by_sampler(settings, name) if name else settings
         try:
-            module.sample(request, chosen, on_step)
+            module.sample(request, settings, on_step)
         except ValueError as error:
             raise ConfigError(first_line(error)) from error
         if len({state.shape for state in states}) != 1:
@@ -241,9 +241,30 @@ def played(
             frames = to_uint8(decode_unfinished(module.first_stage, one).cpu())
             codes = module.first_stage.num_codes if one.ndim == 3 else None
             calls = len(states) - 1 if module.calls is None else int(module.calls[i])
-            label = name or getattr(getattr(chosen, "sampler", None), "name", "own")
+            label = getattr(getattr(settings, "sampler", None), "name", "own")
             shown[i].append(Played(label, frames, one.cpu(), codes, calls))
     return shown
+
+
+def traced_settings(settings: Any, samplers: str | None) -> list[Any]:
+    """Return the settings of each sampling that --trace plays: of --samplers, or as they are.
+
+    Raises:
+        ConfigError: no such sampler, or a paper that has its own loop alone.
+    """
+    return [by_sampler(settings, name) for name in samplers.split(",")] if samplers else [settings]
+
+
+def check_settings(module: GeneratorModule, settings: Any) -> None:
+    """Refuse what the checkpoint cannot be sampled by, before a picture is drawn.
+
+    Raises:
+        ConfigError: a sampler or another setting that does not fit it.
+    """
+    try:
+        module.check_sampling(settings)
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def by_sampler(settings: Any, name: str) -> Any:

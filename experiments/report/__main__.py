@@ -17,7 +17,7 @@ every claim of the papers with its verdict, every table measured beside publishe
 trained or sampled: sweeps of which no run is done are left out.
 
 Without a FILE all sweeps of the project are looked for. Words are those with which the sweeps were
-run (experiments.sweep FILE ... key=value).
+run (experiments.sweep FILE ... key=value); a sweep that was given an --out is not found.
 
 examples:
   {COMMAND} --out report
@@ -54,8 +54,11 @@ def run(argv: Sequence[str]) -> None:
     for done in found:
         collect(done.runs)
     if not any(run.scores for done in found for run in done.runs):
-        names = ", ".join(f"sweeps/{done.sweep.name}.yaml" for done in found[:2])
-        raise ConfigError(f"no run of {names} ... is done; run experiments.sweep first")
+        names = ", ".join(done.sweep.name for done in found[:2]) + ", ..." * (len(found) > 2)
+        raise ConfigError(
+            f"no run of {names} is done; run experiments.sweep first, with the words of this "
+            "command and without --out"
+        )
     say = speaker()
     for path in write_overview(found, args.out, shlex.join([*COMMAND.split(), *argv])):
         say(f"  {path}")

@@ -189,6 +189,11 @@ class GeneratorModule(SeededModule):
             own[name] = {**own[name], **value} if nested else value
         return build(type(self.config.sampling), own)
 
+    def check_sampling(self, settings: Any) -> None:
+        """Speak up where these networks cannot be sampled by these settings, before any work."""
+        if hasattr(self.config, "check_sampling"):
+            self.config.check_sampling(settings, self.geometry)
+
     def check_request(self, request: Request, first_step: int = 0) -> None:
         """Refuse an ability that this paper lacks, and a mask or a variation without a picture."""
         lacks = sorted(request.asked() - self.ABILITIES)

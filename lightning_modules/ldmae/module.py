@@ -199,7 +199,7 @@ class LDMAEModule(GeneratorModule):
         """Draw normalised latents [B, C, h, w]; with condition=label prompts name a class."""
         settings = settings or self.config.sampling
         self.check_request(request, settings.first_step)
-        self.config.check_sampling(settings, self.geometry)
+        self.check_sampling(settings)
         own = self._condition(request)
         null = self._null_condition(request.negative) if settings.guidance != 1 else None
 

@@ -392,7 +392,7 @@ class MuseModule(MaskedStage):
         """Draw the base's tokens [B, h, w]; a larger grid than the trained one window by window."""
         settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
-        self.config.check_sampling(settings, self.geometry)
+        self.check_sampling(settings)
         grid, seeds = request.grid_or(self.grid), request.seeds
         predict = self.predictor(request, grid=grid)
         mask_id = self.network.mask_id

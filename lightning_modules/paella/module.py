@@ -261,7 +261,7 @@ class PaellaModule(GeneratorModule):
         """Draw tokens [B, h, w] int64; image_condition holds vectors of `encode_images`."""
         settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
-        self.config.check_sampling(settings, self.geometry)
+        self.check_sampling(settings)
         if request.prior:
             drawn = self.imagine(request.prompts, request.seeds, settings.prior)
             request = replace(request, prior=False, image_condition=drawn)

@@ -178,7 +178,7 @@ class VQDiffusionModule(GeneratorModule):
         """Draw tokens; with model.condition=class, prompts ask for a class; VQ-AR steps by rows."""
         settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
-        self.config.check_sampling(settings, self.geometry)
+        self.check_sampling(settings)
         grid, seeds = request.grid_or(self.grid), request.seeds
         guidance = self.guidance_of(settings)
         sides, shares = self._sides(request, guidance)
