@@ -206,6 +206,22 @@ def check_home(out: Path, stage: Encode, inputs: Folders) -> None:
             f"--out {out} holds a cache of other settings: {name} is {there} there and {here} "
             "here; name another folder"
         )
+    before = _identity(_about(out))
+    for name, here, there in differences(_identity(stage.about) if before else {}, before):
+        raise ConfigError(
+            f"--out {out} holds a cache of other data: data.{name} is {there} there and {here} "
+            "here; name another folder"
+        )
+
+
+def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what says which data set it is; shards may be added to one."""
+    names = ("name", "seed", "train_size", "max_objects")
+    return {name: about["data"].get(name) for name in names} if "data" in about else {}
+
+
+def _about(out: Path) -> Mapping[str, Any]:
+    return read_index(out)["about"] if (out / INDEX).is_file() else {}
 
 
 def _made(out: Path, files: Sequence[Path]) -> dict[str, Any] | None:

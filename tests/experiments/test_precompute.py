@@ -310,6 +310,21 @@ def test_a_cache_of_other_settings_is_refused(shards: Path, cache: Path, tmp_pat
         load("vqgan", "micro", [f"data.path={cache}"])
 
 
+def test_a_cache_of_other_data_is_not_replaced(tmp_path: Path) -> None:
+    given = [f"--tokenizer={TOKENIZER}", f"--out={tmp_path / 'out'}", f"cache={tmp_path}/cache"]
+    given += ["progress=none", "data.train_size=12"]
+    assert precompute.run(given) == 0
+    before = left(tmp_path / "out")
+    for word, says in [
+        ("data.train_size=6", "data.train_size is 12 there and 6 here; name another folder"),
+        ("data.seed=1", "seed is 0 there and 1 here"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            precompute.run([*given, word])
+        assert left(tmp_path / "out") == before
+    assert precompute.run(given) == 0
+
+
 def test_a_folder_of_other_settings_is_not_touched(
     shards: Path, cache: Path, tmp_path: Path
 ) -> None:
