@@ -121,7 +121,7 @@ def processes(
     made.mkdir(exist_ok=True)
     started = [
         FORKS.Process(
-            target=process, args=(argv, env, None if i else killed_at, made / f"{os.urandom(4)!r}")
+            target=process, args=(argv, env, None if i else killed_at, made / os.urandom(8).hex())
         )
         for i, env in enumerate(envs)
     ]
