@@ -17,8 +17,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # the same examples every time in CI: a law that fails there can be looked at here
 settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+settings.register_profile("here", deadline=None)  # a busy machine is no fault of a law
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +48,15 @@ class GoldenCase:
 
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Callable[[str], GoldenCase]:
-    """Load a case by "topic/case"; a missing folder fails the test that asks for it."""
-    root = Path(request.config.getoption("--golden") or Path(__file__).parent / "golden")
+    """Load a case by "topic/case"; a missing one fails the test that asks for it.
+
+    Of a topic that the folder of --golden does not have, our own cases are taken.
+    """
+    own = Path(__file__).parent / "golden"
+    given = Path(request.config.getoption("--golden") or own)
 
     def load(name: str) -> GoldenCase:
+        root = given if (given / name).parent.is_dir() else own
         folder = root / name
         if not (folder / "case.json").exists():
             pytest.fail(f"golden case {name} is missing under {root}")
