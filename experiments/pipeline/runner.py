@@ -5,7 +5,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,14 @@ def check_writable(out: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    there = out.exists()
     try:
-        with atomic(out / "config.yaml.try") as temporary:
+        # in the folder that is there already: a run that fails leaves none, and no process takes
+        # away what another one has just made
+        place = next(path for path in (out, *out.parents) if path.exists())
+        trial = place / f".{out.name}.{os.getpid()}.try"
+        with atomic(trial) as temporary:
             temporary.touch()
-        (out / "config.yaml.try").unlink(missing_ok=True)  # of another process, too
-        if not there:
-            with suppress(OSError):  # where another process works in it by now
-                out.rmdir()  # a run that fails leaves no folder
+        trial.unlink()
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from error
 

@@ -33,6 +33,7 @@ from lightning_modules.common.checkpoint import load_weights
 from tests import micro_checkpoint, planted
 
 ROOT = Path(__file__).parents[3]
+THREADS = str(torch.get_num_threads())  # on which the last bits depend
 NUM, SIZE = 64, 8
 COCO30K = eval.fid_coco30k.DOOR
 
@@ -63,7 +64,7 @@ class Place:
         return [form.format(name, value) for name, value in given.items()]
 
     def start(self, words: list[str], **environment: str) -> subprocess.Popen:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": THREADS, **environment}
         line = [sys.executable, "-m", "eval.fid_coco30k", *words]
         return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
@@ -175,7 +176,7 @@ def test_killed_and_started_again(place: Place, once: Path, tmp_path: Path) -> N
 def test_two_ranks(place: Place, once: Path, tmp_path: Path) -> None:
     words = place.words(tmp_path / "out", form="{}={}")
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": THREADS}
     done = subprocess.run(
         [*line, "-m", "eval.fid_coco30k", *words], cwd=ROOT, env=env, capture_output=True, text=True
     )
