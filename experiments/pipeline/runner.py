@@ -1,5 +1,6 @@
 """A run from its settings to its folder."""
 
+import errno
 import os
 import socket
 import tempfile
@@ -109,6 +110,8 @@ def check_writable(out: Path) -> None:
         # in the folder that is there already: a run that fails leaves none, and no process takes
         # away what another one has just made
         place = next(path for path in (out, *out.parents) if path.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out))
         trial = place / f".{out.name}.{os.getpid()}.try"
         with atomic(trial) as temporary:
             temporary.touch()
