@@ -50,13 +50,15 @@ class GoldenCase:
 def golden(request: pytest.FixtureRequest) -> Callable[[str], GoldenCase]:
     """Load a case by "topic/case"; a missing one fails the test that asks for it.
 
-    Of a topic that the folder of --golden does not have, our own cases are taken.
+    Of a topic that the folder of --golden does not have, our own cases are taken; a folder
+    without any case is the wrong folder.
     """
     own = Path(__file__).parent / "golden"
     given = Path(request.config.getoption("--golden") or own)
+    holds = next(given.rglob("case.json"), None) is not None
 
     def load(name: str) -> GoldenCase:
-        root = given if (given / name).parent.is_dir() else own
+        root = given if not holds or (given / name).parent.is_dir() else own
         folder = root / name
         if not (folder / "case.json").exists():
             pytest.fail(f"golden case {name} is missing under {root}")
