@@ -1,14 +1,21 @@
 """The one categorical draw of the suite: the inverse CDF of given uniforms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DRAWN_AT_ONCE = 32  # rows whose cumulated probabilities stay in a core's cache
+GPU_ROWS = 2**14  # rows of logits that a GPU holds at once (512 MiB of 8192 codes)
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+def pieces(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Cut rows [n, ...] into pieces of `size` for a core's cache; a GPU gets as many as fit."""
+    return rows.split(size if rows.device.type == "cpu" else max(size, GPU_ROWS))
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Draw one label per row: the number of cumulated probabilities that are <= u.
 
     token = #{k : sum_{j<=k} softmax(logits / temperature)_j <= u}. The cumulated sums are not
@@ -17,15 +24,19 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     Args:
         logits: [n, K] float, -inf where a label is excluded.
         uniforms: [n] in [0, 1).
-        temperature: the logits are divided by it, > 0.
+        temperature: the logits are divided by it, > 0; a tensor [] is not looked at.
 
     Returns:
         [n] int64 in 0..K-1; K for a row without probabilities, as NaN and +inf make it.
     """
     if logits.element_size() < 4:
         logits = logits.float()  # sums over thousands of labels need more than 8 or 11 bits
-    scale = 1 / temperature
-    shifted = torch.add(logits.amax(dim=1, keepdim=True) * -scale, logits, alpha=scale)
+    scale, peak = 1 / temperature, logits.amax(dim=1, keepdim=True)
+    if isinstance(scale, Tensor):
+        scale = scale.to(logits.dtype)
+        shifted = torch.addcmul(peak * -scale, logits, scale)
+    else:
+        shifted = torch.add(peak * -scale, logits, alpha=scale)
     cdf = shifted.exp_().cumsum_(dim=1)  # [n, K]
     total = cdf[:, -1:].contiguous()  # [n, 1]
     threshold = uniforms.to(cdf.dtype).unsqueeze(1) * total
@@ -40,38 +51,59 @@ def draw_rows(
     uniforms: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logits_filter: Callable[[Tensor], Tensor] | None = None,
     chunk: int = 256,
 ) -> Tensor:
     """Draw one label per feature row without ever holding more than `chunk` x K numbers.
 
+    Arguments as of `drawn_rows`.
+
+    Raises:
+        ValueError: the logits of a row are no numbers, or the temperature is not positive.
+    """
+    options: Any = {"temperature": temperature, "logits_filter": logits_filter}
+    drawn, labels = drawn_rows(rows, uniforms, head, chunk=chunk, **options)
+    check_numbers(drawn < labels)
+    return drawn
+
+
+def drawn_rows(
+    rows: Tensor,
+    uniforms: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float | Tensor = 1.0,
+    logits_filter: Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, int]:
+    """Draw one label per feature row without a look at what was drawn.
+
     Args:
         rows: [n, C] features in front of the output head.
         uniforms: [n] in [0, 1).
         head: maps [m, C] to logits [m, K].
-        temperature: as of `draw`; ValueError where it is not positive.
+        temperature: as of `draw`.
         logits_filter: maps logits [m, K] at temperature 1 to logits with excluded labels at -inf.
-        chunk: rows that pass the head at once.
+        chunk: rows that pass the head at once on a CPU.
+
+    Returns:
+        [n] int64 and K, which is also the label of a row whose logits are no numbers.
 
     Raises:
-        ValueError: the logits of a row are no numbers.
+        ValueError: a temperature that is not positive.
     """
-    if temperature <= 0:
+    if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    tokens, labels = [], 0
-    for some, chances in zip(rows.split(chunk), uniforms.split(chunk), strict=True):
+    tokens, labels = [], 1
+    for some, chances in zip(pieces(rows, chunk), pieces(uniforms, chunk), strict=True):
         logits = head(some)  # [m, K]
         if logits_filter is not None:
             logits = logits_filter(logits)
         labels = logits.shape[1]
-        parts = zip(logits.split(DRAWN_AT_ONCE), chances.split(DRAWN_AT_ONCE), strict=True)
+        parts = zip(pieces(logits, DRAWN_AT_ONCE), pieces(chances, DRAWN_AT_ONCE), strict=True)
         tokens += [draw(part, u, temperature) for part, u in parts]
-    if not tokens:
-        return uniforms.new_empty(0, dtype=torch.int64)
-    drawn = torch.cat(tokens)
-    check_numbers(drawn < labels)
-    return drawn
+    return torch.cat(tokens) if tokens else uniforms.new_empty(0, dtype=torch.int64), labels
 
 
 def likeliest(logits: Tensor) -> Tensor:

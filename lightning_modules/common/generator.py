@@ -15,6 +15,7 @@ from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.ema import WeightAverage
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
+from lightning_modules.common.places import Compiler, Masked, Picked
 from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import TEXT_ENCODERS, Condition, FrozenEncoder, KnownStates
@@ -57,6 +58,8 @@ class GeneratorModule(SeededModule):
         self.text_encoder = encoder if isinstance(encoder, nn.Module) else None
         self._attached: dict[str, Any] = {"first_stage": None, "text": encoder}
         self.average: WeightAverage | None = None
+        # makes the steps of sampling fast, `torch.compile` for one
+        self.compiler: Compiler | None = None
         self.calls: Tensor | None = None
 
     @classmethod
@@ -220,11 +223,29 @@ class GeneratorModule(SeededModule):
         """Add network calls [B] to those of the pictures that are being drawn."""
         self.calls = calls.cpu() if self.calls is None else self.calls + calls.cpu()
 
-    @abstractmethod
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and further scalars to log; `generator` draws all noise."""
+        return self.compute_loss(**self.inputs(batch, generator))
+
+    @abstractmethod
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Return what the loss is computed from: tokens, encoded captions, and all noise."""
+
+    @abstractmethod
+    def compute_loss(self, *args: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of such inputs and further scalars to log.
+
+        It is one graph of fixed shapes: no text, no draw and no look at a number stands in it.
+        """
+
+    def places(self) -> Picked:
+        """How places of a grid are computed: picked on a CPU, where looking waits for nothing."""
+        fixed = self.device.type == "cuda" or torch.compiler.is_compiling()
+        if not fixed and self.compiler is None:
+            return Picked()
+        return Masked(self.device, self.compiler)
 
     @abstractmethod
     def sample_tokens(

@@ -5,7 +5,7 @@ Sources: arXiv 2207.12598 (guidance), 2404.07724 (intervals), 2301.00704 (rising
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Law = Literal["linspace", "ratio", "cosine"]
+Shares = Sequence[float] | Sequence[Tensor]
+"""Weights of the conditions, which sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,25 @@ def mix(own: Tensor, null: Tensor, scale: float, channels: int | None = None) ->
     if channels is None:
         return null.lerp(own, scale)
     return torch.cat([null[:, :channels].lerp(own[:, :channels], scale), own[:, channels:]], dim=1)
+
+
+def weighted(parts: Tensor, shares: Shares) -> Tensor:
+    """Sum the features of several conditions.
+
+    Args:
+        parts: [sides, n, C].
+        shares: one per side. As tensors, [] or one for every of B pictures [B], compiled code
+            serves all of their values.
+
+    Returns:
+        [n, C].
+    """
+    numbers = [share for share in shares if isinstance(share, Tensor)]
+    if not numbers:
+        return torch.einsum("snc,s->nc", parts, parts.new_tensor(shares))
+    weights = torch.stack([n.reshape(-1) for n in numbers]).to(parts.dtype)  # [sides, B or 1]
+    pictures = parts.unflatten(1, (weights.shape[1], -1))  # [sides, B, n / B, C]
+    return torch.einsum("sbnc,sb->bnc", pictures, weights).flatten(0, 1)
 
 
 def mixed_rows(ask: Callable[[float, Tensor], Tensor], scales: Tensor, keep: Tensor) -> Tensor:

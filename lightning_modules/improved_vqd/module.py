@@ -87,20 +87,25 @@ class ImprovedVQDModule(VQDiffusionModule):
                 full[key] = torch.cat([full[key], full[key].mean(0, keepdim=True)])
         return full
 
-    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
-        """The condition of a training batch, some of it hidden behind the null."""
+    def _training_inputs(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        """Labels or captions of a batch, some hidden; with a learned null, which ones, besides."""
         model, count = self.config.model, len(batch["caption"])
         draws = torch.rand(count, generator=generator, device=self.device)
         hide = draws < self.config.null_condition.drop
-        if model.condition == "none":
-            return self.network.prepare()
+        if self.null is not None:
+            return self.encode_text(batch["caption"]), hide
         if model.condition == "class":
-            labels = self._batch_labels(batch)
-            return self.network.prepare(labels.masked_fill(hide, self.config.num_classes))
+            return self._batch_labels(batch).masked_fill(hide, self.config.num_classes)
+        if model.condition == "none":
+            return None
+        pairs = zip(batch["caption"], hide.tolist(), strict=True)
+        return self.encode_text(["" if hidden else caption for caption, hidden in pairs])
+
+    def _training_condition(self, given: Any) -> Side:
+        """The condition of a training batch, some of it behind the learned null."""
         if self.null is None:
-            pairs = zip(batch["caption"], hide.tolist(), strict=True)
-            return self._condition(["" if hidden else caption for caption, hidden in pairs])
-        text = self.encode_text(batch["caption"])
+            return super()._training_condition(given)
+        text, hide = given
         return self.network.prepare(*with_null(text.tokens, text.mask, self.null, hide))
 
     def check_request(self, request: Request, first_step: int = 0) -> None:

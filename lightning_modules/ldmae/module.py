@@ -10,6 +10,7 @@ from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.labels import read_label
 from lightning_modules.common.request import OnStep, Request
+from lightning_modules.common.text import Condition
 from lightning_modules.ldmae import process
 from lightning_modules.ldmae.config import LDMAEConfig, SamplingConfig
 from lightning_modules.ldmae.network import DiT, Side
@@ -73,29 +74,44 @@ class LDMAEModule(GeneratorModule):
             height, width = self.grid
             raise ValueError(f"this checkpoint makes latents of {height}x{width} alone")
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Latents, noise, times and the condition of a batch, some of it hidden."""
+        objective = self.config.objective
+        latents = self.latents_of(batch, generator)
+        rng: dict[str, Any] = {"generator": generator, "device": self.device}
+        noise, count = torch.randn(latents.shape, **rng), latents.shape[0]
+        if objective.kind == "ddpm":
+            time = torch.randint(objective.train_steps, (count,), **rng)
+        elif objective.t_law == "lognormal":
+            time = process.training_times(torch.randn(count, **rng))
+        else:
+            time = torch.rand(count, **rng)
+        condition = self._training_inputs(batch, generator)
+        return {"latents": latents, "noise": noise, "time": time, "condition": condition}
+
+    def compute_loss(
+        self, latents: Tensor, noise: Tensor, time: Tensor, condition: Condition | Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the velocity (SiT, as in LDMAE), or of the noise (LDM).
 
         Beside it stand, with the velocity-direction term, the two parts.
+
+        Args:
+            latents: [B, C, h, w].
+            noise: [B, C, h, w] N(0, 1).
+            time: [B] in [0, 1], or int64 steps of the chain.
+            condition: captions, or labels [B] int64.
         """
         objective = self.config.objective
-        latents = self.latents_of(batch, generator)
-        rng: dict[str, Any] = {"generator": generator, "device": self.device}
-        noise = torch.randn(latents.shape, **rng)
-        batch_size = latents.shape[0]
         if objective.kind == "ddpm":
-            time = torch.randint(objective.train_steps, (batch_size,), **rng)
             x, target = process.diffuse(noise, latents, self.alpha_bar[time]), noise
         else:
-            if objective.t_law == "lognormal":
-                time = process.training_times(torch.randn(batch_size, **rng))
-            else:
-                time = torch.rand(batch_size, **rng)
             x, target = process.straight_path(noise, latents, time)
-        condition = self._training_condition(batch, generator)
-        predicted = self.network(x, time, [condition])[0].float()
+        if isinstance(condition, Tensor):
+            side = self.network.label_side(condition)
+        else:
+            side = self.network.text_side(condition.tokens, condition.mask)
+        predicted = self.network(x, time, [side])[0].float()
         error = process.squared_error(predicted, target).mean()
         if not objective.cosine_loss:
             return error, {}
@@ -139,21 +155,23 @@ class LDMAEModule(GeneratorModule):
             noise = torch.randn(means.shape, generator=generator, device=self.device)
             return autoencoder.normalise(autoencoder.sample_posterior(moments, noise))
 
-    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
-        """The conditions of a batch, some of them hidden."""
+    def _training_inputs(
+        self, batch: dict[str, Any], generator: torch.Generator
+    ) -> Condition | Tensor:
+        """The encoded captions or the labels of a batch, some of them hidden."""
         count, model = len(batch["caption"]), self.network.config
         draws = torch.rand(count, generator=generator, device=self.device)
         hidden = draws < model.class_dropout_prob
         if self.config.condition == "text":
             pairs = zip(batch["caption"], hidden.tolist(), strict=True)
-            return self._text_condition(["" if hide else caption for caption, hide in pairs])
+            return self.encode_text(["" if hide else caption for caption, hide in pairs])
         if self.config.condition == "none":
             labels = torch.zeros(count, dtype=torch.int64, device=self.device)
         elif "label" in batch:
             labels = batch["label"]
         else:
             raise ValueError("condition=label needs data with labels, such as data=digits")
-        return self.network.label_side(labels.masked_fill(hidden, model.num_classes))
+        return labels.masked_fill(hidden, model.num_classes)
 
     def _text_condition(self, captions: Sequence[str]) -> Side:
         condition = self.encode_text(captions)

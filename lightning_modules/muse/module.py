@@ -50,8 +50,8 @@ class MaskedStage(GeneratorModule):
             return self.network.config.encoder_hidden_size, self.network.config.cond_embed_dim
         return self.network.config.text_width, 0
 
-    def masked(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask tokens [B, h, w] as the objective says: the input, the mask, the rates [B]."""
+    def masking(self, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw for tokens [B, h, w] which are masked [B, h, w] bool, and the rates [B] of it."""
         o = self.objective
         rng: dict[str, Any] = {"generator": generator, "device": tokens.device}
         total = tokens[0].numel()
@@ -63,25 +63,41 @@ class MaskedStage(GeneratorModule):
             coins = torch.rand(len(tokens), 4, **rng)
             boxes = process.rectangle_mask(number, (tokens.shape[1], tokens.shape[2]), coins[:, :3])
             mask = torch.where((coins[:, 3] < o.rectangle)[:, None, None], boxes, mask)
-        return tokens.masked_fill(mask, self.network.mask_id), mask, rates
+        return {"tokens": tokens, "mask": mask, "rates": rates}
 
     def token_loss(
-        self, tokens: Tensor, x: Tensor, mask: Tensor, rates: Tensor, condition: Any
+        self, tokens: Tensor, mask: Tensor, rates: Tensor, condition: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked cross entropy (1.3) of tokens given x, the accuracy and the masked logits."""
-        o = self.objective
-        all_count = o.visible_weight > 0
-        keep = torch.ones_like(mask) if all_count else mask
+        """Masked cross entropy (1.3) of tokens, the accuracy, and what is said of masked tokens.
+
+        Args:
+            tokens: [B, h, w] int64.
+            mask: [B, h, w] bool, True = masked.
+            rates: [B] masked shares.
+            condition: what the network takes as one.
+
+        Returns:
+            Two scalars, and logits [n, K] of the tokens that `places` picks by the mask.
+        """
+        o, places = self.objective, self.places()
+        x = tokens.masked_fill(mask, self.network.mask_id)
+        keep = places.keep(mask) if o.visible_weight == 0 else None
         logits = self.network.head(self.network.mixed_rows(x, [condition], [1.0], keep)).float()
+        target = tokens.flatten() if keep is None else tokens[keep]
         smoothing: Any = {"reduction": "none", "label_smoothing": o.label_smoothing}
-        ce = F.cross_entropy(logits, tokens[keep], **smoothing)
-        grid = ce.new_zeros(mask.shape)
-        grid[keep] = ce
-        rises = all_count and o.visible_law == "rate"
+        ce = F.cross_entropy(logits, target, **smoothing)
+        grid = ce.view(mask.shape) if keep is None else ce.new_zeros(mask.shape)
+        if keep is not None:
+            grid[keep] = ce
+        rises = o.visible_weight > 0 and o.visible_law == "rate"
         weight = process.loss_weight(mask, rates, o.visible_weight, rises)
         loss = process.masked_loss(grid.flatten(1), weight.flatten(1), o.reduction)
-        hidden = logits.detach()[mask[keep]]
-        return loss, (hidden.argmax(1) == tokens[mask]).float().mean(), hidden
+        hidden = logits.detach()
+        if keep is None:
+            hidden = places.pick(hidden.unflatten(0, mask.shape), mask)
+        asked = places.pick(mask, mask)
+        right = (hidden.argmax(1) == places.pick(tokens, mask)) & asked
+        return loss, right.sum() / asked.sum(), hidden
 
     def dropped(self, captions: Sequence[str], generator: torch.Generator) -> Tensor:
         """Draw whose caption is hidden: [B] bool."""
@@ -95,25 +111,32 @@ class MaskedStage(GeneratorModule):
         grid: tuple[int, int] | None = None,
         **more: Any,
     ) -> Any:
-        """What the network takes as one condition.
+        """What the network takes as one condition; arguments as of `told`, and of `prepare`."""
+        return self.network.prepare(**self.told(captions, drop, grid), **more)
+
+    def told(
+        self,
+        captions: Sequence[str] | None,
+        drop: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """What the network prepares a condition from: encoded captions, and what it takes besides.
 
         Args:
             captions: B texts; None is the dropped caption for any number of images.
             drop: [B] bool, True where the caption is hidden.
             grid: token grid, whose size in pixels aMUSEd's network is told.
-            more: what `prepare` of the network takes besides.
         """
         network = self.network
         empty = isinstance(network, UViT) or network.config.null_text == "empty"
         if captions is None and not empty:
-            assert isinstance(network, MaskedTransformer)
-            return network.prepare(None, **more)
+            return {"text": None}
         captions = [""] if captions is None else captions
         if drop is not None and empty:
             captions, drop = shown(captions, drop), None
         text = self._encoded(captions)
         if not isinstance(network, UViT):
-            return network.prepare(text.tokens, text.mask, drop, **more)
+            return {"text": text.tokens, "mask": text.mask, "drop": drop}
         if text.pooled is None:
             raise ValueError(
                 f"text.name={self.config.text.name} gives no pooled vectors, which network=uvit is "
@@ -121,7 +144,7 @@ class MaskedStage(GeneratorModule):
             )
         height, width = (n * self.first_stage.factor for n in grid or self.grid)
         micro = torch.tensor([[width, height, 0, 0, AESTHETIC]], device=self.device)
-        return network.prepare(text.tokens, text.pooled, micro, text.mask)
+        return {"text": text.tokens, "pooled": text.pooled, "micro": micro, "mask": text.mask}
 
     def _encoded(self, captions: Sequence[str]) -> Condition:
         """Encode captions; a frozen encoder reads the empty one only once."""
@@ -323,45 +346,66 @@ class MuseModule(MaskedStage):
         """Whether the network has positions for the trained grid alone."""
         return isinstance(self.network, MaskedTransformer)
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked cross entropy, and beside it the critic's loss on what the generator draws."""
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Tokens, what of them is masked, the captions, and what a critic needs besides."""
         tokens = self.batch_tokens(batch)
-        x, mask, rates = self.masked(tokens, generator)
+        found: dict[str, Any] = self.masking(tokens, generator)
         drop = self.dropped(batch["caption"], generator)
-        condition = self.condition(batch["caption"], drop, (tokens.shape[1], tokens.shape[2]))
-        loss, accuracy, logits = self.token_loss(tokens, x, mask, rates, condition)
-        scalars = {"accuracy": accuracy}
+        found["told"] = self.told(batch["caption"], drop, (tokens.shape[1], tokens.shape[2]))
         if self.critic is not None:
-            u = torch.rand(len(logits), generator=generator, device=logits.device)
-            filled = tokens.clone()
+            u = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+            found |= {"chances": u, "judged": self.judged(batch["caption"], drop)}
+        return found
+
+    def compute_loss(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        rates: Tensor,
+        told: dict[str, Any],
+        chances: Tensor | None = None,
+        judged: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked cross entropy, and beside it the critic's loss on what the generator draws.
+
+        Args:
+            tokens: [B, h, w] int64.
+            mask: [B, h, w] bool, True = masked.
+            rates: [B] masked shares.
+            told: the condition, from `told`.
+            chances: [B, h, w] in [0, 1) for what the critic judges.
+            judged: the critic's condition, from `judged`.
+        """
+        condition = self.network.prepare(**told)
+        loss, accuracy, logits = self.token_loss(tokens, mask, rates, condition)
+        scalars = {"accuracy": accuracy}
+        if self.critic is not None and chances is not None and judged is not None:
+            places, side = self.places(), self.critic.prepare(**judged)
             # the loss tells of logits that are no numbers, and the training ends by it
-            filled[mask] = draw_rows(logits.nan_to_num(), u, lambda rows: rows)
-            critic = self.critic_of(batch["caption"], drop)
-            scores = critic(filled)
+            drawn = places.draw(logits.nan_to_num(), places.pick(chances, mask), lambda rows: rows)
+            filled = places.put(tokens, mask, drawn)
+            scores = self.critic.head(self.critic.mixed_rows(filled, [side], [1.0]))
+            scores = scores.float().view(tokens.shape)
             scalars["critic"] = process.critic_loss(scores, filled == tokens)
             loss = loss + self.config.critic.weight * scalars["critic"]
         return loss, scalars
 
-    def critic_of(
-        self, captions: Sequence[str], drop: Tensor | None = None
-    ) -> Callable[..., Tensor]:
-        """How real the critic finds every token of [B, h, w] under captions: logits [B, h, w].
-
-        Its loss does not train the text encoder.
-        """
-        critic = self.critic
-        assert critic is not None
-        if critic.config.null_text == "empty" and drop is not None:
+    def judged(self, captions: Sequence[str], drop: Tensor | None = None) -> dict[str, Any]:
+        """What the critic prepares its condition from; its loss does not train the text encoder."""
+        assert self.critic is not None
+        if self.critic.config.null_text == "empty" and drop is not None:
             captions, drop = shown(captions, drop), None
         text = self.encode_text(captions)
-        side = critic.prepare(text.tokens.detach(), text.mask, drop)
-        picked = Conditions([side], len(captions))
+        return {"text": text.tokens.detach(), "mask": text.mask, "drop": drop}
+
+    def critic_of(self, captions: Sequence[str]) -> Callable[..., Tensor]:
+        """How real the critic finds every token of [B, h, w] under captions: logits [B, h, w]."""
+        critic = self.critic
+        assert critic is not None
+        picked = Conditions([critic.prepare(**self.judged(captions))], len(captions))
 
         def scores(tokens: Tensor, pictures: Tensor | None = None) -> Tensor:
-            everywhere = torch.ones_like(tokens, dtype=torch.bool)
-            rows = critic.mixed_rows(tokens, picked(pictures), [1.0], everywhere)
+            rows = critic.mixed_rows(tokens, picked(pictures), [1.0])
             return critic.head(rows).float().view(tokens.shape)
 
         return scores
@@ -493,16 +537,28 @@ class SuperResModule(MaskedStage):
         base: MuseModule = self._attached["base"]
         return base.predicted(low, batch["caption"], u * stage.low_rate, generator)
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked cross entropy of the high-res tokens; `batch` may hold the low-res ones as low."""
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """High-res tokens, what is masked, the low-res tokens (`low` of a batch) and captions."""
         tokens = self.batch_tokens(batch)
-        low = self.network.encode_low(self.low_tokens(batch, generator))
-        x, mask, rates = self.masked(tokens, generator)
+        low = self.low_tokens(batch, generator)
+        masking = self.masking(tokens, generator)
         drop = self.dropped(batch["caption"], generator)
-        condition = self.condition(batch["caption"], drop, low=low)
-        loss, accuracy, _ = self.token_loss(tokens, x, mask, rates, condition)
+        return {**masking, "low": low, "told": self.told(batch["caption"], drop)}
+
+    def compute_loss(
+        self, tokens: Tensor, mask: Tensor, rates: Tensor, low: Tensor, told: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked cross entropy of the high-res tokens.
+
+        Args:
+            tokens: [B, H, W] int64.
+            mask: [B, H, W] bool, True = masked.
+            rates: [B] masked shares.
+            low: [B, h, w] int64.
+            told: the captions, from `told`.
+        """
+        condition = self.network.prepare(**told, low=self.network.encode_low(low))
+        loss, accuracy, _ = self.token_loss(tokens, mask, rates, condition)
         return loss, {"accuracy": accuracy}
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block
+from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.muse.config import ModelConfig
 
 
@@ -408,7 +409,7 @@ class MaskedTransformer(nn.Module):
         return sequence, mask | drop[:, None], ~drop  # a row without keys would give no number
 
     def mixed_rows(
-        self, x: Tensor, sides: Sequence[Side], shares: Sequence[float], keep: Tensor
+        self, x: Tensor, sides: Sequence[Side], shares: Shares, keep: Tensor | None = None
     ) -> Tensor:
         """Features of the kept tokens under several conditions, weighted and summed.
 
@@ -420,19 +421,19 @@ class MaskedTransformer(nn.Module):
         Args:
             x: [B, h, w] int64, `mask_id` where a token is masked.
             sides: from `prepare`, each for B images or one for all of them.
-            shares: one weight per side, summing to 1.
-            keep: [B, h, w] bool.
+            shares: one weight per side, summing to 1, see `weighted`.
+            keep: [B, h, w] bool; None keeps all, and looks at no number.
 
         Returns:
             [keep.sum(), hidden], in the order of keep.nonzero(); `head` makes logits of them.
         """
-        rows = self.rows(x, sides, keep)
-        return torch.einsum("snd,s->nd", rows, rows.new_tensor(shares))
+        return weighted(self.rows(x, sides, keep), shares)
 
-    def rows(self, x: Tensor, sides: Sequence[Side], keep: Tensor) -> Tensor:
+    def rows(self, x: Tensor, sides: Sequence[Side], keep: Tensor | None) -> Tensor:
         """Features [sides, keep.sum(), hidden] in front of the head; arguments as `mixed_rows`."""
         grid = (x.shape[1], x.shape[2])
-        same = not self.training and sides[0].placed is None and all_equal(x)
+        looks = keep is not None and not self.training and sides[0].placed is None
+        same = looks and all_equal(x)
         own = [side.batch if same else len(x) for side in sides]
         # those that attend to something come first, so that one slice holds all of them
         order = sorted(range(len(sides)), key=lambda i: not sides[i].blocks)
@@ -446,8 +447,12 @@ class MaskedTransformer(nn.Module):
             hidden = block(hidden, grid, read, i < len(blocks) - 1 or block.mlp.sees_neighbours)
         # what is left is done token by token
         parts = dict(zip(order, hidden.split([own[j] for j in order]), strict=True))
-        flat = keep.flatten(1)
-        kept = torch.stack([parts[j].expand(len(x), -1, -1)[flat] for j in range(len(sides))])
+        each = [parts[j] for j in range(len(sides))]
+        if keep is None:
+            kept = torch.stack(each).flatten(1, 2)  # [sides, B h w, D]
+        else:
+            flat = keep.flatten(1)
+            kept = torch.stack([part.expand(len(x), -1, -1)[flat] for part in each])
         if not blocks[-1].mlp.sees_neighbours:
             kept = blocks[-1].transform(kept, grid)
         return self.head_mlp(self.norm(kept))
@@ -469,6 +474,5 @@ class MaskedTransformer(nn.Module):
         drop: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, h, w, outputs] of every token; arguments as in `prepare`."""
-        everywhere = torch.ones_like(x, dtype=torch.bool)
-        rows = self.mixed_rows(x, [self.prepare(text, mask, drop)], [1.0], everywhere)
+        rows = self.mixed_rows(x, [self.prepare(text, mask, drop)], [1.0])
         return self.head(rows).view(*x.shape, -1)

@@ -158,5 +158,4 @@ class SuperRes(MaskedTransformer):
     ) -> Tensor:
         """Logits [B, h, w, outputs] of high-res tokens [B, h, w] over low-res ones [B, h', w']."""
         side = self.prepare(text, mask, drop, None if low is None else self.encode_low(low))
-        everywhere = torch.ones_like(x, dtype=torch.bool)
-        return self.head(self.mixed_rows(x, [side], [1.0], everywhere)).view(*x.shape, -1)
+        return self.head(self.mixed_rows(x, [side], [1.0])).view(*x.shape, -1)

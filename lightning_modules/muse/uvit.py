@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block
+from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.muse.config import UViTConfig
 from lightning_modules.muse.network import KeysValues, RMSNorm, split_heads
 
@@ -515,7 +516,7 @@ class UViT(nn.Module):
         return grid[:, rows][:, :, columns]
 
     def mixed_rows(
-        self, x: Tensor, sides: Sequence[UViTSide], shares: Sequence[float], keep: Tensor
+        self, x: Tensor, sides: Sequence[UViTSide], shares: Shares, keep: Tensor | None = None
     ) -> Tensor:
         """Features of the kept tokens under several conditions, weighted and summed.
 
@@ -527,8 +528,8 @@ class UViT(nn.Module):
         Args:
             x: [B, h, w] int64, `mask_id` where a token is masked.
             sides: from `prepare`, each for B images or one for all of them.
-            shares: one weight per side.
-            keep: [B, h, w] bool.
+            shares: one weight per side, see `weighted`.
+            keep: [B, h, w] bool; None keeps all, and looks at no number.
 
         Returns:
             [keep.sum(), in_channels], in the order of keep.nonzero(); `head` makes logits of them.
@@ -542,16 +543,18 @@ class UViT(nn.Module):
                 f"the token grid must be a multiple of {multiple} on both sides, got "
                 f"{x.shape[1]}x{x.shape[2]}"
             )
-        constant = not self.training and bool((x == x[0, 0, 0]).all())
+        constant = keep is not None and not self.training and bool((x == x[0, 0, 0]).all())
         joint = Joint(sides, [side.batch if constant else len(x) for side in sides])
         if constant:
             features = self.constant_features(x[:1], joint)
         else:
             features = self.features(x, joint)
         parts = features.split(joint.counts)
-        kept = [part.expand(len(x), -1, -1, -1)[keep] for part in parts]
-        rows = self.mlm_layer.rows(torch.stack(kept))  # [sides, n, C]
-        return torch.einsum("snc,s->nc", rows, rows.new_tensor(shares))
+        if keep is None:
+            kept = [part.flatten(0, 2) for part in parts]
+        else:
+            kept = [part.expand(len(x), -1, -1, -1)[keep] for part in parts]
+        return weighted(self.mlm_layer.rows(torch.stack(kept)), shares)  # rows [sides, n, C]
 
     def head(self, rows: Tensor) -> Tensor:
         """[n, in_channels] features -> [n, codebook_size] logits."""
@@ -566,6 +569,5 @@ class UViT(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, h, w, codebook_size] of every token; arguments as in `prepare`."""
-        everywhere = torch.ones_like(x, dtype=torch.bool)
         side = self.prepare(text, pooled, micro, mask)
-        return self.head(self.mixed_rows(x, [side], [1.0], everywhere)).view(*x.shape, -1)
+        return self.head(self.mixed_rows(x, [side], [1.0])).view(*x.shape, -1)

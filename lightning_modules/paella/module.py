@@ -13,6 +13,7 @@ from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.request import OnStep, Request, seeded_normals, seeded_uniforms
 from lightning_modules.common.settings import build
+from lightning_modules.common.text import Condition
 from lightning_modules.paella import prior as prior_process
 from lightning_modules.paella import process
 from lightning_modules.paella.config import PaellaConfig, PriorConfig, SamplingConfig
@@ -70,38 +71,70 @@ class PaellaModule(GeneratorModule):
         """Pixels that a side of a picture must be a multiple of."""
         return self.pixels_per_token * self.network.config.grid_multiple
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Tokens, their noise and the condition, whose parts are dropped independently."""
+        tokens = self.batch_tokens(batch)
+        rng: dict[str, Any] = {"generator": generator, "device": self.device}
+        return {
+            "tokens": tokens,
+            "time": torch.rand(tokens.shape[0], **rng),
+            "random_tokens": torch.randint(self.num_codes, tokens.shape, **rng),
+            "uniforms": torch.rand(tokens.shape, **rng),
+            **self._training_inputs(batch, generator),
+        }
+
+    def compute_loss(
+        self,
+        tokens: Tensor,
+        time: Tensor,
+        random_tokens: Tensor,
+        uniforms: Tensor,
+        text: Condition,
+        hide: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross entropy of the clean tokens given noised ones (src_distributed/train.py).
 
         v1 draws r uniformly and replaces tokens with probability cos(r pi/2) instead. Beside the
         loss stands the accuracy over all tokens.
+
+        Args:
+            tokens: [B, h, w] int64.
+            time: [B] in [0, 1), of which the noise rate is made.
+            random_tokens: [B, h, w] int64.
+            uniforms: [B, h, w] in [0, 1).
+            text: the captions, with the image vectors that are shown.
+            hide: [B] bool, which image vectors are hidden; None where none is.
         """
-        tokens, objective = self.batch_tokens(batch), self.config.objective
-        rng: dict[str, Any] = {"generator": generator, "device": self.device}
-        time = torch.rand(tokens.shape[0], **rng)
+        objective = self.config.objective
+        eta, condition = objective.eta, self._training_condition(text, hide)
         if self.config.network == "v1":
-            t = process.cosine_rate(time)
+            t, eta = process.cosine_rate(time), 1.0  # it takes the plain mean
         else:
             t = time = process.noise_rate(time, objective.t_law)
-        random_tokens = torch.randint(self.num_codes, tokens.shape, **rng)
-        uniforms = torch.rand(tokens.shape, **rng)
-        noised, mask = process.add_noise(tokens, t, uniforms, random_tokens)
-        condition = self._training_condition(batch, generator)
-        everywhere = torch.ones_like(mask)
-        rows = self.network.mixed_rows(noised, time, [condition], [1.0], everywhere)
+        noised, replaced = process.add_noise(tokens, t, uniforms, random_tokens)
+        rows = self.network.mixed_rows(noised, time, [condition], [1.0])
         logits, target = self.network.head(rows), tokens.flatten()  # [B h w, K], [B h w]
         smoothing = objective.label_smoothing
         ce = F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
-        ce = ce.view(tokens.shape)
-        eta = 1.0 if self.config.network == "v1" else objective.eta  # v1 takes the plain mean
-        weight = process.loss_weight(mask, t, eta)
+        weight = process.loss_weight(replaced, t, eta)
         accuracy = (logits.detach().argmax(1) == target).float().mean()
-        return process.sample_loss(ce, weight).mean(), {"accuracy": accuracy}
+        loss = process.sample_loss(ce.view(tokens.shape), weight).mean()
+        return loss, {"accuracy": accuracy}
 
-    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        """The condition with its parts dropped independently of each other."""
+    def _training_condition(self, text: Condition, hide: Tensor | None) -> Any:
+        """What `mixed_rows` of the network takes as the condition; arguments as `compute_loss`."""
+        if isinstance(self.network, DenoiseUNet):
+            return text.pooled
+        sequence, mask = self.network.condition(text.tokens, text.pooled, text.image, text.mask)
+        if hide is not None:
+            if mask is None:
+                mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=hide.device)
+            last = torch.arange(mask.shape[1], device=hide.device).flip(0)
+            mask = mask & ~(hide[:, None] & (last < self.config.model.clip_seq_len))
+        return self.network.prepare(sequence, mask)
+
+    def _training_inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """The condition with its parts dropped, and which of its image vectors are hidden."""
         objective, captions = self.config.objective, batch["caption"]
         draws = torch.rand(3, len(captions), generator=generator, device=self.device)
         if objective.drop_per == "batch":
@@ -109,10 +142,12 @@ class PaellaModule(GeneratorModule):
         rates = (objective.text_drop, objective.pooled_drop, objective.image_drop)
         hide_text, hide_pooled, hide_image = (d < r for d, r in zip(draws, rates, strict=True))
         if isinstance(self.network, DenoiseUNet):
-            return self._pooled(captions) * ~hide_text[:, None]
+            pooled = self._pooled(captions)
+            shown_text = Condition(pooled[:, None], None, pooled * ~hide_text[:, None])
+            return {"text": shown_text, "hide": None}
         shown = ["" if h else c for c, h in zip(captions, hide_text.tolist(), strict=True)]
-        condition = self.encode_text(shown)
-        pooled = image = None
+        text = self.encode_text(shown)
+        pooled, image = None, None
         if self.config.model.clip_embd > 0:
             pooled = torch.where(hide_pooled[:, None], self._pooled([""]), self._pooled(captions))
             if self.config.model.clip_image:
@@ -123,12 +158,9 @@ class PaellaModule(GeneratorModule):
                 # hidden images pass the mapper too: DDP wants a gradient of every parameter
                 hidden = bool(hide_image.all())
                 image = torch.zeros_like(pooled) if hidden else self.encode_images(batch["image"])
-        sequence, mask = self.network.condition(condition.tokens, pooled, image, condition.mask)
-        if image is not None and bool(hide_image.any()):
-            if mask is None:
-                mask = torch.ones(sequence.shape[:2], dtype=torch.bool, device=self.device)
-            mask[:, -self.config.model.clip_seq_len :] &= ~hide_image[:, None]
-        return self.network.prepare(sequence, mask)
+        hides = image is not None and bool(hide_image.any())
+        text = Condition(text.tokens, text.mask, pooled, image)
+        return {"text": text, "hide": hide_image if hides else None}
 
     def _pooled(self, captions: Sequence[str]) -> Tensor:
         """One text vector per caption [B, P]."""

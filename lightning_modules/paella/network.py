@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block
+from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.paella.config import ModelConfig
 
 EPS = 1e-6
@@ -115,7 +116,7 @@ class Perceptron(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, C] -> [B, H, W, C]."""
-        if torch.is_grad_enabled() or x.is_cuda:
+        if torch.is_grad_enabled() or x.is_cuda or torch.compiler.is_compiling():
             return super().forward(x)
         # sampling on a CPU is bound by memory here: few images at a time, everything in place
         images = max(1, self.CACHED // (4 * x[0].numel()))
@@ -521,8 +522,8 @@ class Paella(nn.Module):
         x: Tensor,
         t: Tensor,
         sides: Sequence[Prepared],
-        shares: Sequence[float],
-        keep: Tensor,
+        shares: Shares,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Normed features of the kept tokens under several conditions, weighted and summed.
 
@@ -534,15 +535,15 @@ class Paella(nn.Module):
             x: [B, h, w] int64.
             t: [B] or [1] float.
             sides: from `prepare`, each for B images or one for all of them.
-            shares: one weight per side.
-            keep: [B, h, w] bool.
+            shares: one weight per side, see `weighted`.
+            keep: [B, h, w] bool; None keeps all.
 
         Returns:
             [keep.sum(), c_out], in the order of keep.nonzero().
         """
         parts = self.features(x, t, sum(sides[1:], sides[0])).chunk(len(sides))
-        rows = torch.stack([layer_norm(part[keep]) for part in parts])  # [sides, n, c_out]
-        return torch.einsum("snc,s->nc", rows, rows.new_tensor(shares))
+        kept = [part.flatten(0, 2) if keep is None else part[keep] for part in parts]
+        return weighted(torch.stack([layer_norm(part) for part in kept]), shares)  # [sides, n, C]
 
     def predictor(self, cond: Prepared, null: Prepared | None = None) -> Predict:
         """The `predict` of the sampling loop: `mixed_rows` with guidance; weight 1 is one pass.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block
+from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.paella.config import V1Config
 from lightning_modules.paella.network import Conv, ConvTranspose, Predict, timestep_embedding
 from lightning_modules.paella.process import cosine_rate
@@ -149,8 +150,8 @@ class DenoiseUNet(nn.Module):
         x: Tensor,
         r: Tensor,
         sides: Sequence[Tensor],
-        shares: Sequence[float],
-        keep: Tensor,
+        shares: Shares,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Features of the kept tokens under several conditions, weighted and summed.
 
@@ -159,8 +160,9 @@ class DenoiseUNet(nn.Module):
         """
         count = len(sides)
         features = self.features(x.repeat(count, 1, 1), r.repeat(count), torch.cat([*sides]))
-        rows = torch.stack([part[keep] for part in features.chunk(count)])  # [sides, n, C]
-        return torch.einsum("snc,s->nc", rows, rows.new_tensor(shares))
+        parts = features.chunk(count)
+        kept = [part.flatten(0, 2) if keep is None else part[keep] for part in parts]
+        return weighted(torch.stack(kept), shares)
 
     def predictor(self, c: Tensor, null: Tensor | None = None) -> Predict:
         """The `predict` of the sampling loop: `mixed_rows` with guidance; weight 1 is one pass.

@@ -12,6 +12,7 @@ from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.guidance import Guidance, mixed_rows
 from lightning_modules.common.labels import read_label
 from lightning_modules.common.request import OnStep, Request
+from lightning_modules.common.text import Condition
 from lightning_modules.samplers import serve
 from lightning_modules.samplers.kernel import Kernel, corrupt
 from lightning_modules.samplers.serve import Conditions, Network
@@ -55,24 +56,48 @@ class VQDiffusionModule(GeneratorModule):
         """Whether it is conditioned on labels."""
         return self.config.model.condition == "class"
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The bound with its auxiliary term (released _train_loss); VQ-AR: cross entropy."""
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Tokens, the condition and, but for VQ-AR, their noise and its tables."""
         tokens = self.batch_tokens(batch)
         if self.config.model.causal:
-            return self._causal_loss(tokens, self._training_condition(batch, generator))
-        objective, codes = self.config.objective, self.num_codes
+            return {"tokens": tokens, "condition": self._training_inputs(batch, generator)}
         rng: dict[str, Any] = {"generator": generator, "device": tokens.device}
+        return {
+            "tokens": tokens,
+            "times": torch.rand(len(tokens), **rng),
+            "uniforms": torch.rand(2, *tokens.shape, **rng),
+            "numbers": self._numbers(tokens.device),
+            "condition": self._training_inputs(batch, generator),
+        }
+
+    def compute_loss(
+        self,
+        tokens: Tensor,
+        condition: Any,
+        times: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        numbers: tuple[Kernel, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bound with its auxiliary term (released _train_loss); VQ-AR: cross entropy.
+
+        Args:
+            tokens: [B, h, w] int64.
+            condition: what `_training_condition` prepares.
+            times: [B] in [0, 1), of which t is made; None for VQ-AR.
+            uniforms: [2, B, h, w] in [0, 1), of which x_t is made.
+            numbers: of `_numbers`.
+        """
+        side = self._training_condition(condition)
+        if times is None or uniforms is None or numbers is None:
+            return self._causal_loss(tokens, side)
+        objective, codes = self.config.objective, self.num_codes
         p_t = torch.full_like(self.loss_history, 1 / len(self.loss_history))
         if objective.times == "importance":
             p_t = process.time_law(self.loss_history, self.loss_count)
-        t = process.draw_times(p_t, torch.rand(len(tokens), **rng))
-        kernels, mask, replaced = self._numbers(tokens.device)
-        uniforms = torch.rand(2, *tokens.shape, **rng)
+        t = process.draw_times(p_t, times)
+        kernels, mask, replaced = numbers
         x_t = corrupt(tokens, mask[t], replaced[t], codes, uniforms)
-        condition = self._training_condition(batch, generator)
-        rows = self.network.mixed_rows(x_t, t, [condition], [1.0])
+        rows = self.network.mixed_rows(x_t, t, [side], [1.0])
         logits = self.network.head(rows).float().unflatten(0, (len(tokens), -1))  # [B, N, K]
         x_0, x_t = tokens.flatten(1), x_t.flatten(1)
         terms = process.token_losses(logits, x_0, x_t, kernels.map(lambda v: v[t][:, None]))
@@ -121,11 +146,19 @@ class VQDiffusionModule(GeneratorModule):
         accuracy = (logits.detach().argmax(1) == tokens.flatten()).float().mean()
         return F.cross_entropy(logits, tokens.flatten()), {"accuracy": accuracy}
 
-    def _training_condition(self, batch: dict[str, Any], generator: torch.Generator) -> Side:
-        """The condition of a training batch."""
+    def _training_inputs(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        """What the condition of a training batch is prepared from: labels, captions or nothing."""
         if self.labelled:
-            return self.network.prepare(self._batch_labels(batch))
-        return self._condition(batch["caption"])
+            return self._batch_labels(batch)
+        if self.config.model.condition == "none":
+            return None
+        return self.encode_text(batch["caption"])
+
+    def _training_condition(self, given: Any) -> Side:
+        """The condition of a training batch, prepared from `_training_inputs`."""
+        if isinstance(given, Condition):
+            return self.network.prepare(given.tokens, given.mask)
+        return self.network.prepare(given)
 
     def _batch_labels(self, batch: dict[str, Any]) -> Tensor:
         """Labels [B] of a batch, which the network has classes for."""

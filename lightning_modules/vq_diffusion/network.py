@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block, recompute_blocks
+from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.vq_diffusion.config import ModelConfig
 
 EPS = 1e-5
@@ -498,7 +499,7 @@ class Denoiser(nn.Module):
         x: Tensor,
         t: Tensor,
         sides: Sequence[Side],
-        shares: Sequence[float],
+        shares: Shares,
         keep: Tensor | None = None,
     ) -> Tensor:
         """Normed features of the kept tokens under several conditions, weighted and summed.
@@ -511,7 +512,7 @@ class Denoiser(nn.Module):
             x: [B, h, w] int64.
             t: [B] or [1] int64.
             sides: from `prepare`, each for B images or one for all of them.
-            shares: one weight per side.
+            shares: one weight per side, see `weighted`.
             keep: [B, h, w] bool; None keeps all.
 
         Returns:
@@ -523,17 +524,17 @@ class Denoiser(nn.Module):
         )
         return self._mix(picked, shares)
 
-    def _mix(self, rows: Tensor, shares: Sequence[float]) -> Tensor:
+    def _mix(self, rows: Tensor, shares: Shares) -> Tensor:
         """Norm rows [len(shares) * n, D] and sum them over the sides: [n, D]."""
         parts = self.to_logits[0](rows).unflatten(0, (len(shares), -1))  # [sides, n, D]
-        return torch.einsum("snd,s->nd", parts, parts.new_tensor(shares))
+        return weighted(parts, shares)
 
     def next_rows(
         self,
         x: Tensor,
         t: Tensor,
         sides: Sequence[Side],
-        shares: Sequence[float],
+        shares: Shares,
         pasts: Sequence[Past],
     ) -> Tensor:
         """The row of `mixed_rows` of the next token in raster order (a causal network).

@@ -1,7 +1,7 @@
 """VQGAN as a LightningModule: the tokenizer that generators meet, and its training."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,22 @@ from lightning_modules.vqgan.config import VQGANConfig
 from lightning_modules.vqgan.losses import reconstruction_loss
 from lightning_modules.vqgan.network import NETWORKS
 from lightning_modules.vqgan.quantizer import Quantized, code_counts, perplexity, usage
+
+
+class Reconstructed(NamedTuple):
+    """What became of images, and how far it is from them."""
+
+    loss: Tensor
+    """All but the adversarial term."""
+    nll: Tensor
+    """The same without the quantizer's loss."""
+    parts: dict[str, Tensor]
+    """The terms of `nll` without weights."""
+    images: Tensor
+    """[B, 3, H, W], not clamped."""
+    quantized: Quantized
+    latents: Tensor
+    """[B, c, h, w]."""
 
 
 class VQGANModule(AdversarialModule):
@@ -110,15 +126,32 @@ class VQGANModule(AdversarialModule):
         """Map code vectors [B, c, h, w] to images [B, 3, H, W], not clamped."""
         return self.autoencoder.decode(codes.to(self.autoencoder.last_layer.dtype))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Quantized, Tensor]:
         """Encode, quantize and decode images [B, 3, H, W] in [-1, 1].
+
+        Args:
+            images: [B, 3, H, W].
+            noise: of a Gumbel quantizer, which draws it where it is missing.
 
         Returns:
             Reconstructions [B, 3, H, W] (not clamped), the quantizer's output, latents.
         """
         z = self.autoencoder.encode(images)
-        quantized = self.autoencoder.quantize(z)
+        quantized = self.autoencoder.quantize(z, noise)
         return self.decode_codes(quantized.codes), quantized, z
+
+    def compute_loss(self, images: Tensor, noise: Tensor | None = None) -> Reconstructed:
+        """Reconstruct images [B, 3, H, W] and compare; all but the adversarial term, as one graph.
+
+        `noise` is that of `forward`.
+        """
+        objective = self.config.objective
+        made, quantized, z = self(images, noise)
+        nll, logs = reconstruction_loss(images, made, objective, self.perceptual())
+        loss = nll + objective.codebook_weight * quantized.loss
+        return Reconstructed(loss, nll, logs, made, quantized, z)
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a tokenizer file holds: the autoencoder with its quantizer, and settings."""
@@ -157,11 +190,9 @@ class VQGANModule(AdversarialModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Step the autoencoder, then the discriminator once disc_start batches were seen."""
-        images, objective = batch["image"], self.config.objective
+        images = batch["image"]
         self._set_temperature()
-        made, quantized, z = self(images)
-        nll, logs = reconstruction_loss(images, made, objective, self.perceptual())
-        loss = nll + objective.codebook_weight * quantized.loss
+        loss, nll, logs, made, quantized, z = self.compute_loss(images)
         logs |= self.update(images, made, nll, loss) | {"codebook": quantized.loss}
         if self.config.finetune is None:
             self.autoencoder.quantize.update(z, quantized.tokens)
@@ -175,11 +206,10 @@ class VQGANModule(AdversarialModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the losses of the reconstruction and PSNR, and count the codes."""
-        images, objective = batch["image"], self.config.objective
-        made, quantized, _ = self(images)
-        loss, logs = reconstruction_loss(images, made, objective, self.perceptual())
+        images = batch["image"]
+        loss, _, logs, made, quantized, _ = self.compute_loss(images)
         logs |= {
-            "loss": loss + objective.codebook_weight * quantized.loss,
+            "loss": loss,
             "codebook": quantized.loss,
             "psnr": image_psnr(images, made),
         }

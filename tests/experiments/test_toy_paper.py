@@ -26,6 +26,7 @@ from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.request import OnStep, Request, seeded_uniforms
+from lightning_modules.common.text import Condition
 from tests.micro_runs import QUIET
 
 pytestmark = pytest.mark.filterwarnings(*QUIET)
@@ -95,15 +96,16 @@ class ToyModule(GeneratorModule):
     def text_widths(self) -> tuple[int, int]:
         return self.config.text.width, 0
 
-    def logits(self, captions: Any) -> Tensor:
-        text = self.encode_text(captions).tokens.mean(1)  # [B, D]
-        return self.table + self.caption(text)[:, None]  # [B, n, K]
+    def logits(self, text: Condition) -> Tensor:
+        return self.table + self.caption(text.tokens.mean(1))[:, None]  # [B, n, K]
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
+    def inputs(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        return {"tokens": self.batch_tokens(batch), "text": self.encode_text(batch["caption"])}
+
+    def compute_loss(  # type: ignore[override]
+        self, tokens: Tensor, text: Condition
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = self.batch_tokens(batch).flatten(1)  # [B, n]
-        return F.cross_entropy(self.logits(batch["caption"]).transpose(1, 2), tokens), {}
+        return F.cross_entropy(self.logits(text).transpose(1, 2), tokens.flatten(1)), {}
 
     @torch.no_grad()
     def sample_tokens(
@@ -111,7 +113,7 @@ class ToyModule(GeneratorModule):
     ) -> Tensor:
         self.check_request(request)
         settings = settings or self.config.sampling
-        logits = self.logits(request.prompts)
+        logits = self.logits(self.encode_text(request.prompts))
         u = seeded_uniforms(request.seeds, (logits.shape[1],), 0).to(self.device)  # [B, n]
         drawn = draw(logits.flatten(0, 1), u.flatten(), settings.temperature)
         tokens = drawn.view(len(u), *self.grid)

@@ -265,10 +265,8 @@ def test_a_hidden_image_equals_no_image(make: Make) -> None:
     module = make("full", random=0.3)
     network: Any = module.network
     masked = loss_of(module, CAPTIONS, batch()["image"], image=1.0)
-    without = lambda given, generator: network.prepare(  # noqa: E731
-        *network.condition(
-            (text := module.encode_text(given["caption"])).tokens, text.pooled, None, text.mask
-        )
+    without = lambda text, hide: network.prepare(  # noqa: E731
+        *network.condition(text.tokens, text.pooled, None, text.mask)
     )
     module._training_condition = without  # type: ignore[method-assign]
     torch.testing.assert_close(loss_of(module, CAPTIONS, batch()["image"]), masked)
@@ -277,7 +275,7 @@ def test_a_hidden_image_equals_no_image(make: Make) -> None:
 def test_images_are_hidden_one_by_one(make: Make) -> None:
     module = make("full", random=0.3, objective={"image_drop": 0.5, "text_drop": 0.0})
     given = batch(n=32)
-    condition = module._training_condition(given, source())
+    condition = module._training_condition(**module._training_inputs(given, source()))
     mask = condition.blocks[0][0].mask
     hidden = ~mask[:, -2:]
     assert torch.equal(hidden[:, 0], hidden[:, 1]) and 6 < hidden[:, 0].sum() < 26
@@ -318,7 +316,7 @@ def test_how_often_each_is_dropped(per: str, make: Make) -> None:
     for i in range(rounds):
         asked.clear()
         given = {"caption": ["x"] * count, "image": torch.zeros(count, 3, 1, 1)}
-        prepared = module._training_condition(given, source(i))
+        prepared = module._training_condition(**module._training_inputs(given, source(i)))
         mask = prepared.blocks[0][0].mask
         image = torch.zeros(count, dtype=torch.bool) if mask is None else ~mask[:, -1]
         text = torch.tensor([c == "" for c in asked[0]])
