@@ -154,7 +154,7 @@ def test_settings_are_replaced_and_checked(paper: str) -> None:
     module.sample_tokens(
         Request(CAPTIONS, SEEDS), changed, on_step=lambda i, x, out: calls.append(i)
     )
-    assert calls == [0, 1]
+    assert calls == [0, 1] and module.calls is not None and module.calls.tolist() == [2] * 4
 
 
 @every_paper

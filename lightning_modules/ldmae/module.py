@@ -197,7 +197,7 @@ class LDMAEModule(GeneratorModule):
         self, request: Request, settings: Any = None, on_step: OnStep | None = None
     ) -> Tensor:
         """Draw normalised latents [B, C, h, w]; with condition=label prompts name a class."""
-        settings = settings or self.config.sampling
+        settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
         self.check_sampling(settings)
         own = self._condition(request)
@@ -211,6 +211,8 @@ class LDMAEModule(GeneratorModule):
         noise = noise.to(self.alpha_bar)  # its device and precision
         start = None if request.start is None else request.start.to(noise)
         generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
+        if settings.solver != "dopri5":  # of which each picture takes steps of its own
+            predict = self.counting(predict, len(request.seeds))
         drawing = Drawing(settings, predict, request.seeds, noise, start, generate, on_step)
         follow = self._walk_the_chain if settings.solver == "ddim" else self._follow_the_flow
         return follow(drawing)
@@ -226,7 +228,13 @@ class LDMAEModule(GeneratorModule):
 
         if s.solver == "dopri5":
             return process.piecewise_dopri5(
-                velocity, d.noise, interval, atol=s.atol, rtol=s.rtol, on_step=d.on_step
+                velocity,
+                d.noise,
+                interval,
+                atol=s.atol,
+                rtol=s.rtol,
+                on_step=d.on_step,
+                on_calls=self.count_calls,
             )
         times = process.time_grid(s.steps, s.timestep_shift)[s.first_step :]
         x = d.noise

@@ -8,7 +8,7 @@ LDM. No loop keeps its states.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from lightning_modules.ldmae.config import DiffusionConfig
 Predict = Callable[[Tensor, Tensor, bool], Tensor]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], None]
+OnCalls = Callable[[Tensor], None]
 
 # Dormand and Prince 1980, RK5(4)7M: nodes, stages, and fifth minus fourth order
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -237,6 +238,7 @@ def dopri5(
     start: float = 0.0,
     end: float = 1.0,
     on_step: OnStep | None = None,
+    on_calls: OnCalls | None = None,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) from start to end with steps that an error estimate chooses.
 
@@ -253,6 +255,8 @@ def dopri5(
         start: first time.
         end: last time, above `start`.
         on_step: called with the round's number, its input and its result.
+        on_calls: called with the evaluations [B] int64 that each sample has needed since the last
+            time; a sample that has arrived needs none, though its batch goes on.
 
     Returns:
         The state at `end`.
@@ -271,8 +275,12 @@ def dopri5(
     t = torch.full((x.shape[0],), start, dtype=torch.float64)
     first = velocity(x, t)
     h = _first_step(velocity, x, t, first, size, atol, rtol, end - start)
+    if on_calls is not None:
+        on_calls(torch.full((x.shape[0],), 2))
     count = 0
     while (t < end).any():
+        if on_calls is not None:
+            on_calls((t < end) * len(STAGES))
         last = h >= end - t
         h = torch.where(last, end - t, h)
         stages = [first]
@@ -307,6 +315,7 @@ def piecewise_dopri5(
     atol: float,
     rtol: float,
     on_step: OnStep | None = None,
+    on_calls: OnCalls | None = None,
 ) -> Tensor:
     """Follow a velocity that jumps at the ends of the guidance interval: no step crosses them.
 
@@ -317,6 +326,7 @@ def piecewise_dopri5(
         atol: absolute error per step.
         rtol: relative error per step.
         on_step: called with the round's number, its input and its result.
+        on_calls: called with evaluations [B], as by `dopri5`.
 
     Returns:
         The state at time 1.
@@ -331,7 +341,8 @@ def piecewise_dopri5(
     for start, end in itertools.pairwise(borders):
         inside = interval[0] <= start and end <= interval[1]
         piece = velocity((0.0, 1.0) if inside else (2.0, 2.0))  # at all times, or at none
-        x = dopri5(piece, x, atol=atol, rtol=rtol, start=start, end=end, on_step=follow)
+        how: Any = {"atol": atol, "rtol": rtol, "on_step": follow, "on_calls": on_calls}
+        x = dopri5(piece, x, start=start, end=end, **how)
     return x
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -68,10 +69,16 @@ def test_dopri5_takes_the_steps_of_each_sample_alone() -> None:
     def alone(rate: Tensor):
         return lambda x, t: rate * (torch.cos(9 * t).view(-1, 1, 1, 1) - x)
 
-    together = process.dopri5(alone(hard), x0, on_step=lambda i, a, b: rounds.append((a, b)))
+    counted: list[Tensor] = []
+    together = process.dopri5(
+        alone(hard), x0, on_step=lambda i, a, b: rounds.append((a, b)), on_calls=counted.append
+    )
+    calls = torch.stack(counted).sum(0)
     for i in range(3):
-        own = process.dopri5(alone(hard[i]), x0[i : i + 1])
+        velocity = Mock(side_effect=alone(hard[i]))
+        own = process.dopri5(velocity, x0[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], own, rtol=0, atol=1e-12)
+        assert calls[i] == velocity.call_count  # whatever others of its batch still need
     moved = [(b - a).flatten(1).abs().amax(1) > 0 for a, b in rounds]
     counts = torch.stack(moved).sum(0).tolist()
     assert counts[0] < counts[1] and counts[2] == 0  # the stiff one takes more steps
