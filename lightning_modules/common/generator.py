@@ -233,7 +233,7 @@ class GeneratorModule(SeededModule):
         """Draw tokens [B, h, w] (or latents [B, C, h, w]); row i depends on prompt and seed i.
 
         Afterwards `calls` [B] int64 says how often the network was called for each picture, guided
-        or not; None where a paper does not count.
+        or not.
 
         Args:
             request: what is asked.

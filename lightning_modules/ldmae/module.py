@@ -200,19 +200,19 @@ class LDMAEModule(GeneratorModule):
         settings, self.calls = settings or self.config.sampling, None
         self.check_request(request, settings.first_step)
         self.check_sampling(settings)
-        own = self._condition(request)
-        null = self._null_condition(request.negative) if settings.guidance != 1 else None
+        sides = {"own": self._condition(request)}
+        if settings.guidance != 1:
+            sides["null"] = self._null_condition(request.negative)
 
-        def predict(x: Tensor, t: Tensor, with_null: bool) -> Tensor:
-            conditions = [own, null] if with_null and null is not None else [own]
-            return self.network(x, t.to(x), conditions)
+        def predict(x: Tensor, t: Tensor, conditions: Sequence[process.Condition]) -> Tensor:
+            return self.network(x, t.to(x), [sides[name] for name in conditions])
 
         noise = process.sample_noise(request.seeds, (self.config.model.in_channels, *self.grid))
         noise = noise.to(self.alpha_bar)  # its device and precision
         start = None if request.start is None else request.start.to(noise)
         generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
-        if settings.solver != "dopri5":  # of which each picture takes steps of its own
-            predict = self.counting(predict, len(request.seeds))
+        if settings.solver != "dopri5":  # which knows what each picture needed
+            predict = self.counting(predict, len(noise))
         drawing = Drawing(settings, predict, request.seeds, noise, start, generate, on_step)
         follow = self._walk_the_chain if settings.solver == "ddim" else self._follow_the_flow
         return follow(drawing)

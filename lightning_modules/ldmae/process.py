@@ -18,7 +18,8 @@ from lightning_modules.common.guidance import Guidance, mix
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.ldmae.config import DiffusionConfig
 
-Predict = Callable[[Tensor, Tensor, bool], Tensor]
+Condition = Literal["own", "null"]
+Predict = Callable[[Tensor, Tensor, Sequence[Condition]], Tensor]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], None]
 OnCalls = Callable[[Tensor], None]
@@ -136,9 +137,11 @@ def guided(
 ) -> Velocity:
     """Make the guided prediction; outside the interval the network sees the condition alone.
 
+    No condition is asked whose weight is 0 for all samples.
+
     Args:
-        predict: (x [B, C, h, w], t [B or 1], with_null) -> [1 or 2, B, C, h, w], null last.
-        scale: 1 is no guidance, and no prediction without the condition.
+        predict: (x [B, C, h, w], t [B or 1], S conditions) -> [S, B, C, h, w] in their order.
+        scale: 1 is no guidance, 0 the null alone.
         channels: guide only so many, the first; None guides all.
         interval: guide from the first time to the second (arXiv 2404.07724), both included.
         progress: maps t to the interval's scale, 0 = noise, 1 = data.
@@ -152,8 +155,10 @@ def guided(
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         inside = guidance.at(progress(t)) != 1
         if not inside.any():
-            return predict(x, t, False)[0]
-        own, null = predict(x, t, True)
+            return predict(x, t, ["own"])[0]
+        if scale == 0 and channels is None and inside.all():
+            return predict(x, t, ["null"])[0]
+        own, null = predict(x, t, ["own", "null"])
         mixed = mix(own, null, scale, channels)
         if inside.all():
             return mixed
@@ -255,8 +260,8 @@ def dopri5(
         start: first time.
         end: last time, above `start`.
         on_step: called with the round's number, its input and its result.
-        on_calls: called with the evaluations [B] int64 that each sample has needed since the last
-            time; a sample that has arrived needs none, though its batch goes on.
+        on_calls: called with further evaluations [B] int64 that samples needed; one that is at the
+            end needs none, though it is in the batch.
 
     Returns:
         The state at `end`.
@@ -276,7 +281,7 @@ def dopri5(
     first = velocity(x, t)
     h = _first_step(velocity, x, t, first, size, atol, rtol, end - start)
     if on_calls is not None:
-        on_calls(torch.full((x.shape[0],), 2))
+        on_calls(torch.full_like(t, 2, dtype=torch.int64))  # the velocity at x, and the first step
     count = 0
     while (t < end).any():
         if on_calls is not None:
@@ -326,7 +331,7 @@ def piecewise_dopri5(
         atol: absolute error per step.
         rtol: relative error per step.
         on_step: called with the round's number, its input and its result.
-        on_calls: called with evaluations [B], as by `dopri5`.
+        on_calls: as `dopri5` takes it.
 
     Returns:
         The state at time 1.
@@ -341,8 +346,8 @@ def piecewise_dopri5(
     for start, end in itertools.pairwise(borders):
         inside = interval[0] <= start and end <= interval[1]
         piece = velocity((0.0, 1.0) if inside else (2.0, 2.0))  # at all times, or at none
-        how: Any = {"atol": atol, "rtol": rtol, "on_step": follow, "on_calls": on_calls}
-        x = dopri5(piece, x, start=start, end=end, **how)
+        where: dict[str, Any] = {"start": start, "end": end}
+        x = dopri5(piece, x, atol=atol, rtol=rtol, **where, on_step=follow, on_calls=on_calls)
     return x
 
 

@@ -303,7 +303,7 @@ class DecodeConfig:
     guidance_normalised: bool = True
     """sampler=posterior: false lets the guided law's sum scale how fast masks open."""
     halton_roll: bool = True
-    """Shift the Halton order by a random offset per image."""
+    """Shift the Halton order over the grid by a random offset per image (sampler.roll=grid)."""
     first_step: int = 0
     """Skip this many steps: the loop then starts from given tokens, masked as they would be."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

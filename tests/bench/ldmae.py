@@ -159,10 +159,10 @@ def textbook_loop(network: DiT, z: Tensor, labels: Tensor, s: SamplingConfig) ->
 
 
 def our_loop(network: DiT, z: Tensor, labels: Tensor, s: SamplingConfig) -> Tensor:
-    own = network.label_side(labels)
     null = network.label_side(torch.tensor([network.config.num_classes]))
+    sides = {"own": network.label_side(labels), "null": null}
     velocity = process.guided(
-        lambda x, t, with_null: network(x, t, [own, null] if with_null else [own]),
+        lambda x, t, conditions: network(x, t, [sides[name] for name in conditions]),
         s.guidance,
         s.guidance_channels,
         (s.guidance_start, s.guidance_end),

@@ -1,6 +1,7 @@
 """The diffusion model against the released code; everything is read from the cases."""
 
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -44,11 +45,11 @@ def hidden_labels(labels: Tensor, uniforms: Tensor, config: DiTConfig) -> Tensor
 
 def predictor(network: DiT, labels: Tensor):
     """`predict` of `process.guided` for labels and the null label."""
-    own = network.label_side(labels)
+    null = network.label_side(torch.tensor([network.config.num_classes]))
+    sides = {"own": network.label_side(labels), "null": null}
 
-    def predict(x: Tensor, t: Tensor, with_null: bool) -> Tensor:
-        null = [network.label_side(torch.tensor([network.config.num_classes]))] if with_null else []
-        return network(x, t, [own, *null])
+    def predict(x: Tensor, t: Tensor, conditions: Sequence[process.Condition]) -> Tensor:
+        return network(x, t, [sides[name] for name in conditions])
 
     return predict
 
@@ -205,7 +206,7 @@ def test_dopri5(golden):
 
     def counted(x: Tensor, t: Tensor) -> Tensor:
         calls.append(t)
-        return predict(x, t.float(), False)[0]
+        return predict(x, t.float(), ["own"])[0]
 
     released = SamplingConfig()
     final = process.dopri5(counted, case.io["sample.z"], atol=released.atol, rtol=released.rtol)

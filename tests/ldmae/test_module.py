@@ -223,7 +223,10 @@ def test_guidance_one_is_no_guidance(make: Make) -> None:
     passes.clear()
     draw(module, sampling={"timestep_shift": 1.0})
     assert passes == [1, 1, 2, 2, 2]  # times 0, 0.2 lie before 0.3
+    assert module.calls.tolist() == [5] * len(module.calls)
+    passes.clear()
     nothing = draw(module, sampling={"guidance": 0.0, "guidance_start": 0.0})
+    assert passes == [1] * 5
     torch.testing.assert_close(nothing, null, rtol=1e-4, atol=1e-4)
 
 

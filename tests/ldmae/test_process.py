@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from unittest.mock import Mock
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -69,16 +69,15 @@ def test_dopri5_takes_the_steps_of_each_sample_alone() -> None:
     def alone(rate: Tensor):
         return lambda x, t: rate * (torch.cos(9 * t).view(-1, 1, 1, 1) - x)
 
-    counted: list[Tensor] = []
+    needed: list[Tensor] = []
     together = process.dopri5(
-        alone(hard), x0, on_step=lambda i, a, b: rounds.append((a, b)), on_calls=counted.append
+        alone(hard), x0, on_step=lambda i, a, b: rounds.append((a, b)), on_calls=needed.append
     )
-    calls = torch.stack(counted).sum(0)
     for i in range(3):
-        velocity = Mock(side_effect=alone(hard[i]))
-        own = process.dopri5(velocity, x0[i : i + 1])
+        calls: list[Tensor] = []
+        own = process.dopri5(alone(hard[i]), x0[i : i + 1], on_calls=calls.append)
         torch.testing.assert_close(together[i : i + 1], own, rtol=0, atol=1e-12)
-        assert calls[i] == velocity.call_count  # whatever others of its batch still need
+        assert sum(calls)[0] == sum(needed)[i]
     moved = [(b - a).flatten(1).abs().amax(1) > 0 for a, b in rounds]
     counts = torch.stack(moved).sum(0).tolist()
     assert counts[0] < counts[1] and counts[2] == 0  # the stiff one takes more steps
@@ -102,7 +101,7 @@ def test_dopri5_stops_where_guidance_begins_and_ends() -> None:
     torch.testing.assert_close(out, noise(2) + 0.25 + 3 * 0.5 + 0.25, rtol=0, atol=1e-12)
     assert rounds == list(range(len(rounds))) and len(rounds) < 30
     switches = [a != b for a, b in itertools.pairwise(predict.passes)]
-    assert sum(switches) == 2 and not predict.passes[0]
+    assert sum(switches) == 2 and predict.passes[0] == "own"
 
     predict = Recorded()
     out = process.piecewise_dopri5(
@@ -112,7 +111,7 @@ def test_dopri5_stops_where_guidance_begins_and_ends() -> None:
         atol=1e-6,
         rtol=1e-3,
     )
-    assert all(predict.passes)
+    assert {*predict.passes} == {"own+null"}
 
 
 def test_the_shifted_grid() -> None:
@@ -125,15 +124,14 @@ def test_the_shifted_grid() -> None:
 
 
 class Recorded:
-    """A prediction of 1 under the condition and of 0 without, that counts the passes without."""
+    """A prediction of 1 under the condition and of 0 without, that notes what was asked."""
 
     def __init__(self) -> None:
-        self.passes: list[bool] = []
+        self.passes: list[str] = []
 
-    def __call__(self, x: Tensor, t: Tensor, with_null: bool) -> Tensor:
-        self.passes.append(with_null)
-        own = torch.ones_like(x)
-        return torch.stack([own, 0 * own] if with_null else [own])
+    def __call__(self, x: Tensor, t: Tensor, conditions: Sequence[process.Condition]) -> Tensor:
+        self.passes.append("+".join(conditions))
+        return torch.stack([torch.full_like(x, name == "own") for name in conditions])
 
 
 def test_no_pass_without_condition_outside_the_interval() -> None:
@@ -144,12 +142,12 @@ def test_no_pass_without_condition_outside_the_interval() -> None:
     )
     times = process.time_grid(released.steps, released.timestep_shift)
     process.integrate(velocity, torch.zeros(2, 4, 1, 1), times)
-    assert predict.passes == [False] * 68 + [True] * 181
+    assert predict.passes == ["own"] * 68 + ["own+null"] * 181
 
     predict = Recorded()
     velocity = process.guided(predict, 4.0, None, (0.25, 0.5))
     out = process.integrate(velocity, torch.zeros(1, 4, 1, 1), torch.linspace(0, 1, 5))
-    assert predict.passes == [False, True, True, False]
+    assert predict.passes == ["own", "own+null", "own+null", "own"]
     torch.testing.assert_close(out, torch.full((1, 4, 1, 1), (1 + 4 + 4 + 1) / 4))
 
 
@@ -157,7 +155,20 @@ def test_guidance_one_is_no_guidance() -> None:
     predict, x = Recorded(), noise(2).float()
     velocity = process.guided(predict, 1.0)
     assert torch.equal(velocity(x, torch.tensor([0.5])), torch.ones_like(x))
-    assert predict.passes == [False]
+    assert predict.passes == ["own"]
+
+
+def test_guidance_zero_asks_the_null_alone() -> None:
+    predict, x = Recorded(), noise(2).float()
+    velocity = process.guided(predict, 0.0)
+    assert torch.equal(velocity(x, torch.tensor([0.5])), torch.zeros_like(x))
+    assert predict.passes == ["null"]
+    # other channels, and samples outside of the interval, go by their condition
+    some = process.guided(predict, 0.0, 1)(torch.zeros(1, 3, 1, 1), torch.tensor([0.5]))
+    assert some.flatten().tolist() == [0.0, 1.0, 1.0]
+    outside = process.guided(predict, 0.0, None, (0.4, 1.0))
+    assert outside(torch.zeros(2, 1, 1, 1), torch.tensor([0.3, 0.5])).flatten().tolist() == [1, 0]
+    assert predict.passes[1:] == ["own+null"] * 2
 
 
 def test_guidance_of_all_and_of_some_channels() -> None:
