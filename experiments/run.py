@@ -33,6 +33,7 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
+DAYS = 7.0  # that a training may take, where nobody says it
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -73,8 +74,9 @@ def run(argv: Sequence[str]) -> int:
     pick("--paper", args.paper, list(PAPERS))
     if args.json and not (args.dry_run or args.plan):
         raise ConfigError("--json goes with --dry-run or --plan")
-    if args.memory and not args.plan:
-        raise ConfigError("--memory goes with --plan")
+    for option in ("memory", "days"):
+        if getattr(args, option) is not None and not args.plan:
+            raise ConfigError(f"--{option} goes with --plan")
     settings = load(args.paper, args.scale, overrides)
     if args.help:
         print(paper_help(args.paper, args.scale, settings))
@@ -96,7 +98,8 @@ def run(argv: Sequence[str]) -> int:
         prepare_torch()
         from experiments.report.needs import show_needs
 
-        print(show_needs(planned, settings, args.memory, args.days, args.json))
+        days = DAYS if args.days is None else args.days
+        print(show_needs(planned, settings, args.memory, days, args.json))
         return 0
     prepare_torch()
     from experiments.pipeline.publish import Titles
@@ -125,7 +128,7 @@ def general_help() -> str:
         "--dry-run": "print which stages would run and which would be reused (--json for programs)",
         "--until STAGE": "stop after a stage, e.g. encode",
         "--plan": "print what each training takes of its devices, and whether it fits "
-        "(--memory 80GiB, --days 7, --json)",
+        f"(--memory 80GiB, --days {DAYS:g}, --json)",
         "--paper NAME --help": "every setting of a paper: type, default, meaning",
     }
     lines += columns(options)

@@ -65,6 +65,8 @@ REFUSED = [
     ([*MICRO, "--until", "trian"], "--until: 'trian' is not one of"),
     ([*MICRO, "--until", "trian"], "did you mean train?"),
     ([*MICRO, "--json"], "--json goes with --dry-run"),
+    ([*MICRO, "--memory", "8GiB"], "--memory goes with --plan"),
+    ([*MICRO, "--days", "2"], "--days goes with --plan"),
     ([*MICRO, "tokenizer.ckpt=none.safetensors"], "there is no file none.safetensors"),
 ]
 
