@@ -118,7 +118,9 @@ def general_help() -> str:
         f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]",
         "",
         *_papers(),
-        *_corpora(),
+        "",
+        "corpora, data=NAME data.root=DIR (how to get them: --paper help)",
+        *columns({name: corpus.about for name, corpus in corpora().items()}),
     ]
     lines += ["", GRAMMAR, "", "options"]
     options = {
@@ -141,8 +143,8 @@ def general_help() -> str:
 
 
 def papers_help() -> str:
-    """Text of `--paper help`: the papers and their scales, and the corpora."""
-    return "\n".join([*_papers(), *_corpora()])
+    """Text of `--paper help`: the papers and their scales, and the corpora and how to get them."""
+    return "\n".join([*_papers(), "", "corpora, data=NAME data.root=DIR", *_corpora()])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:
@@ -205,8 +207,12 @@ def _papers() -> list[str]:
 
 
 def _corpora() -> list[str]:
-    known = columns({name: corpus.about for name, corpus in corpora().items()})
-    return ["", "corpora, data=NAME data.root=DIR (how to get them: data/corpora.yaml)", *known]
+    lines = []
+    for name, corpus in corpora().items():
+        lines.append(f"  {name}: {corpus.about}")
+        told = {n: getattr(corpus, n) for n in ("licence", "access", "download")}
+        lines += [f"  {line}" for line in columns(told)]
+    return lines
 
 
 def _about(paper: str) -> str:

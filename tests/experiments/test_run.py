@@ -95,8 +95,11 @@ def test_help_says_what_exists(capsys):
         assert word in out
     assert main(["--paper", "help"]) == 0
     listed = capsys.readouterr().out
-    assert listed.strip() in out
-    assert all(f"  {name} " in listed for name in corpora())
+    assert listed.partition("\ncorpora")[0].strip() in out
+    for name, corpus in corpora().items():
+        assert f"  {name} " in out and f"  {name}: {corpus.about}\n" in listed
+        for told in (corpus.licence, corpus.access, corpus.download):
+            assert told in listed
     assert "micro  Smallest Paella that runs every stage" in listed
 
 
