@@ -31,11 +31,11 @@ T = TypeVar("T")
 BLOCK = 2**22  # bytes of one remote read
 PIPE = "pipe:"
 COPY = re.compile(r"\.?[0-9a-f]{24}(\..*)?")  # names of copies, of their locks and unfinished ones
-RANGES = {
-    "retries": (0, 100),
-    "backoff": (0, 3600),
-    "stall": (0.001, 1e6),
-    "cache_bytes": (0, 10**18),
+RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "retries": (int, 0, 100),
+    "backoff": (float, 0, 3600),
+    "stall": (float, 0.001, 1e6),
+    "cache_bytes": (int, 0, 1e18),
 }
 
 
@@ -74,7 +74,7 @@ def access_here() -> Access:
         if field.name == "cache":
             found["cache"] = text
             continue
-        (least, most), kind = RANGES[field.name], type(field.default)
+        kind, least, most = RANGES[field.name]
         value = math.nan
         with suppress(ValueError):
             value = float(text)
