@@ -50,7 +50,8 @@ class Score(Stage):
         scores: dict[str, Any] = {}
         verdicts: dict[str, dict[str, Any]] = {}
         for number, one in enumerate(self.sets, 1):
-            how: dict[str, Any] = {"prefix": one.prefix, "resamples": self.resamples, "seed": self.seed}
+            drawing = {"resamples": self.resamples, "seed": self.seed}
+            how: dict[str, Any] = {"prefix": one.prefix, **drawing}
             with log.waiting(f"{one.prefix}: {one.scorer}, {number} of {len(self.sets)}"):
                 made, asked = one.made.measured(inputs)
                 reference = self._reference(one, inputs, log)

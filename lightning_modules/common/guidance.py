@@ -17,10 +17,11 @@ Law = Literal["linspace", "ratio", "cosine"]
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance scale w at every share r of the way; 1 is none, 0 the null alone.
+    """The guidance scale w along the way; 1 is none, 0 the null alone.
 
-    linspace and ratio: start + (end - start) r, in T steps with r = s / (T - 1) or s / T. cosine:
-    start + (end - start) (1 - cos(pi r^power)) / 2, r = s / T. Outside of the interval w is 1.
+    linspace and ratio: start + (end - start) r. cosine: start + (end - start)
+    (1 - cos(pi r^power)) / 2. Outside of the interval of r, w is 1. What r is, `ratio` says: step s
+    of T has s / (T - 1) with linspace, whose last step has the end, and s / T with the others.
     """
 
     start: float = 1.0
@@ -32,9 +33,9 @@ class Guidance:
     power: float = 1.0
     """Exponent of the cosine law."""
     first: float = 0.0
-    """Share of the way where guidance begins."""
+    """The r at which guidance begins."""
     last: float = 1.0
-    """Share of the way after which there is none."""
+    """The r after which there is none."""
     normalised: bool = True
     """Whether the guided law of discrete tokens is a law again before a posterior reads it. If not,
     its sum Z = sum_k own(k)^w null(k)^(1 - w) scales the rate at which masks open (2507.08965)."""
@@ -49,13 +50,14 @@ class Guidance:
         """Whether the null is ever asked."""
         return (self.start, self.end) != (1, 1)
 
-    def at(self, done: Tensor) -> Tensor:
-        """Return the scales at shares of the way, [n] in [0, 1]: [n]."""
-        share = done
+    def at(self, done: Tensor, steps: int | None = None) -> Tensor:
+        """Return the scales where shares [n] of the way are done: [n]; arguments as of `ratio`."""
+        r = ratio(done, steps, self.law == "linspace")
+        share = r
         if self.law == "cosine":
-            share = (1 - torch.cos(math.pi * done**self.power)) / 2
-        inside = (done >= self.first) & (done <= self.last)
-        return torch.where(inside, self.start + (self.end - self.start) * share, 1.0)
+            share = (1 - torch.cos(math.pi * r**self.power)) / 2
+        inside = (r >= self.first) & (r <= self.last)
+        return torch.where(inside, self.start + (self.end - self.start) * share, 1.0).to(done)
 
     def scales(self, steps: int) -> list[float]:
         """Return the scales of T steps."""
@@ -70,6 +72,24 @@ class Guidance:
             scales = [self.start + (self.end - self.start) * r for r in way]
         pairs = zip(shares, scales, strict=True)
         return [scale if self.first <= r <= self.last else 1.0 for r, scale in pairs]
+
+
+def ratio(done: Tensor, steps: int | None, ends: bool) -> Tensor:
+    """The r of a call before which a share of the way is done.
+
+    Args:
+        done: [n] in [0, 1], s / T before step s of T.
+        steps: T; None where pictures go at their own pace, so that nobody knows which call is the
+            last: r is `done` itself.
+        ends: r = s / (T - 1), which is 1 at the last step; else s / T.
+
+    Returns:
+        [n]; with steps in float64, as exact as s and T.
+    """
+    if steps is None:
+        return done
+    step = (done.double() * steps).round().clamp(max=steps - 1)
+    return step / (max(1, steps - 1) if ends else steps)
 
 
 def mix(own: Tensor, null: Tensor, scale: float, channels: int | None = None) -> Tensor:

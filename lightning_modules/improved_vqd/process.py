@@ -33,7 +33,7 @@ def guidance_of(config: SamplingConfig) -> Guidance:
     start, end = (1.0 if law == "up" else scale), (1.0 if law == "down" else scale)
     first, last = config.guidance_first, config.guidance_last
     normalised = config.guidance_normalised
-    return Guidance(start, end, first=first, last=last, normalised=normalised)
+    return Guidance(start, end, "ratio", first=first, last=last, normalised=normalised)
 
 
 class Call(NamedTuple):

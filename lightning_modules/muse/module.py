@@ -175,7 +175,7 @@ class MaskedStage(GeneratorModule):
         loop = process.loop_settings(settings, unknown.cpu())
         loop["counts"] = loop["counts"].to(start.device)
         if settings.order == "halton":
-            ranks = halton_ranks(grid, seeds, settings.halton_roll)
+            ranks = halton_ranks(grid, seeds, "grid" if settings.halton_roll else "none")
             loop["ranks"] = ranks.to(start.device)
         for name, tensor in process.sample_noise(seeds, len(loop["counts"]), grid).items():
             loop[name] = tensor.to(start.device)

@@ -29,6 +29,11 @@ class KLASS(Stepped):
     history: int = 2
     """Calls for which a place must be stable."""
 
+    @property
+    def pace(self) -> int | None:
+        """Return None: pictures go at the pace of what they are sure of."""
+        return None
+
     def memory(self, x: Tensor, generate: Tensor) -> State:
         """Return the masks at the start [B], their probabilities and the KLs of the last calls."""
         codes = self.kernel.codes

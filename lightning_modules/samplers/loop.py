@@ -125,7 +125,8 @@ class Ask(Protocol):
         Args:
             x: [n, N] int64 tokens, K = mask.
             time: [n] or one: noise that the network is told of, 1 = pure noise.
-            done: [n] or one, share of the way in [0, 1]: guidance and temperature follow it.
+            done: [n] or one, share of the way that is done before this call, in [0, 1]: guidance
+                and temperature follow it (`common.guidance.ratio`).
             keep: [n, N] bool, not all false.
 
         Returns:
@@ -146,6 +147,11 @@ class Sampler:
     """Uniforms that a step needs at each place."""
 
     kernel: Corruption
+
+    @property
+    def pace(self) -> int | None:
+        """Steps T of which `done` counts the equal shares s / T; None: each picture has its own."""
+        return None
 
     def memory(self, x: Tensor, generate: Tensor) -> State:
         """Return what the first step remembers of tokens [B, N]."""
@@ -176,9 +182,14 @@ class Stepped(Sampler):
         """Return the times before and after step i."""
         return 1 - i / self.steps, 1 - (i + 1) / self.steps
 
+    @property
+    def pace(self) -> int | None:
+        """Return T."""
+        return self.steps
+
     def done(self, i: int) -> float:
-        """Return the share of the way at step i: 0 at the first, 1 at the last."""
-        return i / max(1, self.steps - 1)
+        """Return the share of the way that is done before step i."""
+        return i / self.steps
 
     def ends(self, i: int, x: Tensor) -> Tensor:
         """Return which of the pictures x [n, N] are finished after step i."""

@@ -25,6 +25,7 @@ from lightning_modules.samplers.loop import (
     lowest,
     spread,
 )
+from lightning_modules.samplers.settings import Roll
 
 
 def top(logits: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ def moment(
 
 @dataclass(frozen=True)
 class Halton(Ordered):
-    """The Halton order, shifted by a random offset per picture."""
+    """The Halton order, the same for all pictures or rolled by each one's seed."""
 
     order: str = "halton"
     ranks: Tensor | None = None
@@ -212,8 +213,15 @@ def halton_order(height: int, width: int) -> Tensor:
         points *= 2
 
 
-def halton_ranks(grid: tuple[int, int], seeds: Sequence[int], roll: bool = True) -> Tensor:
-    """Place of every cell in the Halton order, shifted by a random offset per image if `roll`.
+def halton_ranks(grid: tuple[int, int], seeds: Sequence[int], roll: Roll = "none") -> Tensor:
+    """Place of every cell in the Halton order.
+
+    Args:
+        grid: height and width in tokens.
+        seeds: one per picture.
+        roll: none is the one order of the reference (`randomize` false, its default). order begins
+            it at a random point per picture, as its `randomize` does; grid shifts its cells over
+            the picture, around the borders.
 
     Returns:
         [B, h, w] int64.
@@ -226,5 +234,10 @@ def halton_ranks(grid: tuple[int, int], seeds: Sequence[int], roll: bool = True)
     for seed in seeds:
         generator = torch.Generator().manual_seed(mix_seed(seed, 2))
         down, right = (int(torch.randint(n, (), generator=generator)) for n in grid)
-        images.append(ranks.view(h, w).roll((down, right) if roll else (0, 0), dims=(0, 1)))
+        image = ranks.view(h, w)
+        if roll == "grid":
+            image = image.roll((down, right), dims=(0, 1))
+        elif roll == "order":
+            image = (image + down * w + right) % (h * w)
+        images.append(image)
     return torch.stack(images)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.common.guidance import Guidance, mixed_rows
+from lightning_modules.common.guidance import Guidance, mixed_rows, ratio
 from lightning_modules.common.request import OnStep, seeded_uniforms
 from lightning_modules.samplers.entropy_bound import EntropyBound, EntropyBoundUniform
 from lightning_modules.samplers.flow import Flow
@@ -41,7 +41,7 @@ class Network:
     """What training did to tokens."""
     guidance: Guidance
     temperature: tuple[float, float] = (1.0, 1.0)
-    """At the beginning of the way and at its end, at least 0; linear in between."""
+    """At the first step and at the last, at least 0; linear in between."""
     narrow: Callable[[Tensor], Tensor] | None = None
     """logits [m, K] -> the same with excluded codes at -inf."""
     critic: Critic | None = None
@@ -78,7 +78,7 @@ def make(
     if family == "p2":
         return PathPlanning(kernel, steps, config.rate, critic)
     if name == "halton":
-        return Halton(kernel, steps, ranks=halton_ranks(grid, seeds).flatten(1))
+        return Halton(kernel, steps, ranks=halton_ranks(grid, seeds, config.roll).flatten(1))
     return Ordered(kernel, steps, name, config.choice, critic)
 
 
@@ -117,6 +117,7 @@ def sample(
     else:
         noise = kernel.noise(uniforms)
     start = noise if given is None else torch.where(generate, noise, given)
+    sampler = make(config, network, steps, places, seeds)
 
     def predict(pictures: Tensor, x: Tensor, time: Tensor, done: Tensor, keep: Tensor) -> Rows:
         tokens, kept = x.unflatten(1, places), keep.unflatten(1, places)
@@ -124,10 +125,10 @@ def sample(
         def ask(scale: float, some: Tensor) -> Tensor:
             return network.features(pictures[some], tokens[some], time[some], scale, kept[some])
 
-        scales, of = network.guidance.at(done), keep.nonzero()[:, 0]
+        scales, of = network.guidance.at(done, sampler.pace), keep.nonzero()[:, 0]
         rows = mixed_rows(ask, scales, keep)
         first_heat, last_heat = network.temperature
-        heat = first_heat + (last_heat - first_heat) * done
+        heat = first_heat + (last_heat - first_heat) * ratio(done, sampler.pace, ends=True).to(done)
         mass = None
         if not network.guidance.normalised:
             everyone = torch.arange(len(x), device=x.device)
@@ -141,7 +142,6 @@ def sample(
         def shown(i: int, before: Tensor, after: Tensor) -> None:
             on_step(i, before.unflatten(1, places), after.unflatten(1, places))
 
-    sampler = make(config, network, steps, places, seeds)
     chances = Chances(seeds, grid.numel(), device)
     flat = (start.flatten(1), generate.flatten(1))
     found = run(sampler, predict, *flat, chances, first=first, on_step=shown)

@@ -33,6 +33,8 @@ Name = Literal[
     "renoise_rand",
 ]
 
+Roll = Literal["none", "order", "grid"]
+
 
 class Needs(NamedTuple):
     """What a sampler needs of a checkpoint."""
@@ -78,7 +80,10 @@ class SamplerConfig:
     discrete flow. renoise_start, renoise_prev, renoise_rand: Paella's.
     """
     temperature: float | None = None
-    """Temperature of every draw; null is the paper's own setting."""
+    """Temperature of every draw; null is the paper's own setting, which is how own is set."""
+    roll: Roll = "none"
+    """halton: the reference's one order (none), begun at a random point of it per picture (order,
+    its `randomize`), or shifted over the picture (grid)."""
     choice: float = 4.5
     """confidence, moment: factor of the Gumbel noise on the choice at the first step."""
     gamma: float = 0.1
@@ -108,6 +113,8 @@ class SamplerConfig:
         at_least(self, 1, "limit", "places")
         at_least(self, 0, "corrections")
         within(self, 0, 1, "sure")
+        unread = "temperature must be null with sampler=own, which draws at the paper's settings"
+        require(not self.own or self.temperature is None, f"{unread}, got {self.temperature}")
         is_rate = not self.name.startswith("remdm") or self.rate <= 1
         require(is_rate, f"eta must be at most 1 with sampler={self.name}, got {self.eta}")
         heat = self.choice_heat

@@ -30,17 +30,30 @@ def test_outside_of_the_interval_there_is_none() -> None:
 @given(
     start=st.floats(0, 8),
     end=st.floats(0, 8),
-    steps=st.integers(2, 30),
-    law=st.sampled_from(["linspace", "cosine"]),
+    steps=st.integers(1, 30),
+    law=st.sampled_from(["linspace", "ratio", "cosine"]),
     power=st.floats(0.2, 3),
+    interval=st.tuples(st.integers(0, 10), st.integers(0, 10)),
 )
-def test_a_share_of_the_way_has_the_scale_of_its_step(start, end, steps, law, power) -> None:
-    guidance = Guidance(start, end, law, power)
-    last = steps - 1 if law == "linspace" else steps
-    shares = torch.arange(steps, dtype=torch.float64) / last
-    torch.testing.assert_close(
-        guidance.at(shares).tolist(), guidance.scales(steps), rtol=1e-5, atol=1e-5
+def test_a_share_of_the_way_has_the_scale_of_its_step(
+    start, end, steps, law, power, interval
+) -> None:
+    first, last = (n / 10 for n in sorted(interval))
+    guidance = Guidance(start, end, law, power, first, last)
+    for dtype in (torch.float32, torch.float64):  # borders of an interval fall on steps
+        done = torch.arange(steps, dtype=dtype) / steps
+        found = guidance.at(done, steps)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.tolist(), guidance.scales(steps), rtol=1e-5, atol=1e-5)
+
+
+def test_where_no_step_is_known_to_be_the_last_what_is_done_is_the_way() -> None:
+    guidance = Guidance(1, 5)
+    assert guidance.at(torch.tensor([0.0, 0.5, 0.75])).tolist() == [1, 3, 4]
+    assert guidance.at(torch.tensor([0.0, 0.5, 0.75]), 4).tolist() == pytest.approx(
+        [1, 3.667, 5], abs=1e-3
     )
+    assert guidance.at(torch.tensor([1.0]), 4).tolist() == [5]  # a call after the last step
 
 
 def test_there_is_a_null_only_where_it_is_needed() -> None:

@@ -58,7 +58,7 @@ def decode(network: Network, start: Tensor, config: DecodeConfig, **more: Any) -
     unknown = (start == MASK).flatten(1).sum(1)
     names = seeds(len(start))
     if config.order == "halton":
-        more["ranks"] = ordered.halton_ranks(GRID, names)
+        more["ranks"] = ordered.halton_ranks(GRID, names, "grid")
     if config.order == "critic":
         more.setdefault("critic", lambda x: torch.sin(x.float() * 7))
     noise = process.sample_noise(names, config.steps - config.first_step, GRID)
@@ -430,9 +430,9 @@ def test_halton_visits_every_cell_once(grid):
 
 
 def test_halton_ranks_are_rolled_by_the_seed_alone():
-    ranks = ordered.halton_ranks((6, 5), [3, 4, 3])
+    ranks = ordered.halton_ranks((6, 5), [3, 4, 3], "grid")
     assert torch.equal(ranks[0], ranks[2]) and not torch.equal(ranks[0], ranks[1])
-    still = ordered.halton_ranks((6, 5), [3, 4], roll=False)
+    still = ordered.halton_ranks((6, 5), [3, 4])
     assert torch.equal(still[0], still[1])
     order = ordered.halton_order(6, 5)
     assert torch.equal(still[0][order[:, 0], order[:, 1]], torch.arange(30))
@@ -440,13 +440,20 @@ def test_halton_ranks_are_rolled_by_the_seed_alone():
         tuple(still[0].roll((i, j), (0, 1)).flatten().tolist()) for i in range(6) for j in range(5)
     }
     assert tuple(ranks[1].flatten().tolist()) in rolled
+    begun = ordered.halton_ranks((6, 5), [3, 4], "order")
+    assert not torch.equal(begun[0], begun[1])
+    for image in begun:  # the reference's: its list of cells, rolled
+        cells = image.flatten().argsort()
+        offset = int((image - still[0])[0, 0])
+        expected = (order[:, 0] * 5 + order[:, 1]).roll(offset)
+        assert torch.equal(cells, expected)
 
 
 def test_halton_opens_in_its_order():
     states = [masks(2)]
     setting = config(order="halton", counting="halton", schedule="arccos", steps=7)
     decode(Network(), states[0], setting, on_step=lambda i, a, b: states.append(b))
-    ranks = ordered.halton_ranks(GRID, seeds(2))
+    ranks = ordered.halton_ranks(GRID, seeds(2), "grid")
     for state in states:
         for image in range(2):
             known = ranks[image][state[image] != MASK]
@@ -474,7 +481,7 @@ def test_one_token_per_step_is_exact(order):
     names = list(range(n))
     start = torch.full((n, *grid), codes)
     setting = DecodeConfig(steps=places, order=order)
-    more = {"ranks": ordered.halton_ranks(grid, names)} if order == "halton" else {}
+    more = {"ranks": ordered.halton_ranks(grid, names, "grid")} if order == "halton" else {}
     tokens = process.decode(
         predict,
         lambda rows: rows,

@@ -110,6 +110,13 @@ def test_the_network_is_told_the_time_and_guided_along_the_way() -> None:
     _, table = served("renoise_rand", NOISE["random"], guidance=Guidance(1, 4))
     assert [time[0] for _, time, _ in table.told] == pytest.approx([1, 0.75, 0.5, 0.25])
     assert [scale for _, _, scale in table.told] == pytest.approx([1, 2, 3, 4])
+    for law, ends in (("linspace", 3), ("ratio", 4), ("cosine", 4)):
+        guidance = Guidance(0.5, 4, law)  # type: ignore[arg-type]
+        for name, noise in (("flow", "random"), ("posterior", "masks"), ("gidd", "random")):
+            _, table = served(name, NOISE[noise], guidance=guidance)
+            scales = [scale for _, _, scale in table.told][:4]
+            assert scales == pytest.approx(guidance.scales(4)), (law, name)
+            assert (scales[-1] == pytest.approx(4)) == (ends == 3)
     _, table = served("random", mask_and_replace(0.0, 8, K))
     assert [time[0] for _, time, _ in table.told] == pytest.approx([1, 0.75, 0.5, 0.25])
 
@@ -153,6 +160,21 @@ def test_renoising_is_paellas(mode: Any) -> None:
         temperature=0.7,
     )
     assert torch.equal(found.tokens.view(2, 3, 4), expected)
+
+
+def test_the_temperature_ends_at_the_last_step() -> None:
+    heats: list[Tensor] = []
+
+    original = Rows.draw
+
+    def draw(rows: Rows, uniforms: Tensor) -> Tensor:
+        heats.append(rows.heat)
+        return original(rows, uniforms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "draw", draw)
+        served("flow", NOISE["random"], temperature=(1.0, 0.1))
+    assert [float(h[0]) for h in heats] == pytest.approx([1.0, 0.7, 0.4, 0.1])
 
 
 def test_chances_are_the_pictures_own() -> None:
@@ -231,6 +253,7 @@ def test_a_refusal_names_only_what_fits() -> None:
         ({"limit": 0}, "limit must be at least 1"),
         ({"sure": 1.5}, "sure must be from 0 to 1"),
         ({"choice_heat": 0.0}, "choice_heat must be positive or null"),
+        ({"temperature": 0.8}, "temperature must be null with sampler=own"),
         ({"name": "remdm_rescale", "eta": 1.5}, "eta must be at most 1 with sampler=remdm_rescale"),
     ],
 )
