@@ -37,7 +37,7 @@ def _together(group: Sequence[SweepRun]) -> SweepRun:
         settings={k: v for k, v in first.settings.items() if k not in SEEDS},
         scores={name: mean_of([run.scores[name] for run in done]) for name in names},
         error=next((run.error for run in group if run.error), None),
-        right={(i, *key): ok for i, run in enumerate(group) for key, ok in run.right.items()},
+        right={(run.repeat, *key): ok for run in group for key, ok in run.right.items()},
     )
 
 

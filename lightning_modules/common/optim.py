@@ -9,6 +9,8 @@ from torch.optim import AdamW
 
 from lightning_modules.common.config import AdversarialOptimConfig, OptimConfig
 
+FUSED = {"cpu", "cuda"}  # where all parameters are updated by one kernel
+
 
 def adamw(
     config: OptimConfig | AdversarialOptimConfig,
@@ -22,8 +24,8 @@ def adamw(
         config: its settings.
         modules: what is trained.
         lr: its rate; None is the config's.
-        precision: the trainer's. On a GPU the update is one fused kernel, but for 16-mixed, where
-            that would unscale the gradients by itself, after they were clipped.
+        precision: the trainer's. The update is one fused kernel, but for 16-mixed, where that
+            would unscale the gradients by itself, after they were clipped.
     """
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     decayed = [p for p in parameters if config.decay_all or p.ndim >= 2]
@@ -35,7 +37,7 @@ def adamw(
         lr=lr or config.lr,
         betas=(b1, b2),
         weight_decay=config.weight_decay,
-        fused=precision != "16-mixed" and all(p.is_cuda for p in parameters),
+        fused=precision != "16-mixed" and {p.device.type for p in parameters} <= FUSED,
     )
 
 
