@@ -286,7 +286,8 @@ def _checked(
     args, settings = parse_run(argv)
     if args.paper is None:
         raise ConfigError("the sweep names no paper: add paper to its parameters")
-    for name in ("out", "until", "dry_run", "json", "print_config", "help"):
+    single = ("out", "until", "dry_run", "json", "print_config", "help", "plan", "memory", "days")
+    for name in single:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is for a single run, not for a sweep's")
     config = load(args.paper, args.scale, [*loggers, *settings])
