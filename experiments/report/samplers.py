@@ -12,6 +12,7 @@ from experiments.grid import SEEDS, SweepRun
 from experiments.report import charts
 from experiments.report.repeated import difference, over_seeds
 from experiments.report.scores import notation
+from experiments.settings import resolved
 
 NAME, STEPS = "sampling.sampler.name", "sampling.steps"
 ACCURACY, CALLS = "eval/scene_accuracy", "eval/network_calls"
