@@ -36,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
         "--out", type=Path, default=Path("runs/report"), help="default: %(default)s"
     )
     parser.add_argument("--seeds", type=int, default=1, help="as of the sweeps")
+    parser.add_argument("--draws", type=int, default=1, help="as of the sweeps")
     args, words = parser.split(argv)
     if args.help:
         print(parser.format_help())
@@ -45,7 +46,8 @@ def run(argv: Sequence[str]) -> None:
     for path in files or sorted(SWEEPS.glob("*.yaml")):
         sweep = read_sweep(path)
         try:
-            sweeps.append((sweep, make_runs(sweep, settings, None, seeds=args.seeds)[1]))
+            made = make_runs(sweep, settings, None, seeds=args.seeds, draws=args.draws)
+            sweeps.append((sweep, made[1]))
         except ConfigError as error:
             if files:
                 raise ConfigError(f"{path}: {error}") from error

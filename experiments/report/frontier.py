@@ -160,9 +160,16 @@ def _draw(
 
 
 def _best(own: Sequence[SweepRun], score: str, budget: object, sign: int) -> SweepRun | None:
-    """Return the best run at a budget, the first of equal ones."""
+    """Return the best run at a budget, the first of equal ones.
+
+    Where repetitions with other seeds measured what one seed had chosen, they alone count.
+    """
+
+    def rank(run: SweepRun) -> tuple[int, float]:
+        return run.scores[score].get("seeds", 1), sign * run.scores[score]["value"]
+
     there = [run for run in own if score in run.scores and _budget(run) == budget]
-    return max(there, key=lambda run: sign * run.scores[score]["value"], default=None)
+    return max(there, key=rank, default=None)
 
 
 def _sign(sweep: Sweep, score: str) -> int:

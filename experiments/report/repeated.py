@@ -41,8 +41,8 @@ def _together(group: Sequence[SweepRun]) -> SweepRun:
         error=next((run.error for run in group if run.error), None),
         right={
             prefix: {
-                (i, *key): ok
-                for i, run in enumerate(group)
+                (run.repeat, *key): ok
+                for run in group
                 for key, ok in run.right.get(prefix, {}).items()
             }
             for prefix in first.right

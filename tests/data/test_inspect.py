@@ -20,6 +20,7 @@ from data import inspect
 from data.survey import survey_shard
 from data.view import View
 from experiments.cli import command
+from tests import planted
 
 
 def picture(size: tuple[int, int] = (40, 30), kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -140,6 +141,17 @@ def test_every_fault_is_counted_under_its_kind(shards: Path, capsys) -> None:
     assert "keys seen again" in capsys.readouterr().out
 
 
+def test_a_fault_of_a_corpus_names_the_picture(tmp_path: Path) -> None:
+    root = planted.imagefolder(tmp_path / "root")
+    broken = root / "train" / "cat" / "004.png"
+    broken.write_bytes(b"no picture at all")
+    words = ["--corpus", "imagefolder", "--root", str(root), "--cache", str(tmp_path / "cache")]
+    assert command(inspect.run, [*words, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["samples"] == 23
+    assert str(broken) in found["faults"]["corrupt image"]["example"]
+
+
 def test_where_a_run_would_stop_the_exit_code_says_so(shards: Path, capsys) -> None:
     code, found = look(shards, "data.max_skipped=0.1")
     assert code == 1 and "more than max_skipped=0.1 allows" in found["stops"]
@@ -201,7 +213,8 @@ def test_a_survey_of_a_shard_is_the_same_bytes_again(shards: Path, tmp_path: Pat
         (["a.tar", "--limit", "0"], "--limit must be at least 1"),
         (["a.tar", "--workers", "0"], "--workers must be at least 1"),
         (["--corpus", "cc3", "--root", "x"], "cc3"),
-        (["--corpus", "cc3m", "--root", "nowhere"], "nowhere"),
+        (["--corpus", "cc3m", "--root", "nowhere"], "there is no folder nowhere"),
+        (["--corpus", "ffhq"], "to get it: python download_ffhq.py --images"),
         (["a.tar", "data.min_siz=3"], "min_size"),
     ],
 )
