@@ -90,7 +90,7 @@ def test_every_claim_has_one_verdict(sweeps: list[Done]) -> None:
 def test_the_command_refuses_what_was_never_run(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for argv, says in [
-        ([], "no run of improved_vqd_combined"),
+        ([], "no run of common_grid"),
         (["none.yaml"], "there is no sweep file none.yaml"),
         (["word"], "'word' is neither a sweep file nor a setting"),
     ]:
