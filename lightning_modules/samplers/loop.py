@@ -149,6 +149,12 @@ class Sampler:
     kernel: Corruption
 
     @property
+    def told(self) -> list[float]:
+        """Times in (0, 1] of the calls, as many as there can be; where `pace` is None, even ones
+        stand for each picture's own."""
+        raise NotImplementedError
+
+    @property
     def pace(self) -> int | None:
         """Steps T of which `done` counts the equal shares s / T; None: each picture has its own."""
         return None
@@ -181,6 +187,11 @@ class Stepped(Sampler):
     def times(self, i: int) -> tuple[float, float]:
         """Return the times before and after step i."""
         return 1 - i / self.steps, 1 - (i + 1) / self.steps
+
+    @property
+    def told(self) -> list[float]:
+        """Return the times before all steps."""
+        return [self.times(i)[0] for i in range(self.steps)]
 
     @property
     def pace(self) -> int | None:

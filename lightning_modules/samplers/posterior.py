@@ -113,6 +113,12 @@ class Gibbs(Posterior):
     tau: float | None = 1.0
     """Temperature of the choice; None chooses at random."""
 
+    @property
+    def told(self) -> list[float]:
+        """Return the times, each but the first once more for every corrector call there."""
+        first, *others = super().told
+        return [first, *(t for t in others for _ in range(1 + self.corrections))]
+
     def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
         """Go from time t to s and correct there; the corrections are steps of their own."""
         stride, at = divmod(i, 1 + self.corrections)

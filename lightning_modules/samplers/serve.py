@@ -48,10 +48,16 @@ class Network:
 
 
 def make(
-    config: SamplerConfig, network: Network, steps: int, grid: tuple[int, int], seeds: Sequence[int]
+    config: SamplerConfig,
+    kernel: Corruption,
+    steps: int,
+    grid: tuple[int, int],
+    seeds: Sequence[int],
+    critic: Critic | None = None,
+    normalised: bool = True,
 ) -> Sampler:
     """Make the sampler that the settings name."""
-    name, kernel = config.name, network.kernel
+    name = config.name
     family, _, rest = name.partition("_")
     if name == "eb":
         kind = EntropyBound if kernel.masks else EntropyBoundUniform
@@ -62,7 +68,7 @@ def make(
         rule: Any = rest or "none"
         return ReMDM(kernel, steps, rule, config.rate)
     if name == "posterior":
-        return Posterior(kernel, steps, network.guidance.normalised)
+        return Posterior(kernel, steps, normalised)
     if name == "gibbs":
         count = 1 if config.corrections is None else config.corrections
         return Gibbs(kernel, steps, corrections=count, places=config.places, tau=config.choice_heat)
@@ -74,12 +80,12 @@ def make(
     if family == "renoise":
         mode: Any = rest
         return Renoise(kernel, steps, mode)
-    critic = _flat(network.critic, grid) if NEEDS[name].critic else None
+    judge = _flat(critic, grid) if NEEDS[name].critic else None
     if family == "p2":
-        return PathPlanning(kernel, steps, config.rate, critic)
+        return PathPlanning(kernel, steps, config.rate, judge)
     if name == "halton":
         return Halton(kernel, steps, ranks=halton_ranks(grid, seeds, config.roll).flatten(1))
-    return Ordered(kernel, steps, name, config.choice, critic)
+    return Ordered(kernel, steps, name, config.choice, judge)
 
 
 def sample(
@@ -117,7 +123,8 @@ def sample(
     else:
         noise = kernel.noise(uniforms)
     start = noise if given is None else torch.where(generate, noise, given)
-    sampler = make(config, network, steps, places, seeds)
+    normalised = network.guidance.normalised
+    sampler = make(config, kernel, steps, places, seeds, network.critic, normalised)
 
     def predict(pictures: Tensor, x: Tensor, time: Tensor, done: Tensor, keep: Tensor) -> Rows:
         tokens, kept = x.unflatten(1, places), keep.unflatten(1, places)
