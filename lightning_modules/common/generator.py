@@ -15,7 +15,7 @@ from lightning_modules.common.config import OptimConfig, TextConfig
 from lightning_modules.common.ema import WeightAverage
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
-from lightning_modules.common.request import OnStep, Request
+from lightning_modules.common.request import OnCall, OnStep, Request
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import TEXT_ENCODERS, Condition, FrozenEncoder, KnownStates
 from lightning_modules.common.training import SeededModule
@@ -58,6 +58,8 @@ class GeneratorModule(SeededModule):
         self._attached: dict[str, Any] = {"first_stage": None, "text": encoder}
         self.average: WeightAverage | None = None
         self.calls: Tensor | None = None
+        self.on_call: OnCall | None = None
+        """Hears of every network call of `sample_tokens`; see `heard_by`."""
 
     @classmethod
     def assemble(
@@ -208,13 +210,29 @@ class GeneratorModule(SeededModule):
                 raise ValueError(f"{what} needs a picture to start from (start)")
 
     def counting(self, predict: Callable[..., Tensor], count: int) -> Callable[..., Tensor]:
-        """The same function, with a network call counted for each of `count` pictures."""
+        """The same function, with a network call counted for each of `count` pictures.
+
+        Where its last argument says which places are asked about, `on_call` hears that.
+        """
 
         def counted(*arguments: Any) -> Tensor:
             self.count_calls(torch.ones(count, dtype=torch.int64))
-            return predict(*arguments)
+            rows = predict(*arguments)
+            if self.on_call is not None:
+                keep = arguments[-1] if arguments[-1].dtype == torch.bool else None
+                self.on_call(torch.arange(count, device=rows.device), keep, rows)
+            return rows
 
         return counted
+
+    @contextmanager
+    def heard_by(self, on_call: OnCall) -> Iterator[None]:
+        """Let someone hear of every network call, as a trace does."""
+        self.on_call = on_call
+        try:
+            yield
+        finally:
+            self.on_call = None
 
     def count_calls(self, calls: Tensor) -> None:
         """Add network calls [B] to those of the pictures that are being drawn."""

@@ -223,6 +223,7 @@ class MaskedStage(GeneratorModule):
             given=start.masked_fill(generate, codes),
             generate=generate,
             on_step=on_step,
+            on_call=self.on_call,
         )
         self.count_calls(found.calls)
         return found.tokens

@@ -250,6 +250,7 @@ class PaellaModule(GeneratorModule):
             given=None if start is None else start.to(self.device),
             generate=generate if mask is None else mask.to(self.device).bool(),
             on_step=on_step,
+            on_call=self.on_call,
         )
         self.count_calls(found.calls)
         return found.tokens

@@ -85,6 +85,16 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log.exp() * log).nansum(1)
 
 
+def entropy_of(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what measures the entropy of features [n, C] behind a head, in nats: [n]."""
+
+    def measure(rows: Tensor) -> Tensor:
+        flat = torch.ones(len(rows), device=rows.device)
+        return Rows(rows, head, flat).map(lambda logits: (entropy(logits),))[0]
+
+    return measure
+
+
 def gumbel(uniforms: Tensor) -> Tensor:
     """Gumbel noise -log(-log u), finite for every u in [0, 1)."""
     tiny = torch.finfo(uniforms.dtype).tiny

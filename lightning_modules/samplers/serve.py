@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.common.guidance import Guidance, mixed_rows, ratio
-from lightning_modules.common.request import OnStep, seeded_uniforms
+from lightning_modules.common.request import OnCall, OnStep, seeded_uniforms
 from lightning_modules.samplers.entropy_bound import EntropyBound, EntropyBoundUniform
 from lightning_modules.samplers.flow import Flow
 from lightning_modules.samplers.gidd import SelfCorrection
@@ -98,6 +98,7 @@ def sample(
     generate: Tensor,
     first: int = 0,
     on_step: OnStep | None = None,
+    on_call: OnCall | None = None,
 ) -> Sampled:
     """Draw tokens [B, h, w] for B seeds, and count the network calls of each picture.
 
@@ -111,6 +112,7 @@ def sample(
         generate: [B, h, w] bool.
         first: number of the first step.
         on_step: called with the step's number, its input and its result [B, h, w].
+        on_call: called with every network call.
     """
     grid, kernel, device = generate.shape[1:], network.kernel, generate.device
     places = (grid[0], grid[1])
@@ -134,6 +136,8 @@ def sample(
 
         scales, of = network.guidance.at(done, sampler.pace), keep.nonzero()[:, 0]
         rows = mixed_rows(ask, scales, keep)
+        if on_call is not None:
+            on_call(pictures, kept, rows)
         first_heat, last_heat = network.temperature
         heat = first_heat + (last_heat - first_heat) * ratio(done, sampler.pace, ends=True).to(done)
         mass = None

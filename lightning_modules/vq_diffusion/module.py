@@ -225,6 +225,7 @@ class VQDiffusionModule(GeneratorModule):
                 given=start,
                 generate=generate if mask is None else mask.bool(),
                 on_step=on_step,
+                on_call=self.on_call,
             )
             self.count_calls(found.calls)
             return found.tokens
