@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from data.corpora import corpora
 from data.view import MAX_SKIPPED, Crop, View
 
 EMBEDDED = ("scenes", "digits")  # drawn or shipped
@@ -31,7 +32,8 @@ class DataConfig:
         "cache",
     ] = "scenes"
     """scenes: drawn by the project; digits: handwritten, of scikit-learn; shards: your own; else a
-    corpus in data.root, see --paper help, or a cache that experiments.precompute made."""
+    corpus in data.root (--paper help says how to get it), or a cache that experiments.precompute
+    made."""
     path: str | None = None
     """Folder of the cache that data=cache trains on; the other data are those that it was made of.
     """
@@ -102,7 +104,8 @@ class DataConfig:
             if self.root is not None:
                 raise ValueError(f"root goes with a corpus, not with {self.name}")
         elif self.root is None and self.shards is None:
-            raise ValueError(f"root must name the folder of {self.name}")
+            how = corpora()[self.name].how_to_get
+            raise ValueError(f"root must name the folder of {self.name}; {how}")
         sizes = {"resolution": 8, "crops": 1, "train_size": 1, "val_size": 1, "heldout_size": 1}
         for name, lowest in {**sizes, "seed": 0, "shuffle_buffer": 0, "workers": 0}.items():
             if getattr(self, name) < lowest:

@@ -29,7 +29,9 @@ class Corpus:
     kind: str
     licence: str
     access: str
+    """Who gets it, and where."""
     download: str
+    """The command that fetches it, or what else a person does."""
     splits: tuple[Mapping[str, str], ...] = ()
     filters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     caption: str | None = None
@@ -41,6 +43,11 @@ class Corpus:
         """Return the settings of data that the corpus brings, for a paper."""
         own = self.filters.get(paper, self.filters.get("any", {}))
         return {**dict.fromkeys(BROUGHT), **own, "caption": self.caption}
+
+    @property
+    def how_to_get(self) -> str:
+        """What a person does who has not got it, in one line."""
+        return f"to get it: {self.download} (access: {self.access})"
 
 
 class Kind(NamedTuple):
@@ -136,7 +143,8 @@ def shards(name: str, root: str) -> tuple[list[str], list[str] | None]:
 
 def _check_root(name: str, root: Path) -> None:
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root} to read {name} from")
+        how = corpora()[name].how_to_get
+        raise ValueError(f"there is no folder {root} to read {name} from; {how}")
 
 
 def _matching(root: str, pattern: str) -> list[str]:

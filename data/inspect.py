@@ -115,7 +115,7 @@ def settings(args: argparse.Namespace, words: Sequence[str]) -> DataConfig:
     if bool(args.shards) == bool(args.corpus):
         raise ConfigError("give either SHARDS or --corpus NAME --root DIR; see --help")
     if args.corpus:
-        named = [f"data.name={args.corpus}", f"data.root={args.root}"]
+        named = [f"data.name={args.corpus}", *([f"data.root={args.root}"] if args.root else [])]
     else:
         # a split of its own, so that nothing need be held out to look at it
         named = [f"data.{name}={','.join(args.shards)}" for name in ("shards", "val_shards")]

@@ -43,9 +43,12 @@ class Row:
     """A folder below the root that the corpus's layout names; it may be a link to elsewhere."""
 
     def __post_init__(self) -> None:
-        # a name that is no UTF-8 becomes one: texts and tables hold no other
-        key = self.key.encode(errors="surrogatepass").decode(errors="backslashreplace")
-        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "key", _readable_name(self.key))
+
+
+def _readable_name(name: str) -> str:
+    """Make UTF-8 of a name that is none: texts and tables hold no other."""
+    return name.encode(errors="surrogatepass").decode(errors="backslashreplace")
 
 
 def write_listings(
@@ -86,6 +89,8 @@ def _line(row: Row) -> str:
 def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
     """Yield the raw samples of a listing from number `first` on, as a tar with its files would.
 
+    Each names its own picture as where it was found.
+
     Raises:
         OSError: the listing cannot be read.
         ValueError: a line that `write_listings` did not write.
@@ -101,7 +106,7 @@ def read_listing(url: str, first: int = 0) -> Iterator[dict[str, Any]]:
             **sample,
             **({"__fault__": fault} if fault else {}),
             "__key__": row.key,
-            "__url__": url,
+            "__url__": _readable_name(os.path.join(root, row.base, row.file)),
         }
 
 

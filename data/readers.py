@@ -1,7 +1,8 @@
 """How the raw samples of a shard are read; the ending of its name chooses the reader.
 
-A raw sample is suffix -> bytes with `__key__` and `__url__`, and `__fault__` where it must be left
-out for what its files are. Raw samples are numbered as they lie in the shard, good and bad.
+A raw sample is suffix -> bytes with `__key__`, `__url__` (the file that holds it), and `__fault__`
+where it must be left out for what its files are. Raw samples are numbered as they lie in the shard,
+good and bad.
 
 A key is webdataset's: the path in the tar up to the first dot of the file name. Names that begin
 with a dot, such as the ._ files that macOS adds, are no members. Nothing that a tar holds is

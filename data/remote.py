@@ -5,8 +5,10 @@ after a time, so no training hangs on a dead connection. With a cache a remote s
 to a local folder of bounded size and read from there.
 """
 
+import fcntl
 import hashlib
 import io
+import math
 import os
 import re
 import signal
@@ -16,17 +18,25 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data.files import atomic
 
 T = TypeVar("T")
 BLOCK = 2**22  # bytes of one remote read
 PIPE = "pipe:"
+COPY = re.compile(r"\.?[0-9a-f]{24}(\..*)?")  # names of copies, of their locks and unfinished ones
+RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "retries": (int, 0, 100),
+    "backoff": (float, 0, 3600),
+    "stall": (float, 0.001, 1e6),
+    "cache_bytes": (int, 0, 1e18),
+}
 
 
 @dataclass(frozen=True)
@@ -46,26 +56,33 @@ class Access:
     cache: str | None = None
     """Folder of local copies; none reads every shard over the network in every pass."""
     cache_bytes: int = 100 * 10**9
-    """Bytes that the copies may fill; the ones not read for longest go first."""
+    """Bytes that the copies may fill, with those that are being made by all processes; the ones not
+    read for longest go first. A shard that finds no room is read over the network."""
 
 
 def access_here() -> Access:
     """Return what the environment says.
 
     Raises:
-        ValueError: a variable that is no number.
+        ValueError: a variable that is no number, or out of range.
     """
     found: dict[str, Any] = {}
     for field in fields(Access):
         name = f"TOKENGRID_SHARD_{field.name.upper()}"
         if (text := os.environ.get(name)) is None:
             continue
-        try:
-            found[field.name] = text if field.name == "cache" else float(text)
-        except ValueError:
-            raise ValueError(f"{name} must be a number, got {text!r}") from None
-    for name in found.keys() & {"retries", "cache_bytes"}:
-        found[name] = int(found[name])
+        if field.name == "cache":
+            found["cache"] = text
+            continue
+        kind, least, most = RANGES[field.name]
+        value = math.nan
+        with suppress(ValueError):
+            value = float(text)
+        # nan and inf are in no range
+        if not least <= value <= most or kind(value) != value:
+            what = "whole number" if kind is int else "number"
+            raise ValueError(f"{name} must be a {what} from {least} to {most:g}, got {text!r}")
+        found[field.name] = kind(value)
     return Access(**found)
 
 
@@ -89,9 +106,9 @@ def open_shard(url: str, access: Access | None = None) -> IO[bytes]:
         OSError: it cannot be opened, or does not answer; names the shard.
         ValueError: a kind of URL that no installed package serves.
     """
-    access = access or access_here()
     if not is_remote(url):
         return open(url, "rb")
+    access = access or access_here()
     if url.startswith(PIPE):
         return _piped(url, access)
     if access.cache is not None:
@@ -276,27 +293,71 @@ def _cached(url: str, access: Access, folder: Path) -> IO[bytes]:
     name = hashlib.sha256(f"{url} {size} {mark}".encode()).hexdigest()[:24]
     path = folder / f"{name}{os.path.splitext(url)[1]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{name}.lock"):
-        if not path.exists():
-            with FileLock(folder / ".room.lock"):
-                _make_room(folder, access.cache_bytes - size)
-            with io.BufferedReader(_Remote(url, access), BLOCK) as source, atomic(path) as copy:
-                with open(copy, "wb") as target:
-                    while block := source.read(BLOCK):
-                        target.write(block)
-        os.utime(path)
-        return open(path, "rb")  # once open it can be read even where another makes room
+    with FileLock(_lock_of(path)):
+        if path.exists() or _copied(url, access, path):
+            os.utime(path)
+            file = open(path, "rb")
+            fcntl.flock(file, fcntl.LOCK_SH)  # until it is closed nobody deletes it
+            return file
+    return io.BufferedReader(_Remote(url, access), BLOCK)
 
 
-def _make_room(folder: Path, room: int) -> None:
-    """Delete the copies not read for longest until the rest fits into `room` bytes."""
-    # hidden files are locks, and copies that others are making, which may be gone at any moment
-    found = [(p.stat(), p) for p in folder.iterdir() if not p.name.startswith(".")]
-    copies = sorted((status.st_mtime, status.st_size, p) for status, p in found)
-    filled = sum(size for _, size, _ in copies)
-    for _, size, path in copies:
+def _copied(url: str, access: Access, path: Path) -> bool:
+    """Copy a shard whose lock is held; False where there is no room for it."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    remote, deciding = _Remote(url, access), FileLock(path.parent / ".room.lock")
+    with io.BufferedReader(remote, BLOCK) as source, ExitStack() as stack:
+        with deciding:
+            if not _make_room(path.parent, access.cache_bytes - remote.length):
+                return False
+            copy = stack.enter_context(atomic(path))
+            copy.touch()
+            os.truncate(copy, remote.length)  # so that others count it whole from here on
+        with open(copy, "r+b") as target:
+            while block := source.read(BLOCK):
+                target.write(block)
+        with deciding:  # who makes room sees either name
+            stack.close()
+    return True
+
+
+def _make_room(folder: Path, room: int) -> bool:
+    """Delete the copies not read for longest until the rest fits into `room` bytes.
+
+    Unfinished copies count whole, and go where their process is gone. False: not enough can go.
+    """
+    copies, filled = [], 0
+    for path in filter(lambda path: COPY.fullmatch(path.name), folder.iterdir()):
+        hidden = path.name.startswith(".")
+        if path.suffix == ".lock" or (hidden and _deleted(path)):
+            continue
+        with suppress(FileNotFoundError):  # its maker failed
+            status = path.stat()
+            filled += status.st_size
+            if not hidden:
+                copies.append((status.st_mtime, status.st_size, path))
+    for _, size, path in sorted(copies):
         if filled <= room:
             break
-        path.unlink(missing_ok=True)
-        (folder / f".{path.stem}.lock").unlink(missing_ok=True)
-        filled -= size
+        if _deleted(path):
+            filled -= size
+    return filled <= room
+
+
+def _deleted(path: Path) -> bool:
+    """Delete a copy, finished or not; False where somebody makes, opens or reads it."""
+    try:
+        with FileLock(_lock_of(path), timeout=0), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except (Timeout, BlockingIOError):
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def _lock_of(path: Path) -> Path:
+    """Return the lock of a copy; it stays, since those who wait for it must all have the same."""
+    return path.with_name(f".{path.name.lstrip('.')[:24]}.lock")

@@ -83,7 +83,7 @@ def parse_run(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--until")
     parser.add_argument("--memory")
-    parser.add_argument("--days", type=float, default=7.0)
+    parser.add_argument("--days", type=float)
     for flag in ("--print-config", "--dry-run", "--plan", "--json"):
         parser.add_argument(flag, action="store_true")
     return parser.split(argv)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,11 +83,11 @@ class SweepRun:
     plan: Plan
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: str | None = None
-    right: dict[tuple[int, ...], bool] = field(default_factory=dict)
-    """(seed, place of the prompt) -> whether its picture shows what was asked, where one can say.
-
-    Of a run alone the key is (place,).
-    """
+    right: dict[str, dict[tuple[int, ...], bool]] = field(default_factory=dict)
+    """Prefix of scores -> (seed, place of the prompt) -> whether its picture shows what was asked,
+    where one can say. Of a run alone the key is (place,)."""
+    repeat: int = 0
+    """Which repetition of its point it is."""
 
     @property
     def label(self) -> str:
@@ -207,6 +208,7 @@ def make_runs(
     out: Path | None,
     *,
     seeds: int = 1,
+    draws: int = 1,
     count: int | None = None,
     draw_seed: int = 0,
 ) -> tuple[Path, list[SweepRun]]:
@@ -217,6 +219,7 @@ def make_runs(
         words: `key=value`, for all runs; a setting of the sweep that is named is fixed by it.
         out: folder of the results; default runs/sweep-NAME, with a hash where `words` are given.
         seeds: repetitions of every point, each with a training and sampling seed of its own.
+        draws: repetitions of every training's sampling, each with a sampling seed of its own.
         count: points of a random sweep; default its run_cap.
         draw_seed: seed of these points.
 
@@ -228,7 +231,8 @@ def make_runs(
     many = [name for name, form in forms.items() if distributions.listed(form) is None]
     many += [name for name, form in forms.items() if len(distributions.listed(form) or []) > 1]
     if out is None:
-        said = [*words, *([f"seeds={seeds}"] if seeds > 1 else [])]
+        repeats = {"seeds": seeds, "draws": draws}
+        said = [*words, *(f"{name}={number}" for name, number in repeats.items() if number > 1)]
         end = f"-{_hash(sorted(said))}" if said else ""
         out = Path("runs") / f"sweep-{sweep.name}{end}"
     loggers = [] if any(w.startswith(("logger=", "--logger=")) for w in words) else ["logger=csv"]
@@ -237,20 +241,22 @@ def make_runs(
         varied = {k: v for k, v in chosen.items() if k in many}
         own = [] if "logger" in chosen else loggers
         base: RunSettings | None = None
-        for k in range(seeds):
+        for k in range(seeds * draws):
             argv = [*sweep.words, *words_of(chosen), *words]
             if base is not None:
                 sampling = base.eval.seed + k * SEED_STRIDE
-                argv += [f"seed={base.seed + k}", f"eval.seed={sampling}"]
+                argv += [f"seed={base.seed + k // draws}", f"eval.seed={sampling}"]
             try:
                 args, config, planned = _checked(argv, own)
             except ConfigError as error:
                 where = " ".join(f"{k}={text_of(v)}" for k, v in varied.items())
                 raise ConfigError(f"{where}: {error}" if where else str(error)) from error
             base = base or config
-            shown = {**varied, "seed": config.seed} if seeds > 1 else varied
+            repeated = {"seed": (seeds, config.seed), "eval.seed": (draws, config.eval.seed)}
+            shown = {**varied, **{name: at for name, (times, at) in repeated.items() if times > 1}}
             folder, scale = out / folder_name(shown), Path(args.scale).stem
-            runs.append(SweepRun(shown, argv, args.paper, scale, config, folder, planned))
+            made = SweepRun(shown, argv, args.paper, scale, config, folder, planned, repeat=k)
+            runs.append(made)
     return out, runs
 
 
@@ -278,7 +284,8 @@ def _checked(
     args, settings = parse_run(argv)
     if args.paper is None:
         raise ConfigError("the sweep names no paper: add paper to its parameters")
-    for name in ("out", "until", "dry_run", "json", "print_config", "help"):
+    single = ("out", "until", "dry_run", "json", "print_config", "help", "plan", "memory", "days")
+    for name in single:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is for a single run, not for a sweep's")
     config = load(args.paper, args.scale, [*loggers, *settings])
@@ -295,6 +302,34 @@ def folder_name(settings: Mapping[str, Any]) -> str:
 
 def _hash(words: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+
+
+def tuned(sweep: Sweep, runs: Sequence[SweepRun], key: str) -> list[SweepRun]:
+    """Return the runs that measure the best value of a setting, and one run of every other value.
+
+    For each combination of the other settings the first repetitions choose the value, and the later
+    ones measure it, which had no part in the choice.
+
+    Args:
+        sweep: its metric says what is best.
+        runs: all of them; the first repetitions have their scores.
+        key: the setting that is tuned.
+    """
+    groups: dict[tuple[str, ...], list[SweepRun]] = defaultdict(list)
+    for run in runs:
+        others = {k: v for k, v in run.settings.items() if k != key and k not in SEEDS}
+        groups[tuple(map(text_of, others.values()))].append(run)
+    sign = -1 if sweep.minimize else 1
+    kept = []
+    for group in groups.values():
+        scored = [run for run in group if run.repeat == 0 and sweep.metric in run.scores]
+        best = max(scored, key=lambda r: sign * r.scores[str(sweep.metric)]["value"], default=None)
+        kept += [
+            run
+            for run in group
+            if (run.repeat > 0) == (best is not None and run.settings[key] == best.settings[key])
+        ]
+    return kept
 
 
 def finished(run: SweepRun) -> bool:

@@ -1,8 +1,10 @@
 """Progress of long work: one line that says how far it is and how long it will still take."""
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -52,6 +54,26 @@ class Counter:
         """Take the bar away."""
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def waiting(what: str, log: Log, style: str = "auto", every: float = 15) -> Iterator[None]:
+    """Say every so many seconds that a piece of work, whose end nobody knows, goes on."""
+    began, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(every):
+            log(f"      {what}, {clock(time.monotonic() - began)} so far")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    if style != "none":
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def clock(seconds: float) -> str:

@@ -33,6 +33,7 @@ from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError, describe, diff, pick, to_yaml
 
+DAYS = 7.0  # that a training may take, where nobody says it
 MAIN_SETTINGS = (
     "seed",
     "logger",
@@ -73,8 +74,9 @@ def run(argv: Sequence[str]) -> int:
     pick("--paper", args.paper, list(PAPERS))
     if args.json and not (args.dry_run or args.plan):
         raise ConfigError("--json goes with --dry-run or --plan")
-    if args.memory and not args.plan:
-        raise ConfigError("--memory goes with --plan")
+    for option in ("memory", "days"):
+        if getattr(args, option) is not None and not args.plan:
+            raise ConfigError(f"--{option} goes with --plan")
     settings = load(args.paper, args.scale, overrides)
     if args.help:
         print(paper_help(args.paper, args.scale, settings))
@@ -96,7 +98,8 @@ def run(argv: Sequence[str]) -> int:
         prepare_torch()
         from experiments.report.needs import show_needs
 
-        print(show_needs(planned, settings, args.memory, args.days, args.json))
+        days = DAYS if args.days is None else args.days
+        print(show_needs(planned, settings, args.memory, days, args.json))
         return 0
     prepare_torch()
     from experiments.pipeline.publish import Titles
@@ -115,7 +118,9 @@ def general_help() -> str:
         f"usage: {RUN} --paper NAME [--scale NAME] [key=value ...]",
         "",
         *_papers(),
-        *_corpora(),
+        "",
+        "corpora, data=NAME data.root=DIR (how to get them: --paper help)",
+        *columns({name: corpus.about for name, corpus in corpora().items()}),
     ]
     lines += ["", GRAMMAR, "", "options"]
     options = {
@@ -125,7 +130,7 @@ def general_help() -> str:
         "--dry-run": "print which stages would run and which would be reused (--json for programs)",
         "--until STAGE": "stop after a stage, e.g. encode",
         "--plan": "print what each training takes of its devices, and whether it fits "
-        "(--memory 80GiB, --days 7, --json)",
+        f"(--memory 80GiB, --days {DAYS:g}, --json)",
         "--paper NAME --help": "every setting of a paper: type, default, meaning",
     }
     lines += columns(options)
@@ -138,8 +143,8 @@ def general_help() -> str:
 
 
 def papers_help() -> str:
-    """Text of `--paper help`: the papers and their scales, and the corpora."""
-    return "\n".join([*_papers(), *_corpora()])
+    """Text of `--paper help`: the papers and their scales, and the corpora and how to get them."""
+    return "\n".join([*_papers(), "", "corpora, data=NAME data.root=DIR", *_corpora()])
 
 
 def paper_help(paper: str, scale: str, config: RunSettings) -> str:
@@ -202,8 +207,12 @@ def _papers() -> list[str]:
 
 
 def _corpora() -> list[str]:
-    known = columns({name: corpus.about for name, corpus in corpora().items()})
-    return ["", "corpora, data=NAME data.root=DIR (how to get them: data/corpora.yaml)", *known]
+    lines = []
+    for name, corpus in corpora().items():
+        lines.append(f"  {name}: {corpus.about}")
+        told = {n: getattr(corpus, n) for n in ("licence", "access", "download")}
+        lines += [f"  {line}" for line in columns(told)]
+    return lines
 
 
 def _about(paper: str) -> str:

@@ -22,7 +22,7 @@ from experiments.cli import (
     prepare_torch,
     speaker,
 )
-from experiments.papers.base import MAX_SEED
+from experiments.papers.sections import MAX_SEED
 from experiments.pipeline.generator import CHECKPOINT
 from experiments.progress import Counter
 from experiments.settings import ConfigError, describe, override, resolved
@@ -218,31 +218,29 @@ def played(module: GeneratorModule, request: Request, traced: Sequence[Any]) -> 
     Raises:
         ConfigError: settings that do not fit, or pictures that are made window by window.
     """
-    import torch
-
     from experiments.pipeline.sample import decode_unfinished
     from experiments.report.pictures import to_uint8
-    from experiments.report.trace import Played
+    from experiments.report.trace import Played, Recorder
+    from lightning_modules.samplers.loop import entropy_of
 
     shown: list[list[Played]] = [[] for _ in request.prompts]
     for settings in traced:
-        states: list[Tensor] = []
-
-        def on_step(step: int, before: Tensor, after: Tensor, states: Any = states) -> None:
-            states.extend([after] if states else [before, after])
-
+        head = getattr(module.network, "head", None)
+        recorder = Recorder(len(request.prompts), None if head is None else entropy_of(head))
         try:
-            module.sample(request, settings, on_step)
+            with module.heard_by(recorder.on_call):
+                module.sample(request, settings, recorder.on_step)
         except ValueError as error:
             raise ConfigError(first_line(error)) from error
-        if len({state.shape for state in states}) != 1:
+        if len({state.shape for state in recorder.states}) != 1:
             raise ConfigError("--trace cannot follow pictures that are made window by window")
-        for i, one in enumerate(torch.stack(states, dim=1)):  # [T + 1, h, w]
-            frames = to_uint8(decode_unfinished(module.first_stage, one).cpu())
+        for i in range(len(request.prompts)):
+            one, calls, entropy = recorder.of(i)  # [T + 1, h, w]
+            drawn = decode_unfinished(module.first_stage, one.to(module.device))
+            frames = to_uint8(drawn.cpu())
             codes = module.first_stage.num_codes if one.ndim == 3 else None
-            calls = len(states) - 1 if module.calls is None else int(module.calls[i])
             label = getattr(getattr(settings, "sampler", None), "name", "own")
-            shown[i].append(Played(label, frames, one.cpu(), codes, calls))
+            shown[i].append(Played(label, frames, one, codes, calls, entropy))
     return shown
 
 

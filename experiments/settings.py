@@ -91,7 +91,8 @@ def parse_overrides(cls: type, words: Sequence[str]) -> list[tuple[str, Any]]:
     """Turn `key=value` words into (dotted key, value) pairs by the types of `cls`.
 
     `section=word` means `section.name=word` where the section has a name, or fills it from the
-    preset of that name; `None` means null.
+    preset of that name; a name in a section's ALIASES sets all settings that it stands for; `None`
+    means null.
 
     Raises:
         ConfigError: a word without '=', an unknown key, a value that is no YAML.
@@ -105,13 +106,14 @@ def parse_overrides(cls: type, words: Sequence[str]) -> list[tuple[str, Any]]:
                 near = _near(key, _keys(cls))
                 raise ConfigError(f"unknown option {word}; {near or 'settings are key=value'}")
             raise ConfigError(f"{word!r} is not a setting; write key=value")
-        hint = _hint(cls, key)
-        section = _section(hint)
-        if section is None:
-            pairs.append((key, _parse(key, text, hint)))
-        else:
-            value: Any = _yaml(key, text) if text.lstrip().startswith("{") else text
-            pairs.extend(_leaves(cls, section, value, key))
+        for name in _meant(cls, key):
+            hint = _hint(cls, name)
+            section = _section(hint)
+            if section is None:
+                pairs.append((name, _parse(name, text, hint)))
+            else:
+                value: Any = _yaml(name, text) if text.lstrip().startswith("{") else text
+                pairs.extend(_leaves(cls, section, value, name))
     return pairs
 
 
@@ -260,6 +262,18 @@ def _hint(cls: type, dotted: str) -> Any:
             raise ConfigError(f"unknown setting {dotted!r}" + (f"; {near}" if near else ""))
         hint = _fields(section)[name]
     return hint
+
+
+def _meant(cls: type, dotted: str) -> list[str]:
+    """Return the settings that a name stands for by the ALIASES of its section, else the name."""
+    at, _, last = dotted.rpartition(".")
+    section: Any = cls
+    for name in at.split(".") if at else []:
+        section = _section(_fields(section).get(name))
+        if section is None:
+            return [dotted]
+    names = getattr(section, "ALIASES", {}).get(last, (last,))
+    return [f"{at}.{name}" if at else name for name in names]
 
 
 def _near(given: str, allowed: Sequence[str]) -> str:

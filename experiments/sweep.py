@@ -17,7 +17,17 @@ from rich import box
 from rich.table import Table
 
 from experiments.cli import Parser, command, console, prepare_torch, speaker
-from experiments.grid import PROGRAM, Sweep, SweepRun, finished, make_runs, read_sweep, sweep_files
+from experiments.grid import (
+    PROGRAM,
+    SEEDS,
+    Sweep,
+    SweepRun,
+    finished,
+    make_runs,
+    read_sweep,
+    sweep_files,
+    tuned,
+)
 from experiments.pipeline.ranks import is_leader
 from experiments.points import collect, do_runs, supervise
 from experiments.settings import ConfigError
@@ -33,6 +43,7 @@ examples:
   {COMMAND} sweeps/paella_steps.yaml
   {COMMAND} sweeps/ldmae_autoencoders.yaml sweeps/ldmae_losses.yaml
   {COMMAND} sweeps/paella_steps.yaml seeds=3 --jobs 2
+  {COMMAND} sweeps/samplers_muse.yaml draws=4 tune=sampling.sampler.temperature
   {COMMAND} sweeps/paella_steps.yaml eval.prompts=64 --dry-run
 
 Writes table.csv, table.html and pictures into --out (default: runs/sweep-NAME), and every run into
@@ -58,10 +69,13 @@ def run(argv: Sequence[str]) -> int:
     for name in ("out", "index"):
         if getattr(args, name) is not None and len(files) > 1:
             raise ConfigError(f"--{name} belongs to one sweep; give one file")
-    for name in ("jobs", "seeds", "runs"):
+    for name in ("jobs", "seeds", "draws", "runs"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise ConfigError(f"--{name} must be at least 1, got {number}")
     grids = [grid(path, settings, args) for path in files]  # all checked before any work
+    for path, (sweep, _, runs) in zip(files, grids, strict=True):
+        if args.tune is not None:
+            check_tuning(path, sweep, runs, args)
     if args.index is not None and not 0 <= args.index < len(grids[0][2]):
         raise ConfigError(f"--index must be 0 to {len(grids[0][2]) - 1}, got {args.index}")
     if args.dry_run:
@@ -80,9 +94,36 @@ def run(argv: Sequence[str]) -> int:
             supervise(sweep, runs, [str(path), *own, "--jobs=1", f"--out={out}"], args.jobs, say)
         else:
             prepare_torch()
-            do_runs(sweep, runs, say, args.index)
+            first = [run for run in runs if args.tune is None or run.repeat == 0]
+            do_runs(sweep, first, say, args.index)
+            if args.tune is not None:
+                collect(first)
+                do_runs(sweep, tuned(sweep, runs, args.tune), say)
+        if args.tune is not None:
+            collect(runs)
+            runs = tuned(sweep, runs, args.tune)
         failed += report(sweep, runs, out, shlex.join([*COMMAND.split(), *argv]))
     return 1 if failed else 0
+
+
+def check_tuning(
+    path: Path, sweep: Sweep, runs: Sequence[SweepRun], args: argparse.Namespace
+) -> None:
+    """Check that a setting can be tuned before its best value is measured again.
+
+    Raises:
+        ConfigError: it is not varied, or nothing would be measured again, or nothing says what is
+            best.
+    """
+    if args.tune not in runs[0].settings:
+        varied = ", ".join(k for k in runs[0].settings if k not in SEEDS) or "nothing"
+        raise ConfigError(f"{path}: --tune {args.tune} is not varied; it varies {varied}")
+    if args.seeds * args.draws == 1:
+        raise ConfigError("--tune measures the best value with other seeds: give draws=3 or so")
+    if sweep.metric is None:
+        raise ConfigError(f"{path}: --tune needs the sweep's metric, which says what is best")
+    if args.index is not None:
+        raise ConfigError("--tune needs all first runs at once: give no --index")
 
 
 def report(sweep: Sweep, runs: Sequence[SweepRun], out: Path, typed: str) -> int:
@@ -103,7 +144,12 @@ def grid(
 ) -> tuple[Sweep, Path, list[SweepRun]]:
     """Read and check one sweep file; errors name it."""
     sweep = read_sweep(path)
-    more = {"seeds": args.seeds, "count": args.runs, "draw_seed": args.draw_seed}
+    more = {
+        "seeds": args.seeds,
+        "draws": args.draws,
+        "count": args.runs,
+        "draw_seed": args.draw_seed,
+    }
     try:
         return sweep, *make_runs(sweep, words, args.out, **more)
     except ConfigError as error:
@@ -137,6 +183,19 @@ def make_parser() -> Parser:
         metavar="K",
         help="do every run K times, each time with other seeds of training and sampling",
     )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=1,
+        metavar="K",
+        help="sample every training K times, each time with other sampling seeds",
+    )
+    parser.add_argument(
+        "--tune",
+        metavar="KEY",
+        help="repeat, of the values of this setting, only the one that is best by the sweep's "
+        "metric with the first seed, for each combination of the others",
+    )
     parser.add_argument("--runs", type=int, metavar="N", help="runs of a random sweep")
     parser.add_argument(
         "--draw-seed", type=int, default=0, metavar="N", help="seed of a random sweep's runs"
@@ -148,9 +207,8 @@ def make_parser() -> Parser:
 def show(sweep: Sweep, summary: "Summary", files: Sequence[Path]) -> None:
     """Print the tables, what was published, and the paths of what was made."""
     print(f"\n{sweep.name}: scores with their 95 % intervals")
-    for number, table in enumerate(summary.tables):
-        if number:
-            print(f"\n{table.title}")
+    for table in summary.tables:
+        print(f"\n{table.title}")
         made = Table(*table.heads, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for row in table.rows:
             made.add_row(*row)

@@ -203,7 +203,8 @@ def work(
         if not store.leader:
             return
         scores = named(options, score.scores(store.folders))
-        content = result(options, store, scores, made, real, measured, pictures, prompts, command)
+        told = (scores, made, real, measured, score, pictures, prompts, command)
+        content = result(options, store, *told)
         write_json(out / "result.json", content)
     files = {"result": out / "result.json"}
     show_outcome(scores, files if pictures is None else {**files, "pictures": out / IMAGES})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ from eval.choices import MODES, Wanted, described
 from experiments.cli import counted
 from experiments.evaluation.options import Options
 from experiments.evaluation.sources import Source
+from experiments.pipeline.features import Features
 from experiments.pipeline.prompts import list_hash
+from experiments.pipeline.score import Score
 from experiments.pipeline.stage import Stage
 from experiments.pipeline.store import Store
 from experiments.settings import ConfigError
@@ -73,6 +76,7 @@ def result(
     made: Source,
     real: Source | None,
     measured: Sequence[Wanted],
+    score: Score,
     pictures: Stage | None,
     prompts: Any,
     command: str,
@@ -81,7 +85,6 @@ def result(
 
     `protocol` holds all in which two results must agree to be compared.
     """
-    n = len(made.images.rows(store.folders))
     asked = None
     if prompts is not None:
         rows = prompts.rows(store.folders)
@@ -92,7 +95,7 @@ def result(
     if real is not None:
         against = dict(real.told)
         if hasattr(real.images, "rows"):
-            against["n"] = len(real.images.rows(store.folders))
+            against["n"] = scored(store, score, real.images)
     one = options.protocol
     return {
         "format": FORMAT,
@@ -102,7 +105,7 @@ def result(
             "name": None if one is None else one.name,
             "changed": options.changed(),
             "unknown": [] if one is None else [k for k, v in one.known.items() if v == "unknown"],
-            "n": n,
+            "n": scored(store, score, made.images),
             "list": asked,
             "reference": against,
             "pictures": {
@@ -117,16 +120,24 @@ def result(
             },
         },
         "pictures": {k: v for k, v in made.told.items() if k != "sizes"},
-        "speed": speed(store, pictures, n),
+        "speed": speed(store, pictures),
         "versions": versions(),
     }
 
 
-def speed(store: Store, pictures: Stage | None, n: int) -> dict[str, Any]:
+def scored(store: Store, score: Score, images: Any) -> int:
+    """Return how many of some pictures all scores read; what cannot be read is left out."""
+    pairs = [(one.made, one.reference) for one in score.sets]
+    of = [f for f in itertools.chain(*pairs) if isinstance(f, Features) and f.images == images]
+    return min(marker["what"]["pictures"] for marker in map(store.done, of) if marker)
+
+
+def speed(store: Store, pictures: Stage | None) -> dict[str, Any]:
     """Return how fast pictures were made: by one process, whatever the number of them."""
     marker = None if pictures is None else store.done(pictures)
     if not marker or not marker.get("busy"):
         return {}
+    n = marker["what"]["pictures"]
     rate = n / marker["busy"]
     return {"images_per_second_and_process": float(f"{rate:.4g}"), "made": counted(n, "picture")}
 

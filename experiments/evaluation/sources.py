@@ -19,8 +19,8 @@ from experiments.checkpoint import (
 )
 from experiments.cli import counted, first_line, prepare_torch, speaker
 from experiments.evaluation.options import Options
-from experiments.papers.base import MAX_SEED
 from experiments.papers.registry import PAPERS
+from experiments.papers.sections import MAX_SEED
 from experiments.pipeline.data import Captions, Pictures
 from experiments.pipeline.first_stage import Given
 from experiments.pipeline.given import (
@@ -95,6 +95,7 @@ def asked(options: Options) -> Prompts | Captions | None:
     elif args.coco is not None and not first_stage:
         source = CocoCaptions(coco_path(options, "captions"), args.list_seed)
     elif options.data is not None:
+        check_seed(args.seed + options.data.prompts - 1)
         return options.data.captions("val", options.data.prompts)
     elif first_stage or args.images is not None:
         return None
@@ -106,11 +107,19 @@ def asked(options: Options) -> Prompts | Captions | None:
         rows = source.rows(options.num)
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
-    last = args.seed + max(row["number"] for row in rows)
-    if last > MAX_SEED:
-        raise ConfigError(f"--seed: no picture's seed may exceed {MAX_SEED}, got {last}")
+    check_seed(args.seed + max(row["number"] for row in rows))
     options.num = len(rows)
     return Prompts(source, len(rows))
+
+
+def check_seed(last: int) -> None:
+    """Refuse seeds of pictures, up to the last one, that no generator takes.
+
+    Raises:
+        ConfigError: they exceed MAX_SEED.
+    """
+    if last > MAX_SEED:
+        raise ConfigError(f"--seed: no picture's seed may exceed {MAX_SEED}, got {last}")
 
 
 def coco_path(options: Options, what: str) -> Path:

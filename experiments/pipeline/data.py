@@ -289,9 +289,9 @@ class Data:
         return Captions(self.shards(split, resolution), self.view(resolution), count)
 
     def reference(self, split: str) -> Captions:
-        """Return samples that share no caption with the first ones of a split."""
+        """Return samples that are not among the first ones of val or heldout, which are asked."""
         if self.config.name not in EMBEDDED:
-            asked = self.prompts
+            asked = {"val": self.prompts, "heldout": self.heldout}[split]
             return Captions(self.shards(split), self.view(), 2 * asked, first=asked)
         name = "reference" if split == "val" else f"{split}_reference"
         shards = self.shards(name)

@@ -103,8 +103,9 @@ class Reconstruct(SplitStage):
         return make
 
     def finish(self, folder: Path, inputs: Folders, machine: Machine, log: Log) -> dict[str, Any]:
-        """Count them."""
-        return {"pictures": len(self.rows(inputs))}
+        """Count those that could be read."""
+        parts = range(len(self.parts(inputs, machine)))
+        return {"pictures": sum(len(self.beside(i, inputs, machine)) for i in parts)}
 
     def reader(
         self, inputs: Folders, machine: Machine

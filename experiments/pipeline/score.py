@@ -48,35 +48,23 @@ class Score(Stage):
         from eval.scorers import SCORERS
 
         scores: dict[str, Any] = {}
-        verdicts: dict[str, Any] = {}
-        for one in self.sets:
-            made, asked = one.made.measured(inputs)
-            reference = None
-            count = None if one.reference is None else one.reference.count(inputs)
-            if one.reference is not None and (count is None or count >= LEAST):
-                reference = one.reference.measured(inputs)[0]
-            elif one.reference is not None:
-                log.note(f"{one.prefix}: too few real pictures of other captions for a distance")
-            found, read = SCORERS[one.scorer](
-                made,
-                asked,
-                reference,
-                prefix=one.prefix,
-                resamples=self.resamples,
-                seed=self.seed,
-                **one.about,
-            )
+        verdicts: dict[str, dict[str, Any]] = {}
+        for number, one in enumerate(self.sets, 1):
+            drawing = {"resamples": self.resamples, "seed": self.seed}
+            how: dict[str, Any] = {"prefix": one.prefix, **drawing}
+            with log.waiting(f"{one.prefix}: {one.scorer}, {number} of {len(self.sets)}"):
+                made, asked = one.made.measured(inputs)
+                reference = self._reference(one, inputs, log)
+                found, read = SCORERS[one.scorer](made, asked, reference, **how, **one.about)
             scores |= found
             drawn = one.made.follows
             calls = drawn.calls(inputs) if isinstance(drawn, Sample) else None
             if calls:
-                how = {"resamples": self.resamples, "seed": self.seed}
-                scores |= score_calls(calls, prefix=one.prefix, **how)
-            verdicts[one.prefix] = (
-                dict(zip((str(i) for i in made.rows["index"].tolist()), read, strict=True))
-                if read
-                else {}
-            )
+                scores |= score_calls(calls, **how)
+            of = verdicts.setdefault(one.prefix, {})  # which several sets may have
+            if read:
+                for place, verdict in zip(made.rows["index"].tolist(), read, strict=True):
+                    of[str(place)] = {**of.get(str(place), {}), **verdict}
         for name, score in scores.items():
             if not math.isfinite(score["value"]):
                 raise ValueError(
@@ -85,6 +73,16 @@ class Score(Stage):
         write_json(folder / "metrics.json", scores)
         write_json(folder / "verdicts.json", verdicts)
         return {name: score["value"] for name, score in scores.items()}
+
+    def _reference(self, one: Scored, inputs: Folders, log: Log) -> Any:
+        """Return the rows of real pictures, None where there are none or too few."""
+        if one.reference is None:
+            return None
+        count = one.reference.count(inputs)
+        if count is None or count >= LEAST:
+            return one.reference.measured(inputs)[0]
+        log.note(f"{one.prefix}: too few real pictures of other captions for a distance")
+        return None
 
     def scores(self, inputs: Folders) -> dict[str, Any]:
         """Return the scores by name."""

@@ -8,13 +8,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.files import file_hash
-from experiments.progress import Counter
+from experiments.progress import Counter, waiting
 
 Say = Callable[[str], None]
 
@@ -63,6 +64,10 @@ class Log:
     def counter(self, what: str, total: int, done: int = 0) -> Counter:
         """Begin to count."""
         return Counter(what, total, self.say, self.style, done)
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Say now and then that work without parts goes on."""
+        return waiting(what, self.say, self.style)
 
 
 class Folders:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 
 from rich import box
@@ -41,8 +42,8 @@ def show_needs(
     Raises:
         ConfigError: a memory that cannot be read, or days that are no positive number.
     """
-    if days <= 0:
-        raise ConfigError(f"--days must be above 0, got {days:g}")
+    if not 0 < days < math.inf:
+        raise ConfigError(f"--days must be a number above 0, got {days:g}")
     bytes_there = parse_bytes(memory) if memory else own_memory(run.trainer.accelerator)
     found = needs(planned, run)
     if as_json:

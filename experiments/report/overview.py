@@ -15,7 +15,7 @@ from experiments.agent import text_of
 from experiments.cli import counted
 from experiments.grid import Sweep, SweepRun
 from experiments.pipeline.store import Store
-from experiments.report import charts
+from experiments.report import charts, samplers
 from experiments.report.claims import Verdict, verdict
 from experiments.report.document import (
     anchor,
@@ -72,7 +72,11 @@ def write_overview(sweeps: Sequence[Done], out: Path, command: str) -> list[Path
     shown = [done for done in sweeps if any(run.scores for run in done.runs)]
     claims = judged(shown)
     figures = {done.sweep.name: draw(done.sweep, done.runs) for done in shown}
-    write_text(out / "index.html", _page(shown, claims, figures, command))
+    sampled = samplers.compared([done.runs for done in shown])
+    figures["samplers"] = {
+        f"{paper}.png": drawn for paper, drawn in samplers.frontiers(sampled).items()
+    }
+    write_text(out / "index.html", _page(shown, claims, sampled, figures, command))
     write_text(out / "measured.csv", measured_csv(shown))
     write_text(out / "claims.csv", _claims_csv(claims))
     paths = [out / name for name in ("index.html", "measured.csv", "claims.csv")]
@@ -86,6 +90,7 @@ def write_overview(sweeps: Sequence[Done], out: Path, command: str) -> list[Path
 def _page(
     sweeps: Sequence[Done],
     claims: Sequence[Judged],
+    sampled: Sequence[samplers.Sampled],
     figures: Mapping[str, Mapping[str, Figure]],
     command: str,
 ) -> str:
@@ -100,6 +105,7 @@ def _page(
             f"<p class=muted>{counted(len(sweeps), 'sweep')}, {counted(runs, 'run')}</p>",
             section("The same prompts and seeds", _wall(sweeps), "The best run of each paper."),
             section(f"What is claimed: {told}", _claims_table(claims)),
+            _samplers(sampled, figures["samplers"]),
             section("Tables", _contents(published, sweeps)),
             *(_sweep(done, figures[done.sweep.name], claims) for done in sweeps),
             *(
@@ -110,6 +116,21 @@ def _page(
             section("Make this page again", code(command)),
         ],
     )
+
+
+def _samplers(sampled: Sequence[samplers.Sampled], figures: Mapping[str, Figure]) -> str:
+    """Show the samplers of every paper beside its own loop."""
+    if not sampled:
+        return ""
+    body = ""
+    for paper, (heads, rows) in samplers.tables(sampled).items():
+        drawn = charts.chart_tag(figures[f"{paper}.png"], f"samplers of {paper}")
+        body += f"<h3>{escape(paper)}</h3>{boxes('charts', [drawn])}{html_table(heads, rows)}"
+    about = (
+        "Every sampler at the best of the settings that were tried, against the paper's own loop "
+        "on the same prompts, seeds and calls (95 % intervals by pairs, as McNemar's test)."
+    )
+    return section("Samplers on the same checkpoints", body, about)
 
 
 def best_runs(sweeps: Sequence[Done]) -> dict[str, SweepRun]:

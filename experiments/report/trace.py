@@ -1,18 +1,22 @@
 """A page that plays samplings step by step: several ways of drawing one prompt, side by side."""
 
+import base64
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from experiments.report.document import boxes, data_url, document, section
 from experiments.report.pictures import to_image
 
 KINDS = ("opened", "put back", "rewritten")
+LEVELS = 254  # of entropy in the page, in a byte each; 255 is a cell that nobody asked about
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,11 @@ class Played:
     """[T + 1, h, w] int64 tokens, or [T + 1, C, h, w] latents, of which no cell is told."""
     masks: int | None
     """Tokens from this number on are masks; None where there are no tokens."""
-    calls: int
-    """Network calls in all."""
+    calls: list[int]
+    """[T] network calls until the end of each step."""
+    entropy: Tensor | None = None
+    """[T, h, w] entropy in nats of what the network said in each step, NaN where it was not asked;
+    guided, before temperature and filters. None where there are no tokens."""
 
     def changes(self) -> list[list[list[int]]]:
         """Return per step the cells of each of KINDS, numbered by rows."""
@@ -40,6 +47,53 @@ class Played:
             sets = (was & ~hidden, ~was & hidden, ~was & ~hidden & (before != after))
             found.append([cells.nonzero().flatten().tolist() for cells in sets])
         return found
+
+
+class Recorder:
+    """Hears a sampling of B pictures: `on_step` its states, `on_call` its network calls.
+
+    Args:
+        pictures: B.
+        entropy: features [n, C] -> entropies [n] of the codes; None where there are none.
+    """
+
+    def __init__(self, pictures: int, entropy: Callable[[Tensor], Tensor] | None) -> None:
+        self.measure = entropy
+        self.states: list[Tensor] = []
+        self.calls: list[Tensor] = []
+        self.maps: list[Tensor] = []
+        self._called = torch.zeros(pictures, dtype=torch.int64)
+        self._map: Tensor | None = None
+
+    def on_call(self, pictures: Tensor, places: Tensor | None, rows: Tensor) -> None:
+        """Count a call, and keep how unsure the network was."""
+        pictures = pictures.cpu()
+        self._called[pictures] += 1
+        if places is None or self.measure is None:
+            return
+        places, found = places.cpu(), self.measure(rows).float().cpu()
+        if self._map is None:
+            self._map = torch.full((len(self._called), *places.shape[1:]), torch.nan)
+        self._map[pictures] = self._map[pictures].masked_scatter(places, found)
+
+    def on_step(self, step: int, before: Tensor, after: Tensor) -> None:
+        """Keep the state after a step."""
+        if not self.states:
+            self.states.append(before.cpu())
+        self.states.append(after.cpu())
+        self.calls.append(self._called.clone())
+        empty = torch.full((len(after), *after.shape[-2:]), torch.nan)
+        self.maps.append(empty if self._map is None else self._map)
+        self._map = None
+
+    def of(self, picture: int) -> tuple[Tensor, list[int], Tensor | None]:
+        """Return states, calls and entropies of a picture, as `Played` has them."""
+        calls = [int(so_far[picture]) for so_far in self.calls]
+        if not any(calls):  # a loop that tells of no calls has one in each step
+            calls = list(range(1, len(self.calls) + 1))
+        maps = torch.stack([one[picture] for one in self.maps])
+        told = not bool(maps.isnan().all())
+        return torch.stack([one[picture] for one in self.states]), calls, maps if told else None
 
 
 def trace_page(title: str, prompts: Sequence[str], played: Sequence[Sequence[Played]]) -> str:
@@ -57,12 +111,17 @@ def trace_page(title: str, prompts: Sequence[str], played: Sequence[Sequence[Pla
         for one in samplings:
             number = len(data)
             data.append(_told(one))
+            unsure = told = ""
+            if one.entropy is not None:
+                label = f"{escape(one.name)}: entropy of the network's answer"
+                told = "; map: dark is sure, bright is unsure"
+                unsure = f'<canvas id="e{number}" role=img aria-label="{label}"></canvas>'
             counts = " ".join(f'<span class="k{i}">{kind}</span>' for i, kind in enumerate(KINDS))
             cards.append(
-                f'<figure class=box><canvas id="c{number}" role=img '
+                f'<figure class=box><div><canvas id="c{number}" role=img '
                 f'aria-label="{escape(one.name)}: {escape(prompt)}"></canvas>'
-                f"<figcaption><b>{escape(one.name)}</b> <span id=t{number}></span>"
-                f"<br><small>{counts}</small></figcaption></figure>"
+                f"{unsure}</div><figcaption><b>{escape(one.name)}</b> <span id=t{number}></span>"
+                f"<br><small>{counts}{told}</small></figcaption></figure>"
             )
         parts.append(section(prompt, boxes("players", cards)))
     controls = (
@@ -86,7 +145,21 @@ def _told(one: Played) -> dict[str, object]:
         "grid": [rows, columns],
         "changes": one.changes(),
         "calls": one.calls,
+        "entropy": _entropies(one),
     }
+
+
+def _entropies(one: Played) -> dict[str, object] | None:
+    """The entropies in bytes, with their ceiling log K and the mean of each step in nats."""
+    if one.entropy is None or one.masks is None:
+        return None
+    ceiling, asked = math.log(max(2, one.masks)), ~one.entropy.isnan()
+    level = (one.entropy / ceiling * LEVELS).round().clamp(0, LEVELS)
+    cells = torch.where(asked, level, LEVELS + 1).to(torch.uint8)
+    means = one.entropy.flatten(1).nanmean(1).tolist()
+    shown = [None if math.isnan(mean) else round(mean, 3) for mean in means]
+    code = base64.b64encode(cells.numpy().tobytes()).decode()
+    return {"cells": code, "ceiling": round(ceiling, 3), "means": shown}
 
 
 def _json(data: object) -> str:
@@ -95,8 +168,9 @@ def _json(data: object) -> str:
 
 
 LOOK = """
-.players { grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
-.players canvas { width: 100%; image-rendering: pixelated; display: block; }
+.players { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.players div { display: flex; gap: .25rem; }
+.players canvas { width: 0; flex: 1; image-rendering: pixelated; aspect-ratio: auto; }
 .controls { position: sticky; top: 0; background: var(--ground); padding: .5rem 0; z-index: 1; }
 .controls input { width: min(60vw, 30rem); vertical-align: middle; }
 .controls button { font: inherit; min-width: 5rem; min-height: 2.75rem; }
@@ -104,10 +178,13 @@ LOOK = """
 """
 PLAYER = """
 'use strict';
+const LEVELS = 254, NONE = 255;
 const players = JSON.parse(document.getElementById('data').textContent);
 const slider = document.getElementById('step'), play = document.getElementById('play');
 const style = getComputedStyle(document.documentElement);
 const colors = ['--right', '--muted', '--wrong'].map(name => style.getPropertyValue(name));
+const maps = players.map(p => p.entropy && Uint8Array.from(
+  atob(p.entropy.cells), letter => letter.charCodeAt(0)));
 const images = players.map(p => {
   const image = new Image();
   image.onload = draw;
@@ -132,8 +209,26 @@ function drawOne(p, n) {
       pen.strokeRect(x * cw + 1, y * ch + 1, cw - 2, ch - 2);
     }
   });
+  const calls = step > 0 ? p.calls[step - 1] : 0, mean = drawMap(p, n, step);
   document.getElementById('t' + n).textContent =
-    `step ${step} of ${last}, ${p.calls} calls in all: ${counts.join(' / ')}`;
+    `step ${step} of ${last}, ${calls} of ${p.calls[last - 1]} calls: ${counts.join(' / ')}${mean}`;
+}
+function drawMap(p, n, step) {
+  if (!p.entropy) return '';
+  const canvas = document.getElementById('e' + n), [rows, columns] = p.grid;
+  canvas.width = columns; canvas.height = rows;
+  const pen = canvas.getContext('2d'), picture = pen.createImageData(columns, rows);
+  const from = (step - 1) * rows * columns;
+  for (let i = 0; i < rows * columns; i++) {
+    const level = step > 0 ? maps[n][from + i] : NONE;
+    if (level === NONE) continue;
+    const share = level / LEVELS;
+    picture.data.set([255 * Math.min(1, 2 * share), 230 * share, 60 + 100 * share, 255], 4 * i);
+  }
+  pen.putImageData(picture, 0, 0);
+  const mean = step > 0 ? p.entropy.means[step - 1] : null;
+  const most = p.entropy.ceiling.toFixed(2);
+  return mean === null ? '' : `, entropy ${mean.toFixed(2)} of ${most} nats`;
 }
 function draw() { players.forEach(drawOne); }
 let timer = null;

@@ -11,8 +11,9 @@ GPU_ROWS = 2**14  # rows of logits that a GPU holds at once (512 MiB of 8192 cod
 
 
 def pieces(rows: Tensor, size: int) -> Sequence[Tensor]:
-    """Cut rows [n, ...] into pieces of `size` for a core's cache; a GPU gets as many as fit."""
-    return rows.split(size if rows.device.type == "cpu" else max(size, GPU_ROWS))
+    """Cut rows [n, ...] into pieces of `size` for a core's cache; else as many as fit a GPU."""
+    cached = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows.split(size if cached else max(size, GPU_ROWS))
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_modules.common.ema import WeightAverage
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.optim import adamw, lr_factor
 from lightning_modules.common.places import Compiler, Masked, Picked
-from lightning_modules.common.request import OnStep, Request
+from lightning_modules.common.request import OnCall, OnStep, Request
 from lightning_modules.common.settings import build, plain
 from lightning_modules.common.text import TEXT_ENCODERS, Condition, FrozenEncoder, KnownStates
 from lightning_modules.common.training import SeededModule
@@ -61,6 +61,8 @@ class GeneratorModule(SeededModule):
         # makes the steps of sampling fast, `torch.compile` for one
         self.compiler: Compiler | None = None
         self.calls: Tensor | None = None
+        self.on_call: OnCall | None = None
+        """Hears of every network call of `sample_tokens`; see `heard_by`."""
 
     @classmethod
     def assemble(
@@ -210,14 +212,35 @@ class GeneratorModule(SeededModule):
             if asked and request.start is None:
                 raise ValueError(f"{what} needs a picture to start from (start)")
 
-    def counting(self, predict: Callable[..., Tensor], count: int) -> Callable[..., Tensor]:
-        """The same function, with a network call counted for each of `count` pictures."""
+    def counting(
+        self, predict: Callable[..., Tensor], count: int, places: Picked | None = None
+    ) -> Callable[..., Tensor]:
+        """The same function, with a network call counted for each of `count` pictures.
+
+        Where its last argument says which places are asked about, `on_call` hears that. Masked
+        places count for themselves.
+        """
+        if isinstance(places, Masked):
+            return predict
 
         def counted(*arguments: Any) -> Tensor:
             self.count_calls(torch.ones(count, dtype=torch.int64))
-            return predict(*arguments)
+            rows = predict(*arguments)
+            if self.on_call is not None:
+                keep = arguments[-1] if arguments[-1].dtype == torch.bool else None
+                self.on_call(torch.arange(count, device=rows.device), keep, rows)
+            return rows
 
         return counted
+
+    @contextmanager
+    def heard_by(self, on_call: OnCall) -> Iterator[None]:
+        """Let someone hear of every network call, as a trace does."""
+        self.on_call = on_call
+        try:
+            yield
+        finally:
+            self.on_call = None
 
     def count_calls(self, calls: Tensor) -> None:
         """Add network calls [B] to those of the pictures that are being drawn."""
@@ -241,11 +264,14 @@ class GeneratorModule(SeededModule):
         """
 
     def places(self) -> Picked:
-        """How places of a grid are computed: picked on a CPU, where looking waits for nothing."""
-        fixed = self.device.type == "cuda" or torch.compiler.is_compiling()
-        if not fixed and self.compiler is None:
-            return Picked()
-        return Masked(self.device, self.compiler)
+        """How places are computed: picked on a CPU, where looking waits for nothing, else masked.
+
+        Who hears of network calls hears of picked places.
+        """
+        if torch.compiler.is_compiling():
+            return Masked(self.device)
+        fixed = self.device.type == "cuda" or self.compiler is not None
+        return Masked(self.device, self.compiler) if fixed and self.on_call is None else Picked()
 
     @abstractmethod
     def sample_tokens(

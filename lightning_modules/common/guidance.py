@@ -108,6 +108,11 @@ def mix(own: Tensor, null: Tensor, scale: float, channels: int | None = None) ->
     return torch.cat([null[:, :channels].lerp(own[:, :channels], scale), own[:, channels:]], dim=1)
 
 
+def equals(scale: float | Tensor, value: float) -> bool:
+    """Say whether a scale is a number of this value; a tensor is not looked at."""
+    return not isinstance(scale, Tensor) and scale == value
+
+
 def weighted(parts: Tensor, shares: Shares) -> Tensor:
     """Sum the features of several conditions.
 

@@ -20,24 +20,47 @@ from lightning_modules.common.categorical import (
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def whole(values: Any) -> bool:
+    """Say whether numbers, or numbers of numbers, are integers."""
+    return isinstance(values, int) or (
+        isinstance(values, Sequence) and all(whole(value) for value in values)
+    )
+
+
 class Picked:
     """Picks places by indexing: the least work, and on a GPU a wait for every number of places."""
+
+    calls: int = 0
+    """Steps that asked the network unheard, once for every picture."""
 
     def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function of a loop's step as it is to be called."""
         return function
 
-    def numbers(self, values: Sequence[float]) -> Sequence[Any]:
-        """Return the numbers of a loop's steps, as a step takes them one at a time."""
-        return values
+    def send(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the CPU where steps read it."""
+        return tensor
+
+    def numbers(self, values: Sequence[Any], plain: Sequence[float] = ()) -> list[Any]:
+        """Return the numbers of a loop's steps as each step takes its own.
+
+        Args:
+            values: a number, or as many as every other step has, per step.
+            plain: numbers that choose what a step does, and not only how much.
+        """
+        return list(values)
 
     def keep(self, keep: Tensor) -> Tensor | None:
         """Return what networks take for places [B, ...] bool: None keeps all."""
         return keep
 
     def any(self, keep: Tensor) -> bool:
-        """Say whether there is anything to compute."""
+        """Say whether there is any such place [B, ...] bool."""
         return bool(keep.any())
+
+    def among(self, rows: Tensor, keep: Tensor, some: Tensor) -> Tensor:
+        """Return the rows of some of the places that were kept."""
+        return rows[some[keep]]
 
     def pick(self, values: Tensor, keep: Tensor) -> Tensor:
         """Map values [B, ...] to rows [n], in the order of keep.nonzero()."""
@@ -75,12 +98,24 @@ class Masked(Picked):
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
 
     def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function of a step, compiled."""
-        return function if self.compiler is None else self.compiler(function)
+        """Return the function of a step, compiled; each step is a call of the network."""
+        made = function if self.compiler is None else self.compiler(function)
 
-    def numbers(self, values: Sequence[float]) -> Sequence[Any]:
-        """Return tensors [] float64, sent to the device at once."""
-        return torch.tensor(values, dtype=torch.float64, device=self.device).unbind()
+        def counted(*arguments: Any) -> Any:
+            self.calls += 1
+            return made(*arguments)
+
+        return counted
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the device."""
+        return tensor.to(self.device)
+
+    def numbers(self, values: Sequence[Any], plain: Sequence[float] = ()) -> list[Any]:
+        """Return tensors [] (or [n]), float64 or int64, sent at once; plain ones as they are."""
+        tensors = self.send(torch.tensor(values, dtype=None if whole(values) else torch.float64))
+        pairs = zip(values, tensors.unbind(), strict=True)
+        return [value if value in plain else tensor for value, tensor in pairs]
 
     def keep(self, keep: Tensor) -> Tensor | None:
         """Return None: all places."""
@@ -89,6 +124,10 @@ class Masked(Picked):
     def any(self, keep: Tensor) -> bool:
         """Return True without a look."""
         return True
+
+    def among(self, rows: Tensor, keep: Tensor, some: Tensor) -> Tensor:
+        """Return all rows."""
+        return rows
 
     def pick(self, values: Tensor, keep: Tensor) -> Tensor:
         """Map values [B, ...] to all rows [n]."""

@@ -12,6 +12,10 @@ from lightning_modules.common.seeding import mix_seed
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called with the step, what went into it and what came out (tokens or latents of B pictures)."""
 
+OnCall = Callable[[Tensor, Tensor | None, Tensor], None]
+"""Called with the pictures [n] that a network call was for, the places [n, h, w] bool that it was
+asked about (None: another kind of call), and the features [places.sum(), C] before the head."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.categorical import draw_rows, pieces
 from lightning_modules.common.guidance import Guidance
+from lightning_modules.common.places import Picked
 from lightning_modules.improved_vqd.config import (
     RELEASED_SLOW_TABLE,
     RELEASED_TABLES,
     SamplingConfig,
     check_released,
 )
-from lightning_modules.samplers.kernel import Chance, Kernel
+from lightning_modules.samplers.kernel import Chance, Kernel, Moves
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.process import Draw, Head, Schedule
 
@@ -45,6 +46,8 @@ class Call(NamedTuple):
     """The step, where it is an ordinary one."""
     reveals: tuple[int, int] | None
     """How many tokens of the walk are revealed before and after it; None: an ordinary step."""
+    moves: Moves | None = None
+    """As of `process.Step`."""
 
 
 def make_calls(schedule: Schedule, config: SamplingConfig, tokens: int) -> list[Call]:
@@ -143,7 +146,7 @@ def _parts(count: int, limit: int | None) -> list[int]:
 def purity(rows: Tensor, head: Head, chunk: int = 256) -> Tensor:
     """Probability of the likeliest code, max_k p(x_0 = k | x_t), for features [n, C]: [n]."""
     peaks = []
-    for part in rows.split(chunk):
+    for part in pieces(rows, chunk):
         logits = head(part)
         peaks.append(1 / (logits - logits.amax(1, keepdim=True)).exp_().sum(1))
     return torch.cat(peaks)
@@ -189,6 +192,7 @@ def sample(
     mask: Tensor | None = None,
     draw: Draw = draw_rows,
     transition: Callable[..., Tensor] = process.transition,
+    places: Picked | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """VQ-Diffusion's loop, in which a call may reveal a chosen number of tokens.
@@ -216,16 +220,23 @@ def sample(
         mask: [B, h, w], 1 = generate, 0 = keep the token of x; None generates all.
         draw: like `draw_rows`.
         transition: makes the ordinary steps.
+        places: how places are computed.
         on_step: called with the step's number, its input and its result [B, h, w].
 
     Returns:
         [B, h, w] int64.
     """
-    codes = calls[0].kernel.num_codes
+    places, codes = places or Picked(), calls[0].kernel.num_codes
     generate = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
     total = ((x == codes) & generate).flatten(1).sum(1)  # [B]
     first = calls[0].reveals[0] if calls[0].reveals is not None else 0
     whole = (x[0].numel() if tokens is None else tokens) - first
+    shares = None if shares is None else places.send(shares)
+    revealed = places.numbers([[*(call.reveals or (0, 0))] for call in calls])
+    calls = [
+        call if call.reveals is None else call._replace(reveals=tuple(counts))
+        for call, counts in zip(calls, revealed, strict=True)
+    ]
 
     def step(
         x: Tensor,
@@ -235,27 +246,28 @@ def sample(
         chance: Chance,
         generate: Tensor,
         draw: Draw,
+        places: Picked,
     ) -> Tensor:
         if call.reveals is None:
-            ordinary = process.Step(call.t, call.kernel)
-            return transition(x, ordinary, rows, truncated, chance, generate, draw)
+            ordinary = process.Step(call.t, call.kernel, call.moves)
+            return transition(x, ordinary, rows, truncated, chance, generate, draw, places=places)
         before, after = ((n - first) * total // whole for n in call.reveals)
         masked = (x == codes) & generate
-        if not bool(((after > before) & masked.flatten(1).any(1)).any()):
+        if not places.any((after > before)[:, None, None] & masked):
             return x
         if shares is not None:
             share = (x == codes).flatten(1).double().mean(1)  # [B]
             t = (shares.to(share) - share[:, None]).abs().argmin(1)
 
             def rows(keep: Tensor) -> Tensor:
-                return predict(x, t, keep)
+                return predict(x, t, places.keep(keep))
 
         features = score = None
         asked = masked if raw else torch.ones_like(masked)
         if order == "purity":
             features = rows(asked)  # [n, C]
-            peak = x.new_zeros(x.shape, dtype=features.dtype)
-            peak = peak.masked_scatter(asked, purity(features, head)).flatten(1)  # [B, N]
+            nothing = x.new_zeros(x.shape, dtype=features.dtype)
+            peak = places.put(nothing, asked, purity(features, head)).flatten(1)  # [B, N]
             score = peak if raw else peak / (peak.amax(1, keepdim=True) + 1e-10)
         chosen = choose(
             torch.ones_like(chance.opens).flatten(1) if score is None else score,
@@ -263,17 +275,19 @@ def sample(
             after - before,
             chance.opens.flatten(1),
         ).view_as(x)
-        picked = rows(chosen) if features is None else features[chosen[asked]]
+        picked = rows(chosen) if features is None else places.among(features, asked, chosen)
         sharp = torch.ones_like(picked[:, :1])
         if score is not None:
-            sharp = sharp + purity_weight * score[chosen.flatten(1)][:, None].to(picked)
+            sure = places.pick(score.view_as(x), chosen)[:, None]
+            sharp = sharp + purity_weight * sure.to(picked)
         # the power travels with its row, because `draw` cuts the rows into pieces
         packed = torch.cat([picked, sharp], dim=1)
-        result = x.clone()
-        result[chosen] = draw(
-            packed, chance.draws[chosen], lambda some: truncated(some[:, :-1]) * some[:, -1:]
+        drawn = draw(
+            packed,
+            places.pick(chance.draws, chosen),
+            lambda some: truncated(some[:, :-1]) * some[:, -1:],
         )
-        return result
+        return places.put(x, chosen, drawn)
 
     return process.sample(
         predict,
@@ -287,5 +301,6 @@ def sample(
         mask=mask,
         draw=draw,
         transition=step,
+        places=places,
         on_step=on_step,
     )

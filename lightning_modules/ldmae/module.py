@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_modules.common.generator import GeneratorModule
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.labels import read_label
+from lightning_modules.common.places import Picked
 from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.text import Condition
 from lightning_modules.ldmae import process
@@ -25,6 +26,7 @@ class Drawing(NamedTuple):
     noise: Tensor  # [B, C, h, w]
     start: Tensor | None  # [B, C, h, w]
     generate: Tensor | None  # [B, 1, h, w] bool
+    places: Picked
     on_step: OnStep | None
 
 
@@ -225,15 +227,21 @@ class LDMAEModule(GeneratorModule):
         def predict(x: Tensor, t: Tensor, conditions: Sequence[process.Condition]) -> Tensor:
             return self.network(x, t.to(x), [sides[name] for name in conditions])
 
+        # dopri5 knows what each picture needed
+        places = Picked() if settings.solver == "dopri5" else self.places()
+
         noise = process.sample_noise(request.seeds, (self.config.model.in_channels, *self.grid))
         noise = noise.to(self.alpha_bar)  # its device and precision
         start = None if request.start is None else request.start.to(noise)
         generate = None if request.mask is None else request.mask.to(self.device).bool()[:, None]
-        if settings.solver != "dopri5":  # which knows what each picture needed
-            predict = self.counting(predict, len(noise))
-        drawing = Drawing(settings, predict, request.seeds, noise, start, generate, on_step)
+        if settings.solver != "dopri5":
+            predict = self.counting(predict, len(noise), places)
+        drawing = Drawing(settings, predict, request.seeds, noise, start, generate, places, on_step)
         follow = self._walk_the_chain if settings.solver == "ddim" else self._follow_the_flow
-        return follow(drawing)
+        latents = follow(drawing)
+        calls = places.calls * (2 if settings.solver == "heun" else 1)
+        self.count_calls(torch.full((len(noise),), calls))
+        return latents
 
     def _follow_the_flow(self, d: Drawing) -> Tensor:
         s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)
@@ -258,8 +266,8 @@ class LDMAEModule(GeneratorModule):
         x = d.noise
         if d.start is not None:
             x = process.straight_path(d.noise, d.start, times[:1].to(x))[0]
-        solver: Any = s.solver
-        return process.integrate(velocity(interval), x, times, solver, d.on_step)
+        own: Any = {"inside": process.insides(s.guidance, interval, times), "places": d.places}
+        return process.integrate(velocity(interval), x, times, s.solver, d.on_step, **own)
 
     def _walk_the_chain(self, d: Drawing) -> Tensor:
         s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)
@@ -272,9 +280,11 @@ class LDMAEModule(GeneratorModule):
         model = process.guided(d.predict, s.guidance, s.guidance_channels, interval, progress)
         x = d.noise
         if d.start is not None and d.generate is not None:
-            model = process.held_noise(model, d.start, alpha_bar, d.generate)
+            model = process.held_noise(model, d.start, d.places.send(alpha_bar), d.generate)
         if d.start is not None and s.first_step > 0:
             x = process.diffuse(d.noise, d.start, alpha_bar[grid[:1]].to(x))
         shape = tuple(x.shape[1:])
         fresh = (process.sample_noise(d.seeds, shape, i).to(x) for i in range(1, len(grid)))
-        return process.ddim(model, x, grid, alpha_bar, eta=s.eta, fresh=fresh, on_step=d.on_step)
+        inside = process.insides(s.guidance, interval, progress(torch.tensor(grid)))
+        own: Any = {"inside": inside, "places": d.places, "on_step": d.on_step}
+        return process.ddim(model, x, grid, alpha_bar, eta=s.eta, fresh=fresh, **own)

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.guidance import Guidance, mix
+from lightning_modules.common.places import Picked
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.ldmae.config import DiffusionConfig
 
 Condition = Literal["own", "null"]
 Predict = Callable[[Tensor, Tensor, Sequence[Condition]], Tensor]
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[..., Tensor]
 OnStep = Callable[[int, Tensor, Tensor], None]
 OnCalls = Callable[[Tensor], None]
 
@@ -147,24 +148,28 @@ def guided(
         progress: maps t to the interval's scale, 0 = noise, 1 = data.
 
     Returns:
-        (x [B, C, h, w], t [B or 1] on the CPU) -> [B, C, h, w].
+        (x [B, C, h, w], t [B or 1] on the CPU) -> [B, C, h, w]. Given a third argument, whether all
+        of t lies inside (`insides`), it does not look at t, which may be anywhere.
     """
 
-    guidance = Guidance.constant(scale, *interval)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        inside = guidance.at(progress(t)) != 1
-        if not inside.any():
+    def velocity(x: Tensor, t: Tensor, known: bool | None = None) -> Tensor:
+        guides = insides(scale, interval, progress(t)) if known is None else [known]
+        if not any(guides):
             return predict(x, t, ["own"])[0]
-        if scale == 0 and channels is None and inside.all():
+        if scale == 0 and channels is None and all(guides):
             return predict(x, t, ["null"])[0]
         own, null = predict(x, t, ["own", "null"])
         mixed = mix(own, null, scale, channels)
-        if inside.all():
+        if all(guides):
             return mixed
-        return torch.where(inside.to(x.device)[:, None, None, None], mixed, own)
+        return torch.where(torch.tensor(guides, device=x.device)[:, None, None, None], mixed, own)
 
     return velocity
+
+
+def insides(scale: float, interval: tuple[float, float], progress: Tensor) -> list[bool]:
+    """Say at which shares of the way [n] on the CPU there is guidance."""
+    return (Guidance.constant(scale, *interval).at(progress) != 1).tolist()
 
 
 def held(velocity: Velocity, known: Tensor, noise: Tensor, generate: Tensor) -> Velocity:
@@ -177,7 +182,7 @@ def held(velocity: Velocity, known: Tensor, noise: Tensor, generate: Tensor) -> 
         generate: [B, 1, h, w] bool, True = draw.
     """
     path = known - noise
-    return lambda x, t: torch.where(generate, velocity(x, t), path)
+    return lambda x, t, *known: torch.where(generate, velocity(x, t, *known), path)
 
 
 def held_noise(predict: Velocity, known: Tensor, shares: Tensor, generate: Tensor) -> Velocity:
@@ -186,14 +191,14 @@ def held_noise(predict: Velocity, known: Tensor, shares: Tensor, generate: Tenso
     Args:
         predict: noise of all latents.
         known: [B, C, h, w] latents to keep.
-        shares: [train_steps] alpha-bar.
+        shares: [train_steps] alpha-bar, where the times are.
         generate: [B, 1, h, w] bool, True = draw.
     """
 
-    def noise(x: Tensor, t: Tensor) -> Tensor:
-        share = float(shares[int(t)])
-        between = (x - math.sqrt(share) * known) / math.sqrt(1 - share)
-        return torch.where(generate, predict(x, t), between)
+    def noise(x: Tensor, t: Tensor, *inside: bool) -> Tensor:
+        share = shares[t].view(-1, 1, 1, 1)
+        between = (x - share.sqrt().to(x) * known) / (1 - share).sqrt().to(x)
+        return torch.where(generate, predict(x, t, *inside), between)
 
     return noise
 
@@ -205,32 +210,53 @@ def integrate(
     times: Tensor,
     solver: Literal["euler", "heun"] = "euler",
     on_step: OnStep | None = None,
+    *,
+    inside: Sequence[bool] | None = None,
+    places: Picked | None = None,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) over given times.
 
     Euler: x + h v(x, t). Heun: x + h (v(x, t) + v(x + h v(x, t), t + h)) / 2.
 
     Args:
-        velocity: (x [B, C, h, w], t [1] on the CPU) -> [B, C, h, w].
+        velocity: (x [B, C, h, w], t [1]) -> [B, C, h, w], with what is known of t third.
         x: [B, C, h, w] state at times[0].
         times: [T + 1] on the CPU.
         solver: of first or second order.
         on_step: called with the step's number, its input and its result.
+        inside: [T + 1], what the velocity is told of each time; None leaves it to look.
+        places: how steps are computed.
 
     Returns:
         The state at times[-1].
     """
-    for i in range(len(times) - 1):
-        here, there = times[i : i + 1], times[i + 1 : i + 2]
-        step = float(there) - float(here)
-        v = velocity(x, here)
+    places = places or Picked()
+    lengths = places.numbers([float(b) - float(a) for a, b in itertools.pairwise(times)])
+    told: list[tuple[bool, ...]] = [()] * len(times)
+    if inside is not None:
+        told = [(known,) for known in inside]
+
+    def move(x: Tensor, here: Tensor, there: Tensor, length: Any, *known: Any) -> Tensor:
+        v = velocity(x, here, *known[0])
         if solver == "heun":
-            v = (v + velocity(torch.add(x, v, alpha=step), there)) / 2
-        out = torch.add(x, v, alpha=step)
+            v = (v + velocity(advance(x, v, length), there, *known[1])) / 2
+        return advance(x, v, length)
+
+    times, made = places.send(times), places.step(move)
+    for i, length in enumerate(lengths):
+        here, there = times[i : i + 1], times[i + 1 : i + 2]
+        out = made(x, here, there, length, told[i], told[i + 1])
         if on_step is not None:
             on_step(i, x, out)
         x = out
     return x
+
+
+def advance(x: Tensor, v: Tensor, length: float | Tensor) -> Tensor:
+    """x + length v; the length may be a tensor []."""
+    if isinstance(length, Tensor):
+        return torch.addcmul(x, v, length.to(x.dtype))
+    return torch.add(x, v, alpha=length)
 
 
 @torch.no_grad()
@@ -384,6 +410,8 @@ def ddim(
     eta: float = 0.0,
     fresh: Iterable[Tensor] = (),
     on_step: OnStep | None = None,
+    inside: Sequence[bool] | None = None,
+    places: Picked | None = None,
 ) -> Tensor:
     """Walk down the chain (DDIM, arXiv 2010.02502, eq. 12 and 16).
 
@@ -392,27 +420,43 @@ def ddim(
     and every step of the chain this is DDPM's ancestral sampling (Algorithm 2).
 
     Args:
-        predict: (x [B, C, h, w], step [1] on the CPU) -> noise [B, C, h, w].
+        predict: (x [B, C, h, w], step [1]) -> noise [B, C, h, w], with what is known of the step
+            third.
         x: [B, C, h, w] state at grid[0].
         grid: falling steps of the chain, of `chain_grid`.
         shares: [train_steps] alpha-bar on the CPU.
         eta: share of fresh noise, 0 to 1.
         fresh: z [B, C, h, w] of every step but the last; not read with eta 0.
         on_step: called with the step's number, its input and its result.
+        inside: per step, what the prediction is told of it; None leaves it to look.
+        places: how steps are computed.
 
     Returns:
         The latents [B, C, h, w].
     """
-    supply = iter(fresh)
-    for i, k in enumerate(grid):
+    places, supply = places or Picked(), iter(fresh)
+    told: list[tuple[bool, ...]] = [()] * len(grid)
+    if inside is not None:
+        told = [(known,) for known in inside]
+    ahead = [*(float(shares[k]) for k in grid[1:]), 1.0]
+    spreads, rows = [], []
+    for k, after in zip(grid, ahead, strict=True):
         share = float(shares[k])
-        after = float(shares[grid[i + 1]]) if i + 1 < len(grid) else 1.0
-        noise = predict(x, torch.tensor([k]))
-        clean = (x - math.sqrt(1 - share) * noise) / math.sqrt(share)
         spread = eta * math.sqrt((1 - after) / (1 - share) * (1 - share / after))
-        out = math.sqrt(after) * clean + math.sqrt(max(0.0, 1 - after - spread**2)) * noise
-        if spread > 0:
-            out = torch.add(out, next(supply), alpha=spread)
+        left = math.sqrt(max(0.0, 1 - after - spread**2))
+        spreads.append(spread)
+        rows.append([math.sqrt(1 - share), math.sqrt(share), math.sqrt(after), left, spread])
+
+    def move(x: Tensor, k: Tensor, row: Any, fresh: Tensor | None, known: Any) -> Tensor:
+        noisy, clear, after, left, spread = row
+        noise = predict(x, k, *known)
+        out = after * ((x - noisy * noise) / clear) + left * noise
+        return out if fresh is None else out + spread * fresh
+
+    numbers, steps, made = places.numbers(rows), places.send(torch.tensor(grid)), places.step(move)
+    for i, spread in enumerate(spreads):
+        noise = next(supply) if spread > 0 else None
+        out = made(x, steps[i : i + 1], numbers[i], noise, told[i])
         if on_step is not None:
             on_step(i, x, out)
         x = out

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning_modules.common.checks import (
     at_least,
@@ -259,6 +259,8 @@ class ObjectiveConfig:
 class DecodeConfig:
     """Every setting of parallel decoding (section 2.8; MaskGIT) in which the references differ."""
 
+    ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {"guidance": ("guidance_end",)}
+
     steps: int = 12
     """Number of decoding steps."""
     schedule: str = "cosine"
@@ -288,7 +290,8 @@ class DecodeConfig:
     guidance_start: float = 1.0
     """Guidance scale s of the first step, u + s (c - u); the paper's t is s - 1; 1 is none."""
     guidance_end: float = 4.0
-    """Guidance scale of the last step; equal to guidance_start it is constant."""
+    """Guidance scale of the last step; equal to guidance_start it is constant. sampling.guidance
+    is another name of it."""
     guidance_law: Literal["linspace", "ratio", "cosine"] = "linspace"
     """From start to end: linear by s/(T-1), linear by s/T, or cosine by (s/T)^guidance_power."""
     guidance_power: float = 1.0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.guidance import equals
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.request import OnStep, Request, seeded_uniforms
 from lightning_modules.common.seeding import mix_seed
@@ -167,12 +168,12 @@ class MaskedStage(GeneratorModule):
         picked = Conditions([*sides, null], len(request.seeds))
 
         def predict(
-            x: Tensor, weight: float, keep: Tensor, pictures: Tensor | None = None
+            x: Tensor, weight: float | Tensor, keep: Tensor | None, pictures: Tensor | None = None
         ) -> Tensor:
             *conditions, null = picked(pictures)
-            if weight == 1:
+            if equals(weight, 1):
                 return self.network.mixed_rows(x, conditions, weights, keep)
-            if weight == 0:
+            if equals(weight, 0):
                 return self.network.mixed_rows(x, [null], [1.0], keep)
             guided = [*(weight * w for w in weights), 1 - weight]
             return self.network.mixed_rows(x, [*conditions, null], guided, keep)
@@ -192,7 +193,8 @@ class MaskedStage(GeneratorModule):
         if not settings.sampler.own:
             return self._served(predict, start, seeds, settings, on_step, critic)
         grid, mask_id = (start.shape[1], start.shape[2]), self.network.mask_id
-        predict = self.counting(predict, len(start))
+        places = self.places()
+        predict = self.counting(predict, len(start), places)
         unknown = (start == mask_id).flatten(1).sum(1)
         # counts hang on the last bit of a cosine, which a GPU may round otherwise
         loop = process.loop_settings(settings, unknown.cpu())
@@ -202,8 +204,11 @@ class MaskedStage(GeneratorModule):
             loop["ranks"] = ranks.to(start.device)
         for name, tensor in process.sample_noise(seeds, len(loop["counts"]), grid).items():
             loop[name] = tensor.to(start.device)
-        loop |= {"critic": critic, "on_step": on_step}
-        return process.decode(predict, self.network.head, start=start, mask_id=mask_id, **loop)
+        loop |= {"critic": critic, "draw": places.draw, "places": places, "on_step": on_step}
+        head = self.network.head
+        tokens = process.decode(predict, head, start=start, mask_id=mask_id, **loop)
+        self.count_calls(torch.full((len(start),), places.calls))
+        return tokens
 
     def _served(
         self,
@@ -246,6 +251,7 @@ class MaskedStage(GeneratorModule):
             given=start.masked_fill(generate, codes),
             generate=generate,
             on_step=on_step,
+            on_call=self.on_call,
         )
         self.count_calls(found.calls)
         return found.tokens

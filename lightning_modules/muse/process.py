@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw_rows, likeliest
-from lightning_modules.common.guidance import Guidance
+from lightning_modules.common.categorical import DRAWN_AT_ONCE, draw_rows, likeliest, pieces
+from lightning_modules.common.guidance import Guidance, equals
+from lightning_modules.common.places import Picked
 from lightning_modules.muse.config import (
     Confidence,
     Counting,
@@ -26,7 +27,7 @@ from lightning_modules.muse.config import (
 from lightning_modules.samplers.kernel import Absorbing
 from lightning_modules.samplers.loop import gumbel, lowest
 
-Predict = Callable[[Tensor, float, Tensor], Tensor]
+Predict = Callable[..., Tensor]
 Head = Callable[[Tensor], Tensor]
 
 
@@ -337,7 +338,9 @@ def top_k_filter(logits: Tensor, k: int) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
 
 
-def confidence_of(logits: Tensor, tokens: Tensor, kind: Confidence, temperature: float) -> Tensor:
+def confidence_of(
+    logits: Tensor, tokens: Tensor, kind: Confidence, temperature: float | Tensor
+) -> Tensor:
     """How sure the network is of tokens: logits [n, K], tokens [n] -> [n].
 
     logp: log softmax(logits)[token]; tempered: that of logits / temperature; logit: the logit.
@@ -345,10 +348,12 @@ def confidence_of(logits: Tensor, tokens: Tensor, kind: Confidence, temperature:
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
     if kind == "logit":
         return chosen
-    scale = 1 / temperature if kind == "tempered" and temperature > 0 else 1.0
+    scale: float | Tensor = 1.0
+    if kind == "tempered" and (isinstance(temperature, Tensor) or temperature > 0):
+        scale = 1 / temperature
     # few rows at a time, which stay in a core's cache
-    parts = logits.split(DRAWN_AT_ONCE)
-    totals = [(part * scale if scale != 1 else part).logsumexp(1) for part in parts]
+    parts = pieces(logits, DRAWN_AT_ONCE)
+    totals = [(part if equals(scale, 1) else part * scale).logsumexp(1) for part in parts]
     return chosen * scale - torch.cat(totals)
 
 
@@ -371,6 +376,7 @@ def decode(
     ranks: Tensor | None = None,
     critic: Callable[[Tensor], Tensor] | None = None,
     draw: Callable[..., Tensor] = draw_rows,
+    places: Picked | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     on_scores: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -381,7 +387,8 @@ def decode(
     Tokens that are known at the start never change.
 
     Args:
-        predict: (x [B, h, w], guidance scale, keep [B, h, w] bool) -> rows [keep.sum(), C].
+        predict: (x [B, h, w], guidance scale, keep [B, h, w] bool or None for all) -> rows
+            [keep.sum(), C].
         head: [m, C] -> logits [m, K].
         start: [B, h, w] int64, `mask_id` where a token is to be generated.
         mask_id: id of the mask.
@@ -398,6 +405,7 @@ def decode(
         ranks: [B, h, w] for order halton.
         critic: (tokens [B, h, w] without masks) -> scores [B, h, w] for order critic.
         draw: like `draw_rows`; receives logits as rows, draws[i][keep] and the identity as head.
+        places: how places are computed.
         on_step: called with the step's number, its input and its result [B, h, w].
         on_scores: called with the step's number, the tokens before masking and their scores
             [B, h, w] (inf where they cannot be masked); not where the order was planned.
@@ -417,59 +425,80 @@ def decode(
             "order critic needs a Token-Critic; this checkpoint was trained without one "
             "(critic.layers=0)"
         )
-    steps = len(counts)
+    places, steps = places or Picked(), len(counts)
     weights = [weights] * steps if isinstance(weights, int | float) else weights
     heats = [temperature] * steps if isinstance(temperature, int | float) else temperature
     if isinstance(choice_temperature, int | float):
         choice_temperature = [choice_temperature] * steps
+    # a scale of 1 or 0 asks one condition alone, a temperature of 0 draws nothing
+    scales = places.numbers([float(weight) for weight in weights], plain=(0.0, 1.0))
+    warmth = places.numbers([float(heat) for heat in heats], plain=(0.0,))
+    choices = places.numbers([float(choice) for choice in choice_temperature])
     generate = start == mask_id
     planned = order in ("random", "halton")
+    again = not frozen and order == "confidence"  # visible tokens are scored too
     x = start
 
-    for i in range(steps):
+    def step(
+        x: Tensor,
+        count: Tensor,
+        chances: Tensor,
+        noise: Tensor | None,
+        scale: Any,
+        heat: Any,
+        choice: Any,
+        scored: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         masked = x == mask_id
         opened = masked
         if planned:
-            plan = -ranks.float() if ranks is not None and order == "halton" else choice_noise[i]  # type: ignore[index]
-            opened = masked & ~lowest(plan, masked, counts[i])
-        out = x.clone()
-        if opened.any():
-            again = not frozen and order == "confidence"  # visible tokens are scored too
-            keep = generate if again else opened
-            scored = not planned and (on_scores is not None or bool(counts[i].any()))
-            rows = predict(x, float(weights[i]), keep)  # [n, C]
-            new = opened[keep]  # [n] rows whose token is drawn; the others' is only scored
-            tokens, sure = draw_tokens(
-                rows[new] if again else rows,
-                draws[i][opened],
-                head,
-                draw,
-                temperature=float(heats[i]),
-                top_k=top_k,
-                confidence=confidence if scored and order == "confidence" else None,
-            )
-            out[opened] = tokens
-            if scored:
-                scores = torch.full(x.shape, torch.inf, device=x.device)
-                candidates = opened if frozen else generate
-                if order == "critic":
-                    assert critic is not None
-                    scores = critic(out).masked_fill(~candidates, torch.inf)
-                else:
-                    scores[opened] = sure.float()
-                    if again:
-                        old = keep & ~opened
-                        scores[old] = _score(
-                            rows[~new], x[old], head, confidence, float(heats[i])
-                        ).float()
-                if choice_noise is not None:
-                    scores = scores + choice_temperature[i] * choice_noise[i]
-                if on_scores is not None:
-                    on_scores(i, out, scores)
-                out = out.masked_fill(lowest(scores, candidates, counts[i]), mask_id)
+            plan = -ranks.float() if ranks is not None and order == "halton" else noise
+            assert plan is not None
+            opened = masked & ~lowest(plan, masked, count)
+        if not places.any(opened):
+            return x, x, None
+        keep = generate if again else opened
+        rows = predict(x, scale, places.keep(keep))  # [n, C]
+        tokens, sure = draw_tokens(
+            places.among(rows, keep, opened) if again else rows,
+            places.pick(chances, opened),
+            head,
+            draw,
+            temperature=heat,
+            top_k=top_k,
+            confidence=confidence if scored and order == "confidence" else None,
+            likeliest=places.likeliest,
+        )
+        drawn = places.put(x, opened, tokens)
+        if not scored:
+            return drawn, drawn, None
+        candidates = opened if frozen else generate
+        if order == "critic":
+            assert critic is not None
+            scores = critic(drawn).masked_fill(~candidates, torch.inf)
+        else:
+            unable = torch.full(x.shape, torch.inf, device=x.device)
+            scores = places.put(unable, opened, sure)
+            if again:
+                old = keep & ~opened
+                known = places.among(rows, keep, old), places.pick(x, old)
+                scores = places.put(scores, old, _score(*known, head, confidence, heat))
+        if noise is not None:
+            scores = scores + choice * noise
+        return drawn.masked_fill(lowest(scores, candidates, count), mask_id), drawn, scores
+
+    made = places.step(step)
+    for i in range(steps):
+        scored = not planned and (on_scores is not None or places.any(counts[i]))
+        noise = None if choice_noise is None else choice_noise[i]
+        own = (scales[i], warmth[i], choices[i])
+        out, drawn, scores = made(x, counts[i], draws[i], noise, *own, scored)
+        if on_scores is not None and scores is not None:
+            on_scores(i, drawn, scores)
         if on_step is not None:
             on_step(i, x, out)
         x = out
+    places.check()
     return x
 
 
@@ -479,9 +508,10 @@ def draw_tokens(
     head: Head,
     draw: Callable[..., Tensor],
     *,
-    temperature: float,
+    temperature: float | Tensor,
     top_k: int | None,
     confidence: Confidence | None = None,
+    likeliest: Callable[[Tensor], Tensor] = likeliest,
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token per row, `chunk` rows at a time, and say how sure it is.
@@ -494,7 +524,8 @@ def draw_tokens(
         temperature: of the draw; 0 takes the likeliest.
         top_k: draw among so many of the likeliest codes.
         confidence: what `confidence_of` gives; None gives nothing.
-        chunk: rows that pass the head at once.
+        likeliest: takes the likeliest token per row of logits.
+        chunk: rows that pass the head at once on a CPU.
 
     Returns:
         Tokens [n] int64, and their confidence [n] or [0].
@@ -504,9 +535,9 @@ def draw_tokens(
         return logits if top_k is None else top_k_filter(logits, top_k)
 
     tokens, sure = [], []
-    for part, chance in zip(rows.split(chunk), chances.split(chunk), strict=True):
+    for part, chance in zip(pieces(rows, chunk), pieces(chances, chunk), strict=True):
         logits = head(part)  # [m, K]
-        if temperature > 0:
+        if isinstance(temperature, Tensor) or temperature > 0:
             token = draw(
                 logits,
                 chance,
@@ -523,11 +554,20 @@ def draw_tokens(
 
 
 def _score(
-    rows: Tensor, tokens: Tensor, head: Head, kind: Confidence, temperature: float, chunk: int = 256
+    rows: Tensor,
+    tokens: Tensor,
+    head: Head,
+    kind: Confidence,
+    temperature: float | Tensor,
+    chunk: int = 256,
 ) -> Tensor:
-    """Confidence of given tokens [n], `chunk` rows at a time."""
-    pairs = zip(rows.split(chunk), tokens.split(chunk), strict=True)
-    parts = [confidence_of(head(part), token, kind, temperature) for part, token in pairs]
+    """Confidence of given tokens [n], `chunk` rows at a time; that of a mask is any number."""
+    pairs = zip(pieces(rows, chunk), pieces(tokens, chunk), strict=True)
+    parts = []
+    for part, token in pairs:
+        logits = head(part)
+        known = token.clamp(max=logits.shape[1] - 1)
+        parts.append(confidence_of(logits, known, kind, temperature))
     return torch.cat(parts) if parts else rows.new_empty(0)
 
 

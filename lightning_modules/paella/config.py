@@ -1,7 +1,7 @@
 """Every setting of Paella, and the released sizes (arXiv 2211.07292; dome272/Paella)."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning_modules.common.checks import at_least, below_one, multiple, positive, require, within
 from lightning_modules.common.config import OptimConfig, TextConfig
@@ -175,12 +175,14 @@ class ObjectiveConfig:
 class SamplingConfig:
     """Every setting of the sampling loop; defaults are those of the released code."""
 
+    ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {"guidance": ("guidance_start", "guidance_end")}
+
     steps: int = 12
     """Number of sampling steps."""
     guidance_start: float = 8.0
     """Guidance weight of the first step; 1 is no guidance."""
     guidance_end: float = 8.0
-    """Guidance weight of the last step (linear in between)."""
+    """Guidance weight of the last step (linear in between); sampling.guidance=4 sets both."""
     guided_steps: int | None = None
     """Guide only the first steps; null guides all."""
     guidance_first: float = 0.0

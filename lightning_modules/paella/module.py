@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.common.checkpoint import load_strict
 from lightning_modules.common.generator import GeneratorModule
+from lightning_modules.common.guidance import equals
 from lightning_modules.common.request import OnStep, Request, seeded_normals, seeded_uniforms
 from lightning_modules.common.settings import build
 from lightning_modules.common.text import Condition
@@ -231,12 +232,16 @@ class PaellaModule(GeneratorModule):
         picked = Conditions([*sides, null], len(request.seeds))
 
         def predict(
-            x: Tensor, t: Tensor, weight: float, keep: Tensor, pictures: Tensor | None = None
+            x: Tensor,
+            t: Tensor,
+            weight: float | Tensor,
+            keep: Tensor | None,
+            pictures: Tensor | None = None,
         ) -> Tensor:
             *conditions, null = picked(pictures)
-            if weight == 1:
+            if equals(weight, 1):
                 return self.network.mixed_rows(x, t, conditions, weights, keep)
-            if weight == 0:
+            if equals(weight, 0):
                 return self.network.mixed_rows(x, t, [null], [1.0], keep)
             mixed = [*(weight * w for w in weights), 1 - weight]
             return self.network.mixed_rows(x, t, [*conditions, null], mixed, keep)
@@ -282,6 +287,7 @@ class PaellaModule(GeneratorModule):
             given=None if start is None else start.to(self.device),
             generate=generate if mask is None else mask.to(self.device).bool(),
             on_step=on_step,
+            on_call=self.on_call,
         )
         self.count_calls(found.calls)
         return found.tokens
@@ -314,13 +320,18 @@ class PaellaModule(GeneratorModule):
             rate = process.start_rate(settings).to(self.device).expand(len(start))
             uniforms = seeded_uniforms(request.seeds, grid, 1).to(self.device)
             start, _ = process.add_noise(start, rate, uniforms, noise["init_noise"])
-        return process.sample(
-            self.counting(predict, len(request.seeds)),
+        places, count = self.places(), len(request.seeds)
+        tokens = process.sample(
+            self.counting(predict, count, places),
             self.network.head,
             **noise,
             **loop,
             mask=None if request.mask is None else request.mask.to(self.device),
             start=start,
             codebook=self.first_stage.codebook() if settings.mode == "quant" else None,
+            draw=places.draw,
+            places=places,
             on_step=on_step,
         )
+        self.count_calls(torch.full((count,), places.calls))
+        return tokens

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.common.categorical import draw_rows, likeliest
+from lightning_modules.common.categorical import draw_rows, pieces
 from lightning_modules.common.guidance import Guidance
+from lightning_modules.common.places import Picked
 from lightning_modules.paella.config import DrawMode, RenoiseMode, SamplingConfig, TimeLaw
 
 
@@ -208,7 +209,7 @@ def sample_noise(
 
 
 def sample(
-    predict: Callable[[Tensor, Tensor, float, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     head: Callable[[Tensor], Tensor],
     *,
     init_noise: Tensor,
@@ -230,6 +231,7 @@ def sample(
     random_tokens: Tensor | None = None,
     codebook: Tensor | None = None,
     draw: Callable[..., Tensor] = draw_rows,
+    places: Picked | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Sampling loop of v1 and v3 (Algorithm 1 of arXiv 2211.07292v2; they differ in the schedules).
@@ -239,7 +241,8 @@ def sample(
     replaced, and known ones, are neither put through the output table nor drawn.
 
     Args:
-        predict: (x [B, h, w], t [B], guidance weight, keep [B, h, w] bool) -> [keep.sum(), C].
+        predict: (x [B, h, w], t [B], guidance weight, keep [B, h, w] bool or None for all) ->
+            [keep.sum(), C].
         head: [m, C] -> logits [m, K].
         init_noise: [B, h, w] int64 random tokens, also those of renoise mode start.
         uniform_renoise: [>= renoise_steps, B, h, w] in [0, 1).
@@ -260,6 +263,7 @@ def sample(
         random_tokens: [>= renoise_steps, B, h, w] int64 for renoise mode rand.
         codebook: [K, c] for mode quant.
         draw: like `draw_rows`; receives draws[i][keep].
+        places: how places are computed.
         on_step: called with the step's number, its input and its result [B, h, w].
 
     Returns:
@@ -274,9 +278,17 @@ def sample(
         raise ValueError("renoise_mode rand needs random_tokens")
     if mode == "quant" and codebook is None:
         raise ValueError("mode quant needs the tokenizer's codebook")
-    steps = len(times)
+    if draws is None and (mode == "multinomial" or (mode == "quant" and quant_steps > 0)):
+        raise ValueError(f"mode {mode} needs draws")
+    places, steps = places or Picked(), len(times)
     weights = [weights] * steps if isinstance(weights, int | float) else weights
     temperature = [temperature] * steps if isinstance(temperature, int | float) else temperature
+    guided = steps if guided_steps is None else guided_steps
+    scales = [float(weight) if i < guided else 1.0 for i, weight in enumerate(weights)]
+    # a weight of 1 or 0 asks one condition alone
+    scales = places.numbers(scales, plain=(0.0, 1.0))
+    heats = places.numbers([float(heat) for heat in temperature])
+    times, rates = times.to(init_noise.device), renoise_probability.to(init_noise.device)
 
     def logits_filter(logits: Tensor) -> Tensor:
         assert typical_mass is not None
@@ -288,35 +300,45 @@ def sample(
         init_noise = torch.where(generate, init_noise, start)
     x = start if start is not None and mask is None else init_noise
 
-    for i in range(steps):
-        replaced = torch.zeros_like(generate)
-        if i < renoise_steps:
-            replaced = generate & (uniform_renoise[i] <= renoise_probability[i])
-        keep = generate & ~replaced
-        out = x.clone()
-        if keep.any():
-            guided = guided_steps is None or i < guided_steps
-            t = times[i].to(x.device).expand(x.shape[0])
-            rows = predict(x, t, float(weights[i]) if guided else 1.0, keep)  # [n, C]
-            heat = float(temperature[i])
+    def step(
+        x: Tensor,
+        replaced: Tensor,
+        fresh: Tensor,
+        chances: Tensor | None,
+        t: Tensor,
+        scale: Any,
+        heat: Any,
+    ) -> Tensor:
+        keep, out = generate & ~replaced, x
+        if places.any(keep):
+            rows = predict(x, t.expand(x.shape[0]), scale, places.keep(keep))  # [n, C]
             if mode == "argmax":
-                out[keep] = _choose(rows, head, filtered, likeliest)
-            elif mode == "quant" and i >= quant_steps:
-                out[keep] = _choose(rows, head, filtered, _nearest_mean_code(codebook, heat))
-            elif draws is None:
-                raise ValueError(f"mode {mode} needs draws")
+                tokens = _choose(rows, head, filtered, places.likeliest)
+            elif chances is None:
+                tokens = _choose(rows, head, filtered, _nearest_mean_code(codebook, heat))
             else:
-                out[keep] = draw(
-                    rows, draws[i][keep], head, temperature=heat, logits_filter=filtered
-                )
-        if renoise_mode == "start":
-            out = torch.where(replaced, init_noise, out)
-        elif random_tokens is not None and renoise_mode == "rand" and i < renoise_steps:
-            out = torch.where(replaced, random_tokens[i], out)
-        # prev: replaced tokens are those of x already
+                asked = places.pick(chances, keep)
+                tokens = draw(rows, asked, head, temperature=heat, logits_filter=filtered)
+            out = places.put(x, keep, tokens)
+        return torch.where(replaced, fresh, out)
+
+    made = places.step(step)
+    for i in range(steps):
+        replaced, fresh = torch.zeros_like(generate), x
+        if i < renoise_steps:
+            replaced = generate & (uniform_renoise[i] <= rates[i])
+            if renoise_mode == "start":
+                fresh = init_noise
+            elif random_tokens is not None and renoise_mode == "rand":
+                fresh = random_tokens[i]
+            # prev: replaced tokens are those of x already
+        drawn = mode == "multinomial" or (mode == "quant" and i < quant_steps)
+        chances = draws[i] if drawn and draws is not None else None
+        out = made(x, replaced, fresh, chances, times[i], scales[i], heats[i])
         if on_step is not None:
             on_step(i, x, out)
         x = out
+    places.check()
     return x
 
 
@@ -329,13 +351,13 @@ def _choose(
 ) -> Tensor:
     """A token per row without randomness, `chunk` rows at a time."""
     tokens = []
-    for part in rows.split(chunk):
+    for part in pieces(rows, chunk):
         logits = head(part)
         tokens.append(choose(logits if logits_filter is None else logits_filter(logits)))
     return torch.cat(tokens)
 
 
-def _nearest_mean_code(codebook: Tensor | None, heat: float) -> Callable[[Tensor], Tensor]:
+def _nearest_mean_code(codebook: Tensor | None, heat: float | Tensor) -> Callable[[Tensor], Tensor]:
     """Mode quant: the code nearest to the mean code under softmax(logits / temperature)."""
     assert codebook is not None
     return lambda logits: torch.cdist(

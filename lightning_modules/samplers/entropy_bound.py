@@ -38,6 +38,11 @@ class EntropyBound(Sampler):
     limit: int = 48
     """Most calls; the last one opens everything."""
 
+    @property
+    def told(self) -> list[float]:
+        """Return even times."""
+        return [1 - i / self.limit for i in range(self.limit)]
+
     def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
         """Open the masks that the bound allows."""
         x, mask = state["x"], self.kernel.codes

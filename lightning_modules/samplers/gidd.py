@@ -30,6 +30,11 @@ class SelfCorrection(Posterior):
     patience: int = 32
     """Calls in a row without a better share."""
 
+    @property
+    def told(self) -> list[float]:
+        """Return the times of sampling and of all corrections."""
+        return super().told + [self.level] * self.corrections
+
     def memory(self, x: Tensor, generate: Tensor) -> State:
         """Return the best share of likeliest tokens so far [B], and the calls since [B]."""
         return {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.places import Picked
 
 
 class Level(NamedTuple):
@@ -169,14 +170,43 @@ def swap(uniforms: Tensor, probability: Tensor, codes: Tensor) -> tuple[Tensor, 
     return swapped, torch.minimum(code, codes - 1)
 
 
+class Moves(NamedTuple):
+    """What `step_back` needs of a kernel of single numbers; numbers, or tensors []."""
+
+    opens: Any
+    """1 - C_s / C_t: a mask opens."""
+    changes: Any
+    """A token that is not the clean one may change."""
+    changes_right: Any
+    """A token that is the clean one may change."""
+    opens_else: Any
+    """An opening mask becomes any code, and not the clean one."""
+    changes_else: Any
+    """A token that changes becomes another code than the clean one."""
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> "Moves":
+        """The probabilities of a kernel, in float64."""
+        others = (kernel.num_codes - 1) * kernel.replace
+        return cls(
+            float(kernel.opens),
+            1 - float(kernel.stays_wrong),
+            1 - float(kernel.stays_right),
+            float(kernel.num_codes * kernel.replace / (1 - kernel.mask)),
+            float(others / (kernel.keep + others)),
+        )
+
+
 def step_back(
     x: Tensor,
-    kernel: Kernel,
+    moves: Moves,
+    codes: int,
     rows: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     chance: Chance,
     generate: Tensor,
     draw: Callable[..., Tensor] = draw_rows,
+    places: Picked | None = None,
 ) -> Tensor:
     """Draw x_s of p(x_s | x_t), asking the network's output only where a token may change.
 
@@ -186,37 +216,34 @@ def step_back(
 
     Args:
         x: [...] int64, x_t.
-        kernel: of single numbers.
+        moves: probabilities of the step.
+        codes: K.
         rows: keep [...] bool -> features [keep.sum(), C].
         head: features [m, C] -> logits [m, K].
         chance: the uniforms of this step, each [...].
         generate: [...] bool, where tokens may change.
         draw: like `draw_rows`.
+        places: how places are computed.
 
     Returns:
         [...] int64.
     """
-    codes = kernel.num_codes
-    opens = float(kernel.opens)
-    change, change_right = (1 - float(v) for v in (kernel.stays_wrong, kernel.stays_right))
-    candidate = generate & (chance.opens < torch.where(x == codes, opens, change))
-    if not bool(candidate.any()):
+    places = places or Picked()
+    opens, changes, changes_right, opens_else, changes_else = (
+        n.to(chance.opens.dtype) if isinstance(n, Tensor) else n for n in moves
+    )
+    candidate = generate & (chance.opens < torch.where(x == codes, opens, changes))
+    if not places.any(candidate):
         return x
-    clean = draw(rows(candidate), chance.draws[candidate], head)  # [n], k
-    now, u, v = x[candidate], chance.opens[candidate], chance.swaps[candidate]
+    clean = draw(rows(candidate), places.pick(chance.draws, candidate), head)  # [n], k
+    now, u, v = (places.pick(t, candidate) for t in (x, chance.opens, chance.swaps))
     masked, same = now == codes, now == clean
-    opened = codes * kernel.replace / (1 - kernel.mask)  # share that is not k but any code
-    others = (codes - 1) * kernel.replace
-    changed = others / (kernel.keep + others)  # the same of tokens that become another
-    probability = torch.where(same, 1.0, torch.full_like(v, float(changed)))
-    probability = torch.where(masked, float(opened), probability)
+    probability = torch.where(masked, opens_else, torch.where(same, 1.0, changes_else))
     swapped, code = swap(v, probability, torch.where(masked, codes, codes - 1))
     code = code + (~masked & (code >= now))  # any code but x_t itself
     out = torch.where(swapped, code, clean)
-    stays = same & (u >= change_right)
-    result = x.clone()
-    result[candidate] = torch.where(stays, now, out)
-    return result
+    stays = same & (u >= changes_right)
+    return places.put(x, candidate, torch.where(stays, now, out))
 
 
 def corrupt(tokens: Tensor, mask: Tensor, replaced: Tensor, codes: int, uniforms: Tensor) -> Tensor:

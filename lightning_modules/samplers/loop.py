@@ -85,6 +85,16 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log.exp() * log).nansum(1)
 
 
+def entropy_of(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what measures the entropy of features [n, C] behind a head, in nats: [n]."""
+
+    def measure(rows: Tensor) -> Tensor:
+        flat = torch.ones(len(rows), device=rows.device)
+        return Rows(rows, head, flat).map(lambda logits: (entropy(logits),))[0]
+
+    return measure
+
+
 def gumbel(uniforms: Tensor) -> Tensor:
     """Gumbel noise -log(-log u), finite for every u in [0, 1)."""
     tiny = torch.finfo(uniforms.dtype).tiny
@@ -149,6 +159,12 @@ class Sampler:
     kernel: Corruption
 
     @property
+    def told(self) -> list[float]:
+        """Times in (0, 1] of the calls, as many as there can be; where `pace` is None, even ones
+        stand for each picture's own."""
+        raise NotImplementedError
+
+    @property
     def pace(self) -> int | None:
         """Steps T of which `done` counts the equal shares s / T; None: each picture has its own."""
         return None
@@ -181,6 +197,11 @@ class Stepped(Sampler):
     def times(self, i: int) -> tuple[float, float]:
         """Return the times before and after step i."""
         return 1 - i / self.steps, 1 - (i + 1) / self.steps
+
+    @property
+    def told(self) -> list[float]:
+        """Return the times before all steps."""
+        return [self.times(i)[0] for i in range(self.steps)]
 
     @property
     def pace(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_modules.samplers.kernel import Chance, Kernel, step_back
+from lightning_modules.samplers.kernel import Chance, Kernel, Moves, step_back
 from lightning_modules.samplers.loop import Ask, State, Stepped, draw, gumbel, lowest, spread
 
 
@@ -73,7 +73,8 @@ def posterior_step(
 
     # the rows bring their own head and temperature, and are drawn where `step_back` wants tokens
     chance = Chance(u[0], u[1], u[2])
-    return step_back(state["x"], kernel, rows, lambda r: r, chance, state["generate"], drawn)
+    moves, codes = Moves.of(kernel), kernel.num_codes
+    return step_back(state["x"], moves, codes, rows, lambda r: r, chance, state["generate"], drawn)
 
 
 def leave_one_out(logits: Tensor, own: Tensor, odds: float) -> Tensor:
@@ -112,6 +113,12 @@ class Gibbs(Posterior):
     """Tokens drawn anew in one of them."""
     tau: float | None = 1.0
     """Temperature of the choice; None chooses at random."""
+
+    @property
+    def told(self) -> list[float]:
+        """Return the times, each but the first once more for every corrector call there."""
+        first, *others = super().told
+        return [first, *(t for t in others for _ in range(1 + self.corrections))]
 
     def step(self, i: int, state: State, ask: Ask, u: Tensor) -> tuple[State, Tensor]:
         """Go from time t to s and correct there; the corrections are steps of their own."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.common.guidance import Guidance, mixed_rows, ratio
-from lightning_modules.common.request import OnStep, seeded_uniforms
+from lightning_modules.common.request import OnCall, OnStep, seeded_uniforms
 from lightning_modules.samplers.entropy_bound import EntropyBound, EntropyBoundUniform
 from lightning_modules.samplers.flow import Flow
 from lightning_modules.samplers.gidd import SelfCorrection
@@ -48,10 +48,16 @@ class Network:
 
 
 def make(
-    config: SamplerConfig, network: Network, steps: int, grid: tuple[int, int], seeds: Sequence[int]
+    config: SamplerConfig,
+    kernel: Corruption,
+    steps: int,
+    grid: tuple[int, int],
+    seeds: Sequence[int],
+    critic: Critic | None = None,
+    normalised: bool = True,
 ) -> Sampler:
     """Make the sampler that the settings name."""
-    name, kernel = config.name, network.kernel
+    name = config.name
     family, _, rest = name.partition("_")
     if name == "eb":
         kind = EntropyBound if kernel.masks else EntropyBoundUniform
@@ -62,7 +68,7 @@ def make(
         rule: Any = rest or "none"
         return ReMDM(kernel, steps, rule, config.rate)
     if name == "posterior":
-        return Posterior(kernel, steps, network.guidance.normalised)
+        return Posterior(kernel, steps, normalised)
     if name == "gibbs":
         count = 1 if config.corrections is None else config.corrections
         return Gibbs(kernel, steps, corrections=count, places=config.places, tau=config.choice_heat)
@@ -74,12 +80,12 @@ def make(
     if family == "renoise":
         mode: Any = rest
         return Renoise(kernel, steps, mode)
-    critic = _flat(network.critic, grid) if NEEDS[name].critic else None
+    judge = _flat(critic, grid) if NEEDS[name].critic else None
     if family == "p2":
-        return PathPlanning(kernel, steps, config.rate, critic)
+        return PathPlanning(kernel, steps, config.rate, judge)
     if name == "halton":
         return Halton(kernel, steps, ranks=halton_ranks(grid, seeds, config.roll).flatten(1))
-    return Ordered(kernel, steps, name, config.choice, critic)
+    return Ordered(kernel, steps, name, config.choice, judge)
 
 
 def sample(
@@ -92,6 +98,7 @@ def sample(
     generate: Tensor,
     first: int = 0,
     on_step: OnStep | None = None,
+    on_call: OnCall | None = None,
 ) -> Sampled:
     """Draw tokens [B, h, w] for B seeds, and count the network calls of each picture.
 
@@ -105,6 +112,7 @@ def sample(
         generate: [B, h, w] bool.
         first: number of the first step.
         on_step: called with the step's number, its input and its result [B, h, w].
+        on_call: called with every network call.
     """
     grid, kernel, device = generate.shape[1:], network.kernel, generate.device
     places = (grid[0], grid[1])
@@ -117,7 +125,8 @@ def sample(
     else:
         noise = kernel.noise(uniforms)
     start = noise if given is None else torch.where(generate, noise, given)
-    sampler = make(config, network, steps, places, seeds)
+    normalised = network.guidance.normalised
+    sampler = make(config, kernel, steps, places, seeds, network.critic, normalised)
 
     def predict(pictures: Tensor, x: Tensor, time: Tensor, done: Tensor, keep: Tensor) -> Rows:
         tokens, kept = x.unflatten(1, places), keep.unflatten(1, places)
@@ -127,6 +136,8 @@ def sample(
 
         scales, of = network.guidance.at(done, sampler.pace), keep.nonzero()[:, 0]
         rows = mixed_rows(ask, scales, keep)
+        if on_call is not None:
+            on_call(pictures, kept, rows)
         first_heat, last_heat = network.temperature
         heat = first_heat + (last_heat - first_heat) * ratio(done, sampler.pace, ends=True).to(done)
         mass = None

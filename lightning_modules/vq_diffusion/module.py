@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.common.generator import GeneratorModule
-from lightning_modules.common.guidance import Guidance, mixed_rows
+from lightning_modules.common.guidance import Guidance, equals, mixed_rows
 from lightning_modules.common.labels import read_label
 from lightning_modules.common.request import OnStep, Request
 from lightning_modules.common.text import Condition
@@ -20,8 +20,8 @@ from lightning_modules.vq_diffusion import autoregressive, process
 from lightning_modules.vq_diffusion.config import VQDiffusionConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Past, Side
 
-Shares = Callable[[float, list[Side]], tuple[list[Side], list[float]]]
-"""Guidance scale and all conditions -> those that it needs, and their weights."""
+Shares = Callable[[float | Tensor, list[Side]], tuple[list[Side], Any]]
+"""Guidance scale, or those of B pictures, and all conditions -> what is needed, with weights."""
 
 
 class VQDiffusionModule(GeneratorModule):
@@ -237,15 +237,19 @@ class VQDiffusionModule(GeneratorModule):
                 on_step=on_step,
             )
 
-        total = self.schedule.steps
+        total, places = self.schedule.steps, self.places()
 
-        def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, keep: Tensor | None) -> Tensor:
+            scales = guidance.at(1 - (t.float() + 1) / total)  # [B]
+            if keep is None:
+                return self.network.mixed_rows(x, t, *shares(scales, sides(None)))
+
             def ask(scale: float, pictures: Tensor) -> Tensor:
                 conditions, weights = shares(scale, sides(pictures))
                 some = (x[pictures], one_time(t[pictures]), conditions, weights, keep[pictures])
                 return self.network.mixed_rows(*some)
 
-            return mixed_rows(ask, guidance.at(1 - (t.float() + 1) / total), keep)
+            return mixed_rows(ask, scales, keep)
 
         if not settings.sampler.own:
             generate = torch.ones(len(seeds), *grid, dtype=torch.bool, device=self.device)
@@ -258,15 +262,19 @@ class VQDiffusionModule(GeneratorModule):
                 given=start,
                 generate=generate if mask is None else mask.bool(),
                 on_step=on_step,
+                on_call=self.on_call,
             )
             self.count_calls(found.calls)
             return found.tokens
-        predict = self.counting(predict, len(seeds))
         steps = self._steps(settings, grid[0] * grid[1])
         noise = process.sample_noise(seeds, len(steps), grid)
         noise = {name: tensor.to(self.device) for name, tensor in noise.items()}
         x = self._beginning(noise.pop("start"), start, mask, settings, steps[0].t)
-        return self._loop(predict, steps, settings, x=x, mask=mask, on_step=on_step, **noise)
+        loop = {"draw": places.draw, "places": places, "on_step": on_step, **noise}
+        predict = self.counting(predict, len(seeds), places)
+        tokens = self._loop(predict, steps, settings, x=x, mask=mask, **loop)
+        self.count_calls(torch.full((len(seeds),), places.calls))
+        return tokens
 
     def _served(
         self, settings: Any, guidance: Guidance, sides: Conditions, shares: Shares
@@ -307,10 +315,10 @@ class VQDiffusionModule(GeneratorModule):
         if guidance.guides:
             sides.append(self._null_condition(request.negative))
 
-        def shares(scale: float, sides: list[Side]) -> tuple[list[Side], list[float]]:
-            if scale == 1:
+        def shares(scale: float | Tensor, sides: list[Side]) -> tuple[list[Side], Any]:
+            if equals(scale, 1) or not guidance.guides:
                 return sides[: len(mixed)], mixed
-            if scale == 0:
+            if equals(scale, 0):
                 return sides[len(mixed) :], [1.0]
             return sides, [*(scale * w for w in mixed), 1 - scale]
 

@@ -11,14 +11,22 @@ clean tokens themselves.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_modules.common.categorical import draw as draw_logits
-from lightning_modules.common.categorical import draw_rows
-from lightning_modules.samplers.kernel import Chance, Kernel, Level, MaskAndReplace, step_back
+from lightning_modules.common.categorical import draw_rows, pieces
+from lightning_modules.common.places import Picked
+from lightning_modules.samplers.kernel import (
+    Chance,
+    Kernel,
+    Level,
+    MaskAndReplace,
+    Moves,
+    step_back,
+)
 from lightning_modules.vq_diffusion.config import SamplingConfig
 
 # alpha_schedule of the released code: A from the first to the last time, and C at the first
@@ -315,6 +323,8 @@ class Step(NamedTuple):
     """What the network is told."""
     kernel: Kernel
     """The step that is made."""
+    moves: Moves | None = None
+    """Its probabilities as a loop hands them to its steps; None: those of the kernel."""
 
 
 def exact_steps(schedule: Schedule, steps: int) -> list[Step]:
@@ -376,7 +386,7 @@ def truncate(logits: Tensor, rate: float) -> Tensor:
     if rate >= 1:
         return logits
     kept = logits.clone()
-    for part in kept.split(TRUNCATED_AT_ONCE):
+    for part in pieces(kept, TRUNCATED_AT_ONCE):
         p, order = part.softmax(-1).sort(-1, descending=True)
         drop = torch.nn.functional.pad(p.cumsum(-1)[..., :-1] >= rate, (1, 0))
         part.masked_fill_(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
@@ -395,9 +405,12 @@ def transition(
     chance: Chance,
     generate: Tensor,
     draw: Draw = draw_rows,
+    places: Picked | None = None,
 ) -> Tensor:
     """Make one step of the posterior; arguments as of `step_back`, the kernel in a step."""
-    return step_back(x, step.kernel, rows, head, chance, generate, draw)
+    moves = Moves.of(step.kernel) if step.moves is None else step.moves
+    codes = step.kernel.num_codes
+    return step_back(x, moves, codes, rows, head, chance, generate, draw, places)
 
 
 def start_tokens(schedule: Schedule, uniforms: Tensor) -> Tensor:
@@ -446,12 +459,14 @@ def sample(
     mask: Tensor | None = None,
     draw: Draw = draw_rows,
     transition: Callable[..., Tensor] = transition,
+    places: Picked | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """The sampling loop of arXiv 2111.14822 for every rule and every order.
 
     Args:
-        predict: (x [B, h, w], t [B] int64, keep [B, h, w] bool) -> features [keep.sum(), C].
+        predict: (x [B, h, w], t [B] int64, keep [B, h, w] bool or None for all) -> features
+            [keep.sum(), C].
         head: [m, C] -> logits [m, K].
         x: [B, h, w] int64 tokens to start from, K = mask.
         steps: R steps, from noise to tokens.
@@ -462,25 +477,32 @@ def sample(
         mask: [B, h, w], 1 = generate, 0 = keep the token of x; None generates all.
         draw: like `draw_rows`.
         transition: makes one step; another one gives another order of positions.
+        places: how places are computed.
         on_step: called with the step's number, its input and its result [B, h, w].
 
     Returns:
         [B, h, w] int64.
     """
+    places = places or Picked()
     generate = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    times = torch.tensor([step.t for step in steps], device=x.device)
+    moves = places.numbers([[*Moves.of(step.kernel)] for step in steps])
 
     def truncated(features: Tensor) -> Tensor:
         return truncate(head(features), truncation)
 
+    def move(x: Tensor, step: Any, t: Tensor, chance: Chance) -> Tensor:
+        def rows(keep: Tensor) -> Tensor:
+            return predict(x, t.expand(len(x)), places.keep(keep))
+
+        return transition(x, step, rows, truncated, chance, generate, draw, places=places)
+
+    made = places.step(move)
     for i, step in enumerate(steps):
         before = x
-        t = torch.full((len(x),), step.t, device=x.device)
-
-        def rows(keep: Tensor, before: Tensor = before, t: Tensor = t) -> Tensor:
-            return predict(before, t, keep)
-
-        chance = Chance(opens[i], draws[i], swaps[i])
-        x = transition(before, step, rows, truncated, chance, generate, draw)
+        prepared = step._replace(moves=Moves(*moves[i]))
+        x = made(before, prepared, times[i], Chance(opens[i], draws[i], swaps[i]))
         if on_step is not None:
             on_step(i, before, x)
+    places.check()
     return x

@@ -73,7 +73,7 @@ def test_samples_are_those_of_a_tar(tmp_path: Path) -> None:
     assert sample.pop("jpeg") == picture.read_bytes()
     meta = json.loads(sample.pop("json"))
     assert meta == {"original_width": 24, "caption": ["one", "two"], "label": 3}
-    assert sample == {"__key__": "a/b", "__url__": url}
+    assert sample == {"__key__": "a/b", "__url__": str(picture)}
     assert count_listing(url) == 1 and list(listing_keys(url)) == ["a/b"]
 
 
@@ -125,6 +125,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     rows = [Row(os.path.splitext(name)[0], name, ("c",)) for name in names]
     found = {s["__key__"]: s for s in read_listing(listing(tmp_path, tmp_path, *rows))}
     assert all(key.encode() for key in found) and len(found) == 3
+    assert all(sample["__url__"].encode() for sample in found.values())
     faults = [found[row.key].get("__fault__") for row in rows]
     assert faults == [None, MISSING, MISSING]
 

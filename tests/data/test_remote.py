@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -158,6 +159,61 @@ def test_copies_are_made_once_and_make_room(flaky: type[Flaky], tmp_path: Path) 
     assert not [p for p in (tmp_path / "copies").iterdir() if p.name.endswith(".tmp")]
 
 
+def cached(folder: Path) -> list[Path]:
+    """Copies, finished or not."""
+    return [p for p in folder.iterdir() if p.suffix != ".lock"]
+
+
+def test_processes_keep_the_bound_together(flaky: type[Flaky], tmp_path: Path) -> None:
+    for i in range(4):
+        Flaky().pipe(f"/p/{i}.tar", bytes([i]) * 1000)
+    access = Access(0, 0.0, 5.0, cache=str(tmp_path), cache_bytes=2500)
+    flaky.stalls = 0.1  # all four are being copied at once
+    found: dict[int, bytes] = {}
+
+    def read(i: int) -> None:
+        with open_shard(f"flaky://p/{i}.tar", access) as file:
+            found[i] = file.read()
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        sizes = []
+        for path in cached(tmp_path):
+            with suppress(FileNotFoundError):
+                sizes.append(path.stat().st_size)
+        assert sum(sizes) <= 2500
+    assert found == {i: bytes([i]) * 1000 for i in range(4)}  # two of them not through the cache
+    assert len(cached(tmp_path)) == 2
+
+
+def test_a_copy_that_is_open_stays_and_one_without_room_is_not_made(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for i in range(3):
+        memory.pipe(f"/o/{i}.tar", bytes([i]) * 1000)
+    access = Access(cache=str(tmp_path), cache_bytes=2500)
+    urls = [f"memory://o/{i}.tar" for i in range(3)]
+    with open_shard(urls[0], access), open_shard(urls[1], access):
+        before = {*cached(tmp_path)}
+        with open_shard(urls[2], access) as file:
+            assert file.read() == b"\2" * 1000
+        assert {*cached(tmp_path)} == before
+    with open_shard(urls[2], access):
+        assert len(cached(tmp_path)) == 2 and {*cached(tmp_path)} != before
+
+
+def test_what_a_killed_process_left_goes_and_no_file_of_others(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/k/a.tar", b"1" * 1000)
+    left, own = tmp_path / f".{'0' * 24}.tar.99.tmp", tmp_path / "mine.tar"
+    left.write_bytes(b"0" * 2000)
+    own.write_bytes(b"2" * 3000)
+    access = Access(cache=str(tmp_path), cache_bytes=1500)
+    with open_shard("memory://k/a.tar", access) as file:
+        assert file.read() == b"1" * 1000
+    assert not left.exists() and own.exists() and len(cached(tmp_path)) == 2
+
+
 def test_a_shard_that_was_replaced_is_copied_again(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     access = Access(cache=str(tmp_path))
@@ -199,6 +255,16 @@ def test_the_environment_says_how_shards_are_reached(monkeypatch) -> None:
     monkeypatch.setenv("TOKENGRID_SHARD_CACHE_BYTES", "1e9")
     monkeypatch.setenv("TOKENGRID_SHARD_STALL", "3")
     assert access_here() == Access(cache="copies", cache_bytes=10**9, stall=3.0)
-    monkeypatch.setenv("TOKENGRID_SHARD_RETRIES", "some")
-    with pytest.raises(ValueError, match="TOKENGRID_SHARD_RETRIES must be a number, got 'some'"):
-        access_here()
+    whole, wrong = "must be a whole number from 0 to", "must be a number from 0"
+    for name, value, said in [
+        ("RETRIES", "some", f"{whole} 100, got 'some'"),
+        ("RETRIES", "1.5", f"{whole} 100, got '1.5'"),
+        ("CACHE_BYTES", "inf", f"{whole} 1e\\+18, got 'inf'"),
+        ("CACHE_BYTES", "-1", f"{whole} 1e\\+18, got '-1'"),
+        ("BACKOFF", "nan", f"{wrong} to 3600, got 'nan'"),
+        ("STALL", "0", f"{wrong}.001 to 1e\\+06, got '0'"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setenv(f"TOKENGRID_SHARD_{name}", value)
+            with pytest.raises(ValueError, match=f"^TOKENGRID_SHARD_{name} {said}$"):
+                access_here()

@@ -65,6 +65,8 @@ REFUSED = [
     ([*MICRO, "--until", "trian"], "--until: 'trian' is not one of"),
     ([*MICRO, "--until", "trian"], "did you mean train?"),
     ([*MICRO, "--json"], "--json goes with --dry-run"),
+    ([*MICRO, "--memory", "8GiB"], "--memory goes with --plan"),
+    ([*MICRO, "--days", "2"], "--days goes with --plan"),
     ([*MICRO, "tokenizer.ckpt=none.safetensors"], "there is no file none.safetensors"),
 ]
 
@@ -93,8 +95,11 @@ def test_help_says_what_exists(capsys):
         assert word in out
     assert main(["--paper", "help"]) == 0
     listed = capsys.readouterr().out
-    assert listed.strip() in out
-    assert all(f"  {name} " in listed for name in corpora())
+    assert listed.partition("\ncorpora")[0].strip() in out
+    for name, corpus in corpora().items():
+        assert f"  {name} " in out and f"  {name}: {corpus.about}\n" in listed
+        for told in (corpus.licence, corpus.access, corpus.download):
+            assert told in listed
     assert "micro  Smallest Paella that runs every stage" in listed
 
 

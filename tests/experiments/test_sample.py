@@ -334,10 +334,12 @@ def test_the_trace_plays_several_samplers(
     page = ["--trace", "t.html", "--samplers", "own,gibbs,renoise_rand"]
     assert sample(run_folder, *words, *page) == 0
     text, said = Path("t.html").read_text(), capsys.readouterr()
-    assert text.count("<canvas") == 6 and "gibbs" in text
+    assert text.count("<canvas") == 12 and "gibbs" in text
     assert "step by step: t.html" in said.out + said.err
     told = json.loads(text.partition("id=data>")[2].partition("</script>")[0])
-    assert [(len(t["changes"]), t["calls"]) for t in told[:3]] == [(3, 3), (5, 5), (3, 3)]
+    assert [len(t["changes"]) for t in told[:3]] == [3, 5, 3]
+    assert [t["calls"] for t in told[:3]] == [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3]]
+    assert all(0 < mean < 3 for t in told for mean in t["entropy"]["means"])
     assert sample(run_folder, *words[:-1], "u", "--samplers", "eb") == 2
     assert sample(run_folder, *words[:-1], "u", "--trace", "u.html", "--samplers", "margin") == 2
     assert sample(run_folder, *words[:-1], "v", "--trace", "v.html", "--samplers", "margn") == 2

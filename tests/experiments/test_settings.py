@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.papers.base import TrainerConfig
 from experiments.papers.registry import PAPERS, header, load, scale_file, scales
+from experiments.papers.sections import TrainerConfig
 from experiments.settings import (
     ConfigError,
     describe,
@@ -112,6 +112,17 @@ def test_section_word_is_its_name_or_a_preset():
     assert "did you mean fast?" in message("sampling=fats")
     assert "optim is a section" in message("optim=adam")
     assert make("optim={lr: 0.5, betas: [0.1, 0.2]}").optim == Optim(0.5, [0.1, 0.2])
+
+
+def test_an_alias_sets_all_that_it_stands_for():
+    paella = load("paella", "micro", ["sampling.guidance=3", "sampling.guidance_end=5"]).sampling
+    assert (paella.guidance_start, paella.guidance_end) == (3.0, 5.0)
+    muse = load("muse", "micro", ["--sampling.guidance=3", "sampling.superres.guidance=2"]).sampling
+    assert (muse.guidance_start, muse.guidance_end, muse.superres.guidance_end) == (1.0, 3.0, 2.0)
+    assert load("ldmae", "micro", ["sampling.guidance=3"]).sampling.guidance == 3.0
+    for word in ("sampling.guidance=3", "guidance=3", "samplin.guidance=3"):
+        with pytest.raises(ConfigError, match="unknown setting"):
+            load("vq_diffusion", "micro", [word])
 
 
 def test_text_is_taken_as_it_stands():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from experiments import points, sweep
 from experiments.agent import MACROS, PARAMETERS, with_parameters
 from experiments.cli import command, parse_run
 from experiments.distributions import draw, listed, named
-from experiments.grid import KNOWN, PROGRAM, folder_name, make_runs, read_sweep
+from experiments.grid import KNOWN, PROGRAM, folder_name, make_runs, read_sweep, tuned
 from experiments.papers.registry import load
+from experiments.report.repeated import over_seeds
 from experiments.settings import ConfigError
+from lightning_modules.registry import load_generator
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -402,6 +405,52 @@ def test_seeds_repeat_every_point_with_other_trainings_and_pictures(tmp_path: Pa
     assert len({t.key for r in runs for t in r.plan.trainings}) == 3 * len(runs[0].plan.trainings)
 
 
+def test_draws_sample_one_training_with_other_seeds(tmp_path: Path) -> None:
+    read = read_sweep(small(tmp_path / "a.yaml"))
+    _, runs = make_runs(read, [], None, draws=2)
+    assert [(r.config.seed, r.config.eval.seed) for r in runs[:2]] == [(0, 0), (0, 10_000_000)]
+    assert [r.settings["eval.seed"] for r in runs[:3]] == [0, 10_000_000, 0]
+    assert runs[0].plan.trainings == runs[1].plan.trainings
+    _, runs = make_runs(read, [], None, seeds=2, draws=2)
+    assert [r.config.seed for r in runs[:4]] == [0, 0, 1, 1]
+    assert len({r.config.eval.seed for r in runs[:4]}) == 4 and len({r.out for r in runs}) == 16
+
+
+def test_the_seed_that_chooses_a_value_does_not_measure_it(tmp_path: Path) -> None:
+    read = read_sweep(small(tmp_path / "a.yaml"))
+    _, runs = make_runs(read, [], None, draws=3)
+    key, other = [k for k in runs[0].settings if k != "eval.seed"]
+    values = list(dict.fromkeys(r.settings[key] for r in runs))
+    for r in runs:  # the second value is the better one, by luck where it was chosen
+        better = r.settings[key] == values[1] and r.repeat == 0
+        r.scores = {str(read.metric): {"value": 0.9 if better else 0.5}}
+    kept = tuned(read, runs, key)
+    ways = {r.settings[other] for r in runs}
+    assert len(ways) == 2
+    for way in ways:
+        found = [(r.settings[key], r.repeat) for r in kept if r.settings[other] == way]
+        assert sorted(found) == sorted([(values[0], 0), (values[1], 1), (values[1], 2)])
+    best = [r for r in over_seeds(kept) if r.settings[key] == values[1]]
+    assert all(r.scores[str(read.metric)]["value"] == 0.5 for r in best)
+    assert tuned(replace(read, minimize=True), runs, key)[0].settings[key] == values[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--tune=sampling.steps"], "give draws=3"),
+        (["--tune=optim.lr", "--draws=2"], "--tune optim.lr is not varied"),
+        (["--tune=sampling.steps", "--draws=2", "--index=0"], "give no --index"),
+        (["--draws=0"], "--draws must be at least 1"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(small(tmp_path / "a.yaml")), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_processes_share_a_sweep_and_a_killed_one_is_made_good(tmp_path: Path, capsys) -> None:
     """Every point is done once; trainings are waited for, and what a kill left is done again."""
     out, cache = tmp_path / "out", tmp_path / "cache"
@@ -457,6 +506,17 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
             for key in ("low", "high", "n"):
                 found = row[f"{name} {key}"]
                 assert (float(found) if found else None) == score.get(key)
+    # a report finds the results in the store, whatever folder the runs were told to fill
+    _, runs = make_runs(read_sweep(tmp_path / "s.yaml"), words[:1], tmp_path / "elsewhere")
+    points.collect(runs)
+    for run, row in zip(runs, rows, strict=True):
+        assert {n: s["value"] for n, s in run.scores.items()} == {
+            n: float(row[n]) for n in run.scores
+        }
+        assert run.scores["eval/seconds"]["value"] > 0 and len(run.right["eval"]) == 16
+        kept = load_generator(Path(row["run"]))
+        count = sum(p.numel() for p in kept.parameters())
+        assert run.scores["eval/parameters"]["value"] == count and run.error is None
     page = (out / "table.html").read_text()
     assert "data:image/svg+xml" in page and 'src="http' not in page and "clip_scenes" in page
 

@@ -277,6 +277,27 @@ def test_calls_of_every_loop_are_counted() -> None:
             assert module.calls.tolist() == [calls] * 4, (kind, changes)
 
 
+@pytest.mark.parametrize("kind", ["muse", "paella", "vq_diffusion", "improved_vqd"])
+def test_who_listens_hears_every_call(kind: str) -> None:
+    """In the paper's loop and in another: calls add up, and each place has its features."""
+    module = tiny(kind)
+    for name in ("own", "posterior"):
+        heard = torch.zeros(4, dtype=torch.int64)
+
+        def on_call(
+            pictures: Tensor, places: Tensor | None, rows: Tensor, heard: Tensor = heard
+        ) -> None:
+            heard[pictures] += 1
+            assert places is not None and int(places.sum()) == len(rows)
+            assert len(places) == len(pictures) and rows.shape[1] > 1
+
+        settings = module.settings({"sampler": {"name": name}})
+        with module.heard_by(on_call):
+            module.sample_tokens(Request(CAPTIONS, [1, 2, 3, 4]), settings)
+        assert torch.equal(heard, module.calls), name
+        assert module.on_call is None
+
+
 def test_settings_of_an_older_checkpoint_mean_the_papers_loop() -> None:
     module = tiny("muse")
     old = {k: v for k, v in dataclasses.asdict(module.config.sampling).items() if k != "sampler"}

@@ -375,6 +375,10 @@ REFUSED = {
         ["--ckpt", "CKPT", "--num", 4, "--seed", 2**32, "--reference", "VAL"],
         "no picture's seed may exceed",
     ),
+    "too large a seed for a data set": (
+        ["--ckpt", "CKPT", "--num", 12, "--seed", 2**32 - 11, "data=scenes"],
+        "no picture's seed may exceed 4294967295, got 4294967296",
+    ),
 }
 
 
@@ -414,6 +418,7 @@ def test_a_broken_picture_of_the_reference_is_left_out_and_said(
     assert "1 of 11 pictures could not be read and are left out" in said
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert told["protocol"]["reference"]["left_out"] == 1
+    assert told["protocol"]["reference"]["n"] == 10
     assert told["scores"]["eval/fd_scenes"]["reference"] == "10 pictures"
 
 
@@ -520,6 +525,19 @@ def test_a_first_stage_of_pictures_of_any_size(place: Place, tmp_path: Path, cap
     found = {name.partition("/")[2] for name in scores(tmp_path / "out")}
     assert {"rfd_scenes", "psnr", "ssim", "lpips_scenes", "codebook_usage"} <= found
     assert len(pngs(tmp_path / "out")) == 20
+
+
+def test_reconstructions_count_what_was_scored(place: Place, tmp_path: Path) -> None:
+    coco = planted.coco(tmp_path / "coco", train=1, val=12)
+    broken = next((coco / "val2014").iterdir())
+    broken.write_bytes(broken.read_bytes()[:-150])
+    words = ["--ckpt", place.ckpt, "--coco", coco, "--num", 12, "--resolution", 16]
+    words += ["--crop", "square", "--features", "scenes", "--cache", tmp_path / "cache"]
+    assert call(eval.reconstruction.DOOR, *words, "--out", tmp_path / "out") == 0
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["protocol"]["n"] == told["protocol"]["reference"]["n"] == 11
+    assert told["scores"]["reconstruction/psnr"]["n"] == 11
+    assert told["speed"]["made"] == "11 pictures"
 
 
 def test_help_and_refusals_load_no_torch(tmp_path: Path) -> None:

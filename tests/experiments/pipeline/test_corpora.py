@@ -148,8 +148,10 @@ def test_every_visit_draws_another_caption(coco: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data=coco2014"], "data.root must name the folder of coco2014"),
+        (["data=coco2014"], "data.root must name the folder of coco2014; to get it: for f in zips"),
+        (["data=laion"], "img2dataset --url_list relaion2B-en-research-safe"),
         (["data=coco2014", "data.root=none"], "data.root: there is no folder "),
+        (["data=cc12m", "data.root=none"], "img2dataset --url_list cc12m.tsv"),
         (["data=coco2017", "data.root=coco"], "another version: data=coco2014"),
         (["data=imagenet", "data.root=coco"], "the train split of ImageNet is missing"),
         (["data=cc3m", "data.root=coco"], "no shard of cc3m in coco: there is no cc3m-train-*.tar"),

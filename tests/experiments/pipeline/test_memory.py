@@ -199,7 +199,7 @@ def test_words_that_are_wrong(monkeypatch) -> None:
     assert [parse_bytes(w) for w in ("80GiB", "1.5 GB", "2MiB")] == [80 * GIB, 1.5e9, 2**21]
     for words, message in (
         (["--memory", "80"], "--memory 80: write a number and a unit, such as 80GiB or 24GB"),
-        (["--days", "0"], "--days must be above 0, got 0"),
+        (["--days", "0"], "--days must be a number above 0, got 0"),
     ):
         with pytest.raises(ConfigError, match=f"^{message}"):
             command.run(["--plan", "--paper", "paella", "--scale", "micro", *words])
