@@ -134,9 +134,13 @@ class KnownStates:
 class FrozenEncoder(ABC):
     """A frozen model that is loaded at its first use, and not for captions whose states are known.
 
-    A plain object, so that no generator that holds one has its weights in the state dict.
+    A plain object, so that no generator that holds one has its weights in the state dict. Outside
+    of training it remembers what it was asked last: several stages draw for the same captions, and
+    guidance asks for the empty one with every batch.
     """
 
+    REMEMBERED: ClassVar[int] = 3
+    """Lists of captions: the asked ones, the empty one, and those to blend with or to avoid."""
     masked: ClassVar[bool] = False
     """Whether captions of different lengths are padded, and the padding is masked."""
 
@@ -144,12 +148,20 @@ class FrozenEncoder(ABC):
         self.config = config
         self.known: KnownStates | None = None
         self._model: Any = None
+        self._latest: dict[tuple[torch.device, tuple[str, ...]], Condition] = {}
 
     def __call__(self, captions: list[str], device: torch.device) -> Condition:
         """Encode captions, or return what is known of them."""
         if self.known is not None and self.known.holds(captions):
             return self.known.condition(captions, self.masked)
-        return self.encode(captions, device)
+        if torch.is_grad_enabled():
+            return self.encode(captions, device)
+        asked = (device, tuple(captions))
+        found = self._latest.pop(asked, None)
+        self._latest[asked] = self.encode(captions, device) if found is None else found
+        if len(self._latest) > self.REMEMBERED:
+            del self._latest[next(iter(self._latest))]  # the one that was asked longest ago
+        return self._latest[asked]
 
     @abstractmethod
     def encode(self, captions: list[str], device: torch.device) -> Condition:
@@ -169,6 +181,7 @@ class FrozenEncoder(ABC):
 
     def use(self, model: Any, device: torch.device) -> None:
         """Take a model that is there already."""
+        self._latest.clear()
         self._model = model.eval().requires_grad_(False).to(device)
 
 

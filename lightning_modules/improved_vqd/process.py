@@ -63,7 +63,7 @@ def make_calls(schedule: Schedule, config: SamplingConfig, tokens: int) -> list[
     """
     limit = config.tokens_per_call
     if config.order == "diffusion":
-        calls = [Call(t, kernel, None) for t, kernel in process.make_steps(schedule, config)]
+        calls = [Call(s.t, s.kernel, None) for s in process.make_steps(schedule, config)]
         return calls
     if config.reveal == "constant":
         calls = constant_calls(schedule, tokens, limit or tokens)

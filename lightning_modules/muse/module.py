@@ -16,7 +16,6 @@ from lightning_modules.common.guidance import equals
 from lightning_modules.common.interfaces import Geometry
 from lightning_modules.common.request import OnStep, Request, seeded_uniforms
 from lightning_modules.common.seeding import mix_seed
-from lightning_modules.common.text import Condition
 from lightning_modules.muse import process
 from lightning_modules.muse.config import DecodeConfig, MuseConfig, ObjectiveConfig
 from lightning_modules.muse.editing import outpaint, rewrite
@@ -135,7 +134,7 @@ class MaskedStage(GeneratorModule):
         captions = [""] if captions is None else captions
         if drop is not None and empty:
             captions, drop = shown(captions, drop), None
-        text = self._encoded(captions)
+        text = self.encode_text(captions)
         if not isinstance(network, UViT):
             return {"text": text.tokens, "mask": text.mask, "drop": drop}
         if text.pooled is None:
@@ -147,25 +146,22 @@ class MaskedStage(GeneratorModule):
         micro = torch.tensor([[width, height, 0, 0, AESTHETIC]], device=self.device)
         return {"text": text.tokens, "pooled": text.pooled, "micro": micro, "mask": text.mask}
 
-    def _encoded(self, captions: Sequence[str]) -> Condition:
-        """Encode captions; a frozen encoder reads the empty one only once."""
-        if list(captions) != [""] or self.text_encoder is not None:
-            return self.encode_text(captions)
-        if "empty" not in self._attached:
-            self._attached["empty"] = self.encode_text(captions)
-        return self._attached["empty"]
+    def texts(self, request: Request, grid: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+        """What conditions are prepared from: the captions, those to blend with, and the null."""
+        captions = [request.prompts, request.blend_with, request.negative]
+        asked = [c for i, c in enumerate(captions) if i != 1 or c is not None]
+        return [self.told(c, grid=grid) for c in asked]
 
-    def predictor(self, request: Request, **more: Any) -> process.Predict:
+    def predictor(
+        self, request: Request, texts: Sequence[dict[str, Any]], **more: Any
+    ) -> process.Predict:
         """The `predict` of decoding: features under the captions, guided away from the null.
 
-        `more` is what `condition` takes besides.
+        `texts` are those of the request, `more` is what `prepare` of the network takes besides.
         """
-        sides, weights = [self.condition(request.prompts, **more)], [1.0]
-        if request.blend_with is not None:
-            sides.append(self.condition(request.blend_with, **more))
-            weights = [1 - request.blend, request.blend]
-        null = self.condition(request.negative, **more)
-        picked = Conditions([*sides, null], len(request.seeds))
+        weights = [1.0] if len(texts) == 2 else [1 - request.blend, request.blend]
+        sides = [self.network.prepare(**text, **more) for text in texts]
+        picked = Conditions(sides, len(request.seeds))
 
         def predict(
             x: Tensor, weight: float | Tensor, keep: Tensor | None, pictures: Tensor | None = None
@@ -360,7 +356,8 @@ class MuseModule(MaskedStage):
         found["told"] = self.told(batch["caption"], drop, (tokens.shape[1], tokens.shape[2]))
         if self.critic is not None:
             u = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-            found |= {"chances": u, "judged": self.judged(batch["caption"], drop)}
+            judged = self.judged(batch["caption"], found["told"], drop)
+            found |= {"chances": u, "judged": judged}
         return found
 
     def compute_loss(
@@ -396,19 +393,27 @@ class MuseModule(MaskedStage):
             loss = loss + self.config.critic.weight * scalars["critic"]
         return loss, scalars
 
-    def judged(self, captions: Sequence[str], drop: Tensor | None = None) -> dict[str, Any]:
-        """What the critic prepares its condition from; its loss does not train the text encoder."""
-        assert self.critic is not None
-        if self.critic.config.null_text == "empty" and drop is not None:
-            captions, drop = shown(captions, drop), None
-        text = self.encode_text(captions)
-        return {"text": text.tokens.detach(), "mask": text.mask, "drop": drop}
+    def judged(
+        self, captions: Sequence[str], told: dict[str, Any], drop: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What the critic prepares its condition from; its loss does not train the text encoder.
 
-    def critic_of(self, captions: Sequence[str]) -> Callable[..., Tensor]:
+        `told` is the condition of the generator, whose text is the same unless one of the two
+        hides a dropped caption behind the empty one.
+        """
+        assert self.critic is not None
+        empty = self.critic.config.null_text == "empty"
+        text, mask = told["text"], told["mask"]
+        if drop is not None and empty != (told.get("drop") is None):
+            again = self.encode_text(shown(captions, drop) if empty else captions)
+            text, mask = again.tokens, again.mask
+        return {"text": text.detach(), "mask": mask, "drop": None if empty else drop}
+
+    def critic_of(self, captions: Sequence[str], told: dict[str, Any]) -> Callable[..., Tensor]:
         """How real the critic finds every token of [B, h, w] under captions: logits [B, h, w]."""
         critic = self.critic
         assert critic is not None
-        picked = Conditions([critic.prepare(**self.judged(captions))], len(captions))
+        picked = Conditions([critic.prepare(**self.judged(captions, told))], len(captions))
 
         def scores(tokens: Tensor, pictures: Tensor | None = None) -> Tensor:
             rows = critic.mixed_rows(tokens, picked(pictures), [1.0])
@@ -444,7 +449,8 @@ class MuseModule(MaskedStage):
         self.check_request(request, settings.first_step)
         self.check_sampling(settings)
         grid, seeds = request.grid_or(self.grid), request.seeds
-        predict = self.predictor(request, grid=grid)
+        texts = self.texts(request, grid)
+        predict = self.predictor(request, texts)
         mask_id = self.network.mask_id
         if request.rewrite:
             assert request.start is not None
@@ -457,7 +463,7 @@ class MuseModule(MaskedStage):
         critic = None
         judged = settings.order == "critic" or NEEDS[settings.sampler.name].critic
         if judged and self.critic is not None:
-            critic = self.critic_of(request.prompts)
+            critic = self.critic_of(request.prompts, texts[0])
         if self.fixed_size and (grid[0] > self.grid[0] or grid[1] > self.grid[1]):
 
             def decode(part: Tensor, number: int, place: tuple[int, int]) -> Tensor:
@@ -587,6 +593,8 @@ class SuperResModule(MaskedStage):
         if request.start is not None and request.mask is not None:
             x = torch.where(request.mask.to(low.device).bool(), x, request.start)
 
+        texts = self.texts(request)
+
         def decode(part: Tensor, number: int, place: tuple[int, int]) -> Tensor:
             own = [mix_seed(seed, 4, number) for seed in request.seeds]
             rows, columns = (
@@ -594,7 +602,7 @@ class SuperResModule(MaskedStage):
                 for at, n in zip(place, part.shape[1:], strict=True)
             )
             encoded = self.network.encode_low(low[:, rows, columns])
-            predict = self.predictor(request, low=encoded)
+            predict = self.predictor(request, texts, low=encoded)
             return self.decode(predict, part, own, decoding, on_step)
 
         if (h, w) == self.low_grid:

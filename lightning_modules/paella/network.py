@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block
-from lightning_modules.common.guidance import Shares, weighted
+from lightning_modules.common.guidance import Shares, equals, weighted
 from lightning_modules.paella.config import ModelConfig
 
 EPS = 1e-6
 
-Predict = Callable[[Tensor, Tensor, float, Tensor], Tensor]
+Predict = Callable[..., Tensor]
 
 
 def timestep_embedding(t: Tensor, width: int, max_positions: float = 10000.0) -> Tensor:
@@ -553,8 +553,10 @@ class Paella(nn.Module):
             null: empty (or negative) condition, of every image or one for all.
         """
 
-        def predict(x: Tensor, t: Tensor, weight: float, keep: Tensor) -> Tensor:
-            if weight == 1:
+        def predict(
+            x: Tensor, t: Tensor, weight: float | Tensor, keep: Tensor | None = None
+        ) -> Tensor:
+            if equals(weight, 1):
                 return self.mixed_rows(x, t, [cond], [1.0], keep)
             if null is None:
                 raise ValueError(f"guidance weight {weight} needs a null condition")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.common.blocks import Block
-from lightning_modules.common.guidance import Shares, weighted
+from lightning_modules.common.guidance import Shares, equals, weighted
 from lightning_modules.paella.config import V1Config
 from lightning_modules.paella.network import Conv, ConvTranspose, Predict, timestep_embedding
 from lightning_modules.paella.process import cosine_rate
@@ -173,8 +173,10 @@ class DenoiseUNet(nn.Module):
         """
         null = torch.zeros_like(c) if null is None else null
 
-        def predict(x: Tensor, r: Tensor, weight: float, keep: Tensor) -> Tensor:
-            if weight == 1:
+        def predict(
+            x: Tensor, r: Tensor, weight: float | Tensor, keep: Tensor | None = None
+        ) -> Tensor:
+            if equals(weight, 1):
                 return self.mixed_rows(x, r, [c], [1.0], keep)
             return self.mixed_rows(x, r, [c, null], [weight, 1 - weight], keep)
 

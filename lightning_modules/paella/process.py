@@ -298,7 +298,7 @@ def sample(
     generate = torch.ones_like(init_noise, dtype=torch.bool) if mask is None else mask.bool()
     if start is not None and mask is not None:
         init_noise = torch.where(generate, init_noise, start)
-    x = start if start is not None and mask is None else init_noise
+    x = start if start is not None and mask is None else init_noise.clone()
 
     def step(
         x: Tensor,
@@ -324,14 +324,12 @@ def sample(
 
     made = places.step(step)
     for i in range(steps):
-        replaced, fresh = torch.zeros_like(generate), x
+        replaced = torch.zeros_like(generate)
+        fresh = x if renoise_mode == "prev" else init_noise
         if i < renoise_steps:
             replaced = generate & (uniform_renoise[i] <= rates[i])
-            if renoise_mode == "start":
-                fresh = init_noise
-            elif random_tokens is not None and renoise_mode == "rand":
+            if random_tokens is not None and renoise_mode == "rand":
                 fresh = random_tokens[i]
-            # prev: replaced tokens are those of x already
         drawn = mode == "multinomial" or (mode == "quant" and i < quant_steps)
         chances = draws[i] if drawn and draws is not None else None
         out = made(x, replaced, fresh, chances, times[i], scales[i], heats[i])

@@ -33,6 +33,7 @@ from lightning_modules.common.settings import plain
 from lightning_modules.paella.module import PaellaModule
 from lightning_modules.vqgan.config import PRESETS
 from lightning_modules.vqgan.module import VQGANModule
+from tests.bench.machine import heading
 
 SAMPLES = 64
 WIDTH = 512  # of T5-small
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(heading())
     with tempfile.TemporaryDirectory() as folder:
         sides = make_sides(Path(folder), args.resolution, args.batch)
         check(sides, 2)

@@ -24,6 +24,7 @@ import data.select
 from data.shards import write_shards
 from data.view import Order, ShardList, View
 from data.webdata import WebData
+from tests.bench.machine import heading
 
 BATCH = 32
 SIDE, RESOLUTION = 512, 256
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    print(heading())
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         if args.memory:

@@ -31,6 +31,7 @@ from eval.rows import Measured, load_measured, save_measured
 from eval.scorers import SCORERS
 from experiments.pipeline.given import FolderPictures
 from experiments.pipeline.stage import Folders, Machine
+from tests.bench.machine import heading
 from tests.tiny_networks import inception_file
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,7 @@ def main() -> None:
     if args.folder is not None:
         score_all(args.folder, args.scores)
         return
+    print(heading())
     if args.only in (None, "frechet"):
         bench_frechet(args.repeats)
     if args.only in (None, "features"):

@@ -16,7 +16,6 @@ import argparse
 import copy
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -28,6 +27,7 @@ from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.ldmae.config import DIT_MODELS, DIT_SAMPLING, SamplingConfig
 from lightning_modules.ldmae.network import DiT
 from lightning_modules.ldmae.vmae import Attention
+from tests.bench.machine import heading, network_share, seconds
 
 
 class ExplicitAttention(nn.Module):
@@ -50,13 +50,6 @@ def explicit(module: AutoencoderModule) -> AutoencoderModule:
     for block in [*plain.network.blocks, *plain.network.decoder_blocks]:
         block.attn = ExplicitAttention(block.attn)
     return plain
-
-
-def seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall time and time of this thread on a core; they differ where the machine is busy."""
-    wall, core = time.perf_counter(), time.thread_time()
-    run()
-    return time.perf_counter() - wall, time.thread_time() - core
 
 
 def compare(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -187,6 +180,8 @@ def bench_sampling(repeats: int, steps: int) -> None:
         "our loop": lambda: our_loop(network, z, labels, settings),
     }
     medians = compare(runs, repeats)
+    share = network_share(runs["our loop"], network, "forward")
+    print(f"network: {share:.0%} of ours")
     print(
         f"ratio of the textbook loop to ours {medians['textbook loop'] / medians['our loop']:.2f}"
     )
@@ -200,6 +195,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["autoencoders", "sampling"])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(heading())
     if args.part != "sampling":
         print("VMAE-f8d16 and the SD3 setting: encode and decode 1 image of 256 px, 1 thread")
         bench_autoencoders(args.repeats)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_modules.muse import process
 from lightning_modules.muse.config import DecodeConfig, UViTConfig
 from lightning_modules.muse.uvit import UViT
+from tests.bench.machine import heading
 from tests.bench.plain_muse import PlainUViT, plain_sample
 
 SIDE = 16
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--check-steps", type=int, default=12)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(heading())
     ours, plain = make_networks()
     count = sum(p.numel() for p in ours.parameters())
     print(f"U-ViT of {count:,} parameters, {SIDE}x{SIDE} tokens of {CONFIG.codebook_size} codes")
@@ -205,6 +207,9 @@ def main() -> None:
             f"{name:5s} median {whole['whole']:.2f} s wall ({shown}), {whole['whole core']:.2f} s "
             f"core, sampler {1000 * whole['sampler']:.0f} ms of it, {args.steps} steps"
         )
+
+    share = medians["ours"]["network core"] / medians["ours"]["whole core"]
+    print(f"network and output table: {share:.0%} of ours")
 
     def ratio(part: str) -> float:
         return medians["plain"][part] / medians["ours"][part]

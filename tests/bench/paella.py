@@ -9,8 +9,6 @@ float64, where rounding does not reach a decision, and must give the same tokens
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from lightning_modules.paella import process
 from lightning_modules.paella.config import ModelConfig, SamplingConfig
 from lightning_modules.paella.network import Paella
+from tests.bench.machine import heading, network_share, seconds
 from tests.bench.plain_paella import PlainPaella, plain_sample
 
 GRID = (64, 64)
@@ -93,13 +92,6 @@ def check_tokens(ours: Paella, plain: PlainPaella, steps: int) -> int:
     return tokens.numel()
 
 
-def seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall time and time of this thread on a core; they differ where the machine is busy."""
-    wall, core = time.perf_counter(), time.thread_time()
-    run()
-    return time.perf_counter() - wall, time.thread_time() - core
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,6 +100,7 @@ def main() -> None:
     parser.add_argument("--check-steps", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(heading())
     ours, plain = make_networks()
     if args.check_steps:
         count = check_tokens(ours, plain, args.check_steps)
@@ -145,6 +138,8 @@ def main() -> None:
         print(
             f"{name:5s} median {wall:.2f} s wall ({shown}), {core:.2f} s core, {args.steps} steps"
         )
+    share = network_share(run_ours, ours, "mixed_rows", "head", "prepare")
+    print(f"network and output table: {share:.0%} of ours")
     print(f"ratio of core times {medians['plain'][1] / medians['ours'][1]:.2f}")
     print(f"ratio {medians['plain'][0] / medians['ours'][0]:.2f}")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_modules.common.request import Request
 from lightning_modules.muse.module import MuseModule
+from tests.bench.machine import heading
 from tests.tiny_generators import Greys
 
 ROUNDS, PICTURES, STEPS = 3, 16, 12
@@ -79,6 +80,7 @@ class Clock:
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
+    print(heading())
     module = tiny_muse()
     clock = Clock(module.network.mixed_rows)
     module.network.mixed_rows = clock  # type: ignore[method-assign]

@@ -28,6 +28,7 @@ from lightning_modules.samplers.kernel import posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import MODELS, ScheduleConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Side
+from tests.bench.machine import heading, network_share, seconds
 from tests.bench.plain_vq_diffusion import PlainDenoiser, plain_sample, plain_step
 
 CONFIG = MODELS["s"]
@@ -205,13 +206,6 @@ def post_processing_bytes(ours: Denoiser, plain: PlainDenoiser, steps: int) -> t
     return peaks[0], watch.peak
 
 
-def seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall time and time of this thread on a core; they differ where the machine is busy."""
-    wall, core = time.perf_counter(), time.thread_time()
-    run()
-    return time.perf_counter() - wall, time.thread_time() - core
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -220,6 +214,7 @@ def main() -> None:
     parser.add_argument("--check-steps", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(heading())
     ours, plain = make_networks()
     text, null = make_texts()
     if args.check_steps:
@@ -270,6 +265,8 @@ def main() -> None:
         f"post-processing memory: plain {dense / 2**20:.1f} MiB, ours {lean / 2**20:.1f} MiB, "
         f"1/{dense / lean:.0f}"
     )
+    share = network_share(run_ours, ours, "mixed_rows", "head", "prepare")
+    print(f"network and output table: {share:.0%} of ours")
     print(f"ratio of core times {medians['plain'][1] / medians['ours'][1]:.2f}")
     print(f"ratio {medians['plain'][0] / medians['ours'][0]:.2f}")
 

@@ -341,7 +341,7 @@ def test_the_critic_learns_what_is_drawn(make: Make) -> None:
     assert scalars["critic"] < 0.3
     tokens = torch.full((1, *GRID), 3)
     tokens[0, 1, 2] = 7
-    scores = module.eval().critic_of([""])(tokens)
+    scores = module.eval().critic_of([""], module.told([""]))(tokens)
     assert int(scores.flatten().argmin()) == 6
 
 

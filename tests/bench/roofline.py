@@ -1,0 +1,106 @@
+"""How near every paper's guided network call and training step come to the machine's matmul.
+
+    python -m tests.bench.roofline [--size bench|micro] [--part sampling|training] [--repeats 5]
+
+The networks are those of the other benches, with random weights, on one thread. FLOPs are counted
+by torch.utils.flop_counter (matmuls, convolutions, attention). Bytes are those that the operations
+read and write, each by itself: what the memory would carry if no cache held anything. The share is
+that of the matmul rate measured here just before.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.bench.cases import CASES, Case
+from tests.bench.machine import matmul_peak, measure, processor
+
+
+class Bytes(TorchDispatchMode):
+    """Adds up the bytes that operations read and write; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in [*tensors(args), *tensors(out)]:
+                self.total += tensor.numel() * tensor.element_size()
+        return out
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """List the tensors in nested lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def training(case: Case) -> Callable[[], Any]:
+    """A step forwards and backwards at the same sizes."""
+
+    def step() -> None:
+        case.network.zero_grad()
+        with torch.enable_grad():
+            case.call().float().square().mean().backward()
+
+    return step
+
+
+def prepared_without_graph(case: Case) -> Callable[[], Any]:
+    """A call without gradients."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return case.call()
+
+    return call
+
+
+def rows(size: str, parts: Sequence[str], repeats: int, peak: float) -> list[str]:
+    """Measure every paper; rows of a table."""
+    found = []
+    for name, make in CASES.items():
+        for part in parts:
+            with torch.no_grad():  # conditions are prepared once
+                case = make(size, "cpu", 1)
+            run = training(case) if part == "training" else prepared_without_graph(case)
+            with FlopCounterMode(display=False) as counter:
+                run()
+            with Bytes() as moved:
+                run()
+            taken = measure(run, repeats)
+            flops = counter.get_total_flops()
+            found.append(
+                f"| {name} | {part} | {flops / 1e9:.3g} | {moved.total / 1e9:.3g} | "
+                f"{1000 * taken:.3g} | {flops / taken / 1e9:.3g} | {flops / taken / peak:.0%} |"
+            )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("bench", "micro"), default="bench")
+    parser.add_argument("--part", choices=("sampling", "training"))
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    peak = matmul_peak(side=64 if args.size == "micro" else 0)
+    print(f"{processor()}, 1 thread: matmul at {peak / 1e9:.0f} GFLOP/s in float32\n")
+    print("| network | step | GFLOP | GB | ms | GFLOP/s | share of matmul |")
+    print("|---|---|---|---|---|---|---|")
+    parts = [args.part] if args.part else ["sampling", "training"]
+    print("\n".join(rows(args.size, parts, args.repeats, peak)))
+
+
+if __name__ == "__main__":
+    main()
