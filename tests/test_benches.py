@@ -15,9 +15,9 @@ def test_the_roofline_has_a_row_per_paper_and_step(capsys: pytest.CaptureFixture
     assert first.startswith(processor()) and "GFLOP/s in float32" in first
     assert len(rows) == 2 * len(CASES) and all(row.count("|") == heading.count("|") for row in rows)
     flops = {tuple(row.split(" | ")[:2]): float(row.split(" | ")[2]) for row in rows}
-    for name in CASES:  # forwards and backwards cost about three times as much
+    for name in CASES:  # forwards and backwards cost about three times as much, attention more
         ratio = flops[f"| {name}", "training"] / flops[f"| {name}", "sampling"]
-        assert 2 < ratio < 3.5
+        assert 2 < ratio < 4.5
 
 
 def test_everything_for_a_card_runs_on_a_processor(capsys: pytest.CaptureFixture[str]) -> None:
