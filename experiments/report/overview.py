@@ -5,15 +5,14 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from data.files import write_text
 from eval.scorers import METRICS
-from experiments.agent import text_of
 from experiments.cli import counted
-from experiments.grid import Sweep, SweepRun
+from experiments.grid import SweepRun
 from experiments.pipeline.store import Store
 from experiments.report import charts, samplers
 from experiments.report.claims import Verdict, verdict
@@ -29,18 +28,12 @@ from experiments.report.document import (
     picture_tag,
     section,
 )
+from experiments.report.measured import Done, measured_csv
 from experiments.report.published import Claim, Published, Table, load_all
 from experiments.report.tables import draw, summarize
 
 STATES = ("holds", "does not hold", "not resolvable here", "not measured")
 WALL = 6  # prompts of the pictures that stand beside each other
-
-
-class Done(NamedTuple):
-    """A sweep with its runs, of which some may not be done."""
-
-    sweep: Sweep
-    runs: list[SweepRun]
 
 
 class Judged(NamedTuple):
@@ -251,20 +244,6 @@ def _published(paper: str, name: str, table: Table) -> str:
         about += ". No sweep of this suite measures it: its data are not embedded."
     body = html_table([table.setting or "", *table.columns], rows)
     return anchor(f"{paper}-{name}", section(f"Published, {paper}: {table.title}", body, about))
-
-
-def measured_csv(sweeps: Sequence[Done]) -> str:
-    """Return a line for every score of every run: sweep, settings, value, interval and n."""
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["sweep", "paper", "scale", "settings", "score", "value", "low", "high", "n"])
-    for sweep, runs in sweeps:
-        for run in runs:
-            settings = " ".join(f"{k}={text_of(v)}" for k, v in run.settings.items())
-            for name, score in run.scores.items():
-                numbers: list[Any] = [score.get(key) for key in ("value", "low", "high", "n")]
-                writer.writerow([sweep.name, run.paper, run.scale, settings, name, *numbers])
-    return lines.getvalue()
 
 
 def _claims_csv(claims: Sequence[Judged]) -> str:
