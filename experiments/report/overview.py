@@ -28,11 +28,13 @@ from experiments.report.document import (
     picture_tag,
     section,
 )
+from experiments.report.frontier import are_several
 from experiments.report.measured import Done, measured_csv
 from experiments.report.published import Claim, Published, Table, load_all
 from experiments.report.tables import draw, summarize
 
 STATES = ("holds", "does not hold", "not resolvable here", "not measured")
+LONG = 40  # rows of a table; those of longer ones are shown on demand
 WALL = 6  # prompts of the pictures that stand beside each other
 
 
@@ -91,16 +93,18 @@ def _page(
     runs = sum(bool(run.scores) for done in sweeps for run in done.runs)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
     published = load_all()
+    together = [done for done in sweeps if are_several(done.runs)]
     return document(
         "Papers and what was measured",
         [
             "<h1>Papers and what was measured</h1>"
             f"<p class=muted>{counted(len(sweeps), 'sweep')}, {counted(runs, 'run')}</p>",
             section("The same prompts and seeds", _wall(sweeps), "The best run of each paper."),
+            *(_sweep(done, figures[done.sweep.name], claims) for done in together),
             section(f"What is claimed: {told}", _claims_table(claims)),
             _samplers(sampled, figures["samplers"]),
             section("Tables", _contents(published, sweeps)),
-            *(_sweep(done, figures[done.sweep.name], claims) for done in sweeps),
+            *(_sweep(d, figures[d.sweep.name], claims) for d in sweeps if d not in together),
             *(
                 _published(paper, name, table)
                 for paper, found in published.items()
@@ -227,7 +231,10 @@ def _sweep(done: Done, figures: Mapping[str, Figure], claims: Sequence[Judged]) 
     ]
     body = paragraphs(notes) + boxes("charts", drawn)
     for table in tables:
-        body += f"<h3>{escape(table.title)}</h3>{html_table(table.heads, table.rows)}"
+        shown = html_table(table.heads, table.rows)
+        if len(table.rows) > LONG:
+            shown = details(f"all {len(table.rows)} rows", shown)
+        body += f"<h3>{escape(table.title)}</h3>{shown}"
     body += _claims_table([c for c in claims if c.claim.sweep == name]) + paragraphs(sources)
     body += code(f"python -m experiments.sweep sweeps/{name}.yaml")
     return anchor(f"sweep-{name}", section(name, body))
