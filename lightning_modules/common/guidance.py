@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 Law = Literal["linspace", "ratio", "cosine"]
-Shares = Sequence[float] | Sequence[Tensor]
-"""Weights of the conditions, which sum to 1."""
+Shares = Sequence[float | Tensor]
+"""Weights of the conditions, which sum to 1: all numbers, or all tensors."""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def choose(score: Tensor, masked: Tensor, counts: Tensor, uniforms: Tensor) -> T
 
 
 def sample(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     head: Head,
     *,
     x: Tensor,
@@ -203,7 +203,8 @@ def sample(
     less than the whole image is generated, so is the share of what each call reveals.
 
     Args:
-        predict: (x [B, h, w], t [B] int64, keep [B, h, w] bool) -> features [keep.sum(), C].
+        predict: (x [B, h, w], t [B] int64, keep [B, h, w] bool or None for all) -> features
+            [keep.sum(), C].
         head: [m, C] -> logits [m, K].
         x: [B, h, w] int64 tokens to start from, K = mask.
         calls: R calls, from noise to tokens.

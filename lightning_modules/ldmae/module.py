@@ -267,7 +267,8 @@ class LDMAEModule(GeneratorModule):
         if d.start is not None:
             x = process.straight_path(d.noise, d.start, times[:1].to(x))[0]
         own: Any = {"inside": process.insides(s.guidance, interval, times), "places": d.places}
-        return process.integrate(velocity(interval), x, times, s.solver, d.on_step, **own)
+        solver: Any = s.solver
+        return process.integrate(velocity(interval), x, times, solver, d.on_step, **own)
 
     def _walk_the_chain(self, d: Drawing) -> Tensor:
         s, interval = d.settings, (d.settings.guidance_start, d.settings.guidance_end)

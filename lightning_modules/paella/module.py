@@ -143,12 +143,11 @@ class PaellaModule(GeneratorModule):
         rates = (objective.text_drop, objective.pooled_drop, objective.image_drop)
         hide_text, hide_pooled, hide_image = (d < r for d, r in zip(draws, rates, strict=True))
         if isinstance(self.network, DenoiseUNet):
-            pooled = self._pooled(captions)
-            shown_text = Condition(pooled[:, None], None, pooled * ~hide_text[:, None])
-            return {"text": shown_text, "hide": None}
+            vectors = self._pooled(captions) * ~hide_text[:, None]
+            return {"text": Condition(vectors[:, None], None, vectors), "hide": None}
         shown = ["" if h else c for c, h in zip(captions, hide_text.tolist(), strict=True)]
         text = self.encode_text(shown)
-        pooled, image = None, None
+        pooled = image = None
         if self.config.model.clip_embd > 0:
             pooled = torch.where(hide_pooled[:, None], self._pooled([""]), self._pooled(captions))
             if self.config.model.clip_image:

@@ -447,7 +447,7 @@ def sample_noise(seeds: Sequence[int], calls: int, grid: tuple[int, int]) -> dic
 
 
 def sample(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     head: Head,
     *,
     x: Tensor,

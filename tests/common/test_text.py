@@ -299,7 +299,7 @@ def test_clip_states_in_front_of_the_last_layer(
     seen = []
     layers = folder._model.text_model.encoder.layers
     layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    again = folder(CAPTIONS, CPU)
+    again = folder.encode(CAPTIONS, CPU)
     assert torch.equal(found.tokens, seen[0]) and torch.equal(again.tokens, seen[0])
     # padding stands behind the end token, which therefore does not see it
     torch.testing.assert_close(found.pooled, whole(CAPTIONS, CPU).pooled)

@@ -71,7 +71,7 @@ def kept(logits: Tensor, rate: float) -> Tensor:
     return torch.where(process.truncate(logits, rate).isfinite(), p, torch.zeros_like(p))
 
 
-def whole_posterior(x, step, rows, head, chance: Chance, generate, draw) -> Tensor:
+def whole_posterior(x, step, rows, head, chance: Chance, generate, draw, places) -> Tensor:
     """A step of the reference: the posterior of every position, then Gumbel argmax over K + 1."""
     assert generate.all()
     p0 = head(rows(generate)).unflatten(0, x.shape).softmax(-1)

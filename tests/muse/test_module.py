@@ -421,10 +421,11 @@ def test_settings_of_sections_are_replaced_one_by_one(make: Make) -> None:
 
 def test_a_frozen_encoder_reads_the_empty_caption_once(make: Make) -> None:
     module, asked = make("uvit", random=0.3), []
-    encode = module.encode_text
-    module.encode_text = lambda c: (asked.append(c), encode(c))[1]  # type: ignore[method-assign]
-    for _ in range(3):
-        module.sample_tokens(Request(CAPTIONS[:1], [0]))
+    encoder: Any = module._attached["text"]
+    encode = encoder.encode
+    encoder.encode = lambda c, device: (asked.append(c), encode(c, device))[1]
+    for number in range(3):
+        module.sample_tokens(Request([f"picture {number}"], [0]))
     assert asked.count([""]) == 1 and len(asked) == 4
 
 
