@@ -65,8 +65,8 @@ def check_named(options: Options) -> None:
     """Check what can be seen without reading anything.
 
     Raises:
-        ConfigError: pictures are named in no way or two, what is named is not there, or an option is
-            for the other way.
+        ConfigError: pictures are named in no way or two, what is named is not there, or an option
+            goes with the other way.
     """
     args = options.args
     if options.door.first_stage and args.ckpt is None:
