@@ -10,6 +10,8 @@ from eval.metric import Metric
 SHOWN = {
     "network_calls": Metric("Network calls", "calls of the network per picture", better="lower"),
     "spread": Metric("Spread", "standard deviation over pictures"),
+    "seconds": Metric("Seconds", "to draw, decode and write a picture", better="lower"),
+    "parameters": Metric("Parameters", "trained ones, with the text encoder's", better="lower"),
 }
 
 

@@ -83,11 +83,9 @@ class SweepRun:
     plan: Plan
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: str | None = None
-    right: dict[tuple[int, ...], bool] = field(default_factory=dict)
-    """(seed, place of the prompt) -> whether its picture shows what was asked, where one can say.
-
-    Of a run alone the key is (place,).
-    """
+    right: dict[str, dict[tuple[int, ...], bool]] = field(default_factory=dict)
+    """Prefix of scores -> (seed, place of the prompt) -> whether its picture shows what was asked,
+    where one can say. Of a run alone the key is (place,)."""
     repeat: int = 0
     """Which repetition of its point it is."""
 

@@ -9,12 +9,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from data.files import write_json, write_text
 from experiments.cli import RUN, first_line
 from experiments.grid import Sweep, SweepRun, finished
+from experiments.pipeline.generator import Generator
 from experiments.pipeline.store import Store
 from experiments.progress import clock
 from experiments.settings import UserError
@@ -94,16 +96,46 @@ def do_run(run: SweepRun, say: Say) -> bool:
 
 
 def collect(runs: Sequence[SweepRun]) -> None:
-    """Read the scores of finished runs, and why others failed."""
+    """Read the scores of runs and what they cost from the store, and why others failed.
+
+    Results are known by their content: whoever made them, a sweep with an --out of its own, an
+    agent or a single run, they are found in the cache that the settings name.
+    """
     for run in runs:
-        with suppress(OSError, ValueError):
-            run.error = json.loads((run.out / FAILED).read_text())["error"]
         if not finished(run):
+            with suppress(OSError, ValueError):
+                run.error = json.loads((run.out / FAILED).read_text())["error"]
+        store = Store(run.config.cache)
+        if store.done(run.plan.score) is None:
             continue
         with suppress(OSError):  # a score without any leaves none
-            run.scores, run.error = json.loads((run.out / "metrics.json").read_text()), None
-            verdicts = run.plan.score.verdicts(Store(run.config.cache).folders, "eval")
-            run.right = {(place,): v["right"] for place, v in verdicts.items() if "right" in v}
+            run.scores = {**run.plan.score.scores(store.folders), **costs(run, store)}
+            for prefix in run.plan.samples:
+                verdicts = run.plan.score.verdicts(store.folders, prefix)
+                run.right[prefix] = {
+                    (place,): v["right"] for place, v in verdicts.items() if "right" in v
+                }
+
+
+def costs(run: SweepRun, store: Store) -> dict[str, dict[str, Any]]:
+    """Return what the pictures of a run cost besides network calls, under the names of scores.
+
+    PREFIX/seconds: to draw, decode and write a picture, in batches of eval.batch_size on the
+    machine that drew it. PREFIX/parameters: trained for it, the text encoder's among them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for prefix, sample in run.plan.samples.items():
+        drawn = store.done(sample)
+        if drawn is not None:
+            n = drawn["what"]["pictures"]
+            found[f"{prefix}/seconds"] = {"value": drawn["busy"] / n, "n": n}
+        generator = sample.generator
+        stages = generator.trainings(sample.part) if isinstance(generator, Generator) else []
+        trained = [marker for stage in stages if (marker := store.done(stage))]
+        if stages and len(trained) == len(stages):
+            count = sum(marker["what"]["parameters"] for marker in trained)
+            found[f"{prefix}/parameters"] = {"value": count}
+    return found
 
 
 @contextmanager

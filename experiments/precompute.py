@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from data.cached import INDEX, differences, read_index
 from data.config import DataConfig
 from experiments.cli import Parser, command, counted, prepare_torch, speaker
-from experiments.papers.base import FirstStageKind, device_of, measures_of_file, used_text
+from experiments.papers.base import device_of, used_text
+from experiments.papers.first_stage import FirstStageKind, measures_of_file
 from experiments.papers.registry import PAPERS, with_corpus
 from experiments.pipeline.data import Data
 from experiments.pipeline.encode import Encode, EncodedView

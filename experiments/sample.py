@@ -22,7 +22,7 @@ from experiments.cli import (
     prepare_torch,
     speaker,
 )
-from experiments.papers.base import MAX_SEED
+from experiments.papers.sections import MAX_SEED
 from experiments.pipeline.generator import CHECKPOINT
 from experiments.progress import Counter
 from experiments.settings import ConfigError, describe, override, resolved

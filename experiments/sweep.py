@@ -207,9 +207,8 @@ def make_parser() -> Parser:
 def show(sweep: Sweep, summary: "Summary", files: Sequence[Path]) -> None:
     """Print the tables, what was published, and the paths of what was made."""
     print(f"\n{sweep.name}: scores with their 95 % intervals")
-    for number, table in enumerate(summary.tables):
-        if number:
-            print(f"\n{table.title}")
+    for table in summary.tables:
+        print(f"\n{table.title}")
         made = Table(*table.heads, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for row in table.rows:
             made.add_row(*row)

@@ -1,8 +1,12 @@
-"""Tiny corpora as they lie on a disk once they are downloaded."""
+"""Tiny corpora as they lie on a disk once they are downloaded, and tars with anything in them."""
 
 import io
 import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,6 +34,34 @@ def encoded(
         image = image.convert(mode)
     image.save(file, "PNG" if suffix == ".png" else "JPEG", exif=exif)
     return file.getvalue()
+
+
+def with_header(side: int) -> bytes:
+    """Encode a PNG of a few hundred bytes that promises side x side pixels and holds none."""
+    data = bytearray(encoded(mode="L", size=(8, 8), suffix=".png"))
+    data[16:24] = side.to_bytes(4) * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    return bytes(data)
+
+
+def tar(
+    path: Path,
+    members: Mapping[str, bytes] | Iterable[tuple[str, bytes | str]],
+    mode: Any = "w",
+    **options: Any,
+) -> Path:
+    """Write a tar of files, and of links where a member's content is the name of another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, **options) as file:
+        for name, content in members.items() if isinstance(members, Mapping) else members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                file.addfile(member)
+            else:
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    return path
 
 
 def coco(root: Path, year: int = 2014, train: int = 40, val: int = 24) -> Path:

@@ -18,6 +18,8 @@ PAPERS.remove("common")
 NAMES = {path.stem for path in (ROOT / "experiments" / "configs").iterdir() if path.is_dir()}
 NAMES.remove("autoencoder")  # which is also the name of a kind of first stage
 
+SHARED = ("base", "first_stage", "sections", "registry")  # of experiments/papers, by all papers
+
 # what the files of a room may import besides their own room; a prefix stands for all below it
 COMMON, DATA, FILES = "lightning_modules.common", "data", "data.files"
 SAMPLERS = "lightning_modules.samplers"
@@ -108,7 +110,7 @@ def papers_named(source: str) -> list[str]:
             named = re.findall(r"lightning_modules(?:\.| import )(\w+)", text)
             found += [name for name in named if name in PAPERS]
             named = re.findall(r"experiments\.papers(?:\.| import )(\w+)", text)
-            found += [name for name in named if name not in ("base", "registry")]
+            found += [name for name in named if name not in SHARED]
     return found
 
 

@@ -19,8 +19,8 @@ from experiments.checkpoint import (
 )
 from experiments.cli import counted, first_line, prepare_torch, speaker
 from experiments.evaluation.options import Options
-from experiments.papers.base import MAX_SEED
 from experiments.papers.registry import PAPERS
+from experiments.papers.sections import MAX_SEED
 from experiments.pipeline.data import Captions, Pictures
 from experiments.pipeline.first_stage import Given
 from experiments.pipeline.given import (

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from experiments.papers.base import FirstStageKind, FirstStageSection, RunSettings
+from experiments.papers.base import RunSettings
+from experiments.papers.first_stage import FirstStageKind
+from experiments.papers.sections import FirstStageSection
 from lightning_modules.common.checks import multiple
 from lightning_modules.ldmae.config import (
     AUTOENCODER_LOSSES,

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from experiments.papers.autoencoder import AUTOENCODER, SECTIONS, AutoencoderSection
-from experiments.papers.base import FirstStageKind, GeneratorRun
+from experiments.papers.base import GeneratorRun
+from experiments.papers.first_stage import FirstStageKind
 from lightning_modules.ldmae.config import DIT_MODELS, DIT_SAMPLING, LDMAEConfig
 
 

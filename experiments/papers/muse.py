@@ -6,13 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.files import file_hash
-from experiments.papers.base import (
-    Drawing,
-    Materials,
-    TrainerConfig,
-    existing,
-    measures_of_file,
-)
+from experiments.papers.base import Drawing, Materials, existing
+from experiments.papers.first_stage import measures_of_file
+from experiments.papers.sections import TrainerConfig
 from experiments.papers.vqgan import TOKENIZER, TOKENIZER_PRESETS, TokenRun
 from experiments.pipeline.data import Captions
 from experiments.pipeline.encode import EncodedView

@@ -9,11 +9,13 @@ from data.cached import read_index
 from data.config import DataConfig
 from data.corpora import BROUGHT, corpora
 from experiments.papers.autoencoder import AutoencoderRun
-from experiments.papers.base import FirstStageKind, FirstStageSection, GeneratorRun, RunSettings
+from experiments.papers.base import GeneratorRun, RunSettings
+from experiments.papers.first_stage import FirstStageKind
 from experiments.papers.improved_vqd import ImprovedVQDRun
 from experiments.papers.ldmae import LDMAERun
 from experiments.papers.muse import MuseRun
 from experiments.papers.paella import PaellaRun
+from experiments.papers.sections import FirstStageSection
 from experiments.papers.vq_diffusion import VQDiffusionRun
 from experiments.papers.vqgan import VQGANRun
 from experiments.pipeline.ranks import launched

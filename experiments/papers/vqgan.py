@@ -4,12 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from experiments.papers.base import (
-    FirstStageKind,
-    FirstStageSection,
-    GeneratorRun,
-    RunSettings,
-)
+from experiments.papers.base import GeneratorRun, RunSettings
+from experiments.papers.first_stage import FirstStageKind
+from experiments.papers.sections import FirstStageSection
 from lightning_modules.common.checks import multiple
 from lightning_modules.vqgan.config import PRESETS, VQGANConfig
 

@@ -38,6 +38,10 @@ class Generator(Stage):
         write_json(folder / ABOUT, about)
         return about
 
+    def trainings(self, part: str = "") -> list[Train]:
+        """Return the trainings whose networks draw a part's pictures; the base's come first."""
+        return [self.train, *([self.parts[part]] if part else [])]
+
     def load(self, inputs: Folders, machine: Machine) -> Any:
         """Return the module, frozen and ready to sample."""
         from lightning_modules.registry import load_generator

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.papers.base import RunSettings, TrainerConfig
+from experiments.papers.base import RunSettings
+from experiments.papers.sections import TrainerConfig
 from experiments.pipeline.first_stage import Statistics
 from experiments.pipeline.loop import Loop
 from experiments.pipeline.plan import Plan

@@ -16,7 +16,8 @@ from eval.extractors import (
     SceneRows,
 )
 from eval.spaces import SPACES
-from experiments.papers.base import APART, Drawing, Materials, RunSettings
+from experiments.papers.base import Drawing, Materials, RunSettings
+from experiments.papers.sections import APART
 from experiments.pipeline.data import Data, Pictures
 from experiments.pipeline.edit import Edits
 from experiments.pipeline.features import Features

@@ -17,7 +17,8 @@ every claim of the papers with its verdict, every table measured beside publishe
 trained or sampled: sweeps of which no run is done are left out.
 
 Without a FILE all sweeps of the project are looked for. Words are those with which the sweeps were
-run (experiments.sweep FILE ... key=value); a sweep that was given an --out is not found.
+run (experiments.sweep FILE ... key=value). Results are known in the cache by what they are made of,
+so it does not matter what made them: a sweep with any --out, agents of W&B, or single runs.
 
 examples:
   {COMMAND} --out report
@@ -58,8 +59,7 @@ def run(argv: Sequence[str]) -> None:
     if not any(run.scores for done in found for run in done.runs):
         names = ", ".join(done.sweep.name for done in found[:2]) + ", ..." * (len(found) > 2)
         raise ConfigError(
-            f"no run of {names} is done; run experiments.sweep first, with the words of this "
-            "command and without --out"
+            f"no run of {names} is done; run experiments.sweep first, with the same words"
         )
     say = speaker()
     for path in write_overview(found, args.out, shlex.join([*COMMAND.split(), *argv])):

@@ -11,11 +11,10 @@ from eval.metric import Metric
 from experiments.agent import text_of
 from experiments.grid import SweepRun
 from experiments.report.published import Claim
-from experiments.report.repeated import difference, over_seeds
+from experiments.report.repeated import compared, over_seeds
 from experiments.report.scores import metric_of, notation, scan_value
 
 State = Literal["holds", "does not hold", "not resolvable here", "not measured"]
-PAIRED = ("eval/scene_accuracy", "eval/digit_accuracy")  # shares of prompts that are right
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,8 @@ def verdict(claim: Claim, runs: Sequence[SweepRun], metrics: Mapping[str, Metric
     """Test a claim.
 
     Runs that differ in other settings alone are compared pair by pair and the differences are
-    averaged. Of accuracies the difference is taken prompt by prompt where these are shared, else
-    two scores a, b with half intervals h have a - b +- sqrt(h_a^2 + h_b^2). A claim holds where all
-    that it says lies outside of chance, does not where the opposite of a part of it does.
+    averaged, each as `compared` gives it. A claim holds where all that it says lies outside of
+    chance, does not where the opposite of a part of it does.
 
     Args:
         claim: what is said.
@@ -106,8 +104,7 @@ class _Compare:
             for b in self.groups[worse]:
                 if self._others(a) != self._others(b):
                     continue
-                d = difference(a, b) if self.score in PAIRED else None
-                d = d or _independent(a.scores[self.score], b.scores[self.score])
+                d = compared(a, b, self.score)
                 values.append(self.sign * d["value"])
                 halves.append((d["high"] - d["low"]) / 2)
         if not values:
@@ -128,14 +125,6 @@ class _Compare:
             return self.sign * sum(scores) / len(scores)
 
         return sorted(self.groups, key=mean, reverse=True)
-
-
-def _independent(a: Score, b: Score) -> Score:
-    """Return a - b of independent scores; one without an interval is taken as exact."""
-    value = a["value"] - b["value"]
-    halves = [((s["high"] - s["low"]) / 2 if s.get("low") is not None else 0.0) for s in (a, b)]
-    half = math.hypot(*halves)
-    return {"value": value, "low": value - half, "high": value + half}
 
 
 def _decided(comparisons: Sequence[Comparison | None], all_needed: bool = True) -> Verdict:

@@ -12,6 +12,8 @@ from eval.interval import Score, Z
 from experiments.agent import text_of
 from experiments.grid import SEEDS, SweepRun
 
+PAIRED = ("eval/scene_accuracy", "eval/digit_accuracy")  # shares of prompts that are right
+
 
 def over_seeds(runs: Sequence[SweepRun]) -> list[SweepRun]:
     """Put the runs of a sweep that differ in seeds alone together; others stay as they are.
@@ -37,7 +39,14 @@ def _together(group: Sequence[SweepRun]) -> SweepRun:
         settings={k: v for k, v in first.settings.items() if k not in SEEDS},
         scores={name: mean_of([run.scores[name] for run in done]) for name in names},
         error=next((run.error for run in group if run.error), None),
-        right={(run.repeat, *key): ok for run in group for key, ok in run.right.items()},
+        right={
+            prefix: {
+                (run.repeat, *key): ok
+                for run in group
+                for key, ok in run.right.get(prefix, {}).items()
+            }
+            for prefix in first.right
+        },
     )
 
 
@@ -59,6 +68,23 @@ def mean_of(scores: Sequence[Score]) -> Score:
     }
 
 
+def compared(run: SweepRun, base: SweepRun, name: str) -> Score:
+    """Return by how much a score of a run is above that of another one, with its 95 % interval.
+
+    An accuracy is compared prompt by prompt where these are shared. Else two scores a, b with half
+    intervals h, those without one exact, have a - b +- sqrt(h_a^2 + h_b^2).
+    """
+    paired = difference(run, base) if name in PAIRED else None
+    if paired is not None:
+        return paired
+    pair = run.scores[name], base.scores[name]
+    value = pair[0]["value"] - pair[1]["value"]
+    half = math.hypot(
+        *((s["high"] - s["low"]) / 2 if s.get("low") is not None else 0.0 for s in pair)
+    )
+    return {"value": value, "low": value - half, "high": value + half}
+
+
 def difference(run: SweepRun, base: SweepRun) -> Score | None:
     """Return by how much more of the shared prompts a run has right than another one.
 
@@ -68,13 +94,20 @@ def difference(run: SweepRun, base: SweepRun) -> Score | None:
     Returns:
         The difference with its 95 % interval; None where no prompt is shared.
     """
-    shared = run.right.keys() & base.right.keys()
+    ours, theirs = run.right.get("eval", {}), base.right.get("eval", {})
+    shared = ours.keys() & theirs.keys() if _asked(run) == _asked(base) else set()
     if not shared:
         return None
     of_prompt: dict[int, list[int]] = defaultdict(list)
     for key in shared:
-        of_prompt[key[-1]].append(run.right[key] - base.right[key])
+        of_prompt[key[-1]].append(ours[key] - theirs[key])
     found = np.array([np.mean(d) for d in of_prompt.values()])  # [prompts]
     mean, n = float(found.mean()), len(found)
     half = Z * float(found.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def _asked(run: SweepRun) -> str | None:
+    """Return the key of the captions that were asked."""
+    sample = run.plan.samples.get("eval")
+    return None if sample is None else sample.captions.key

@@ -7,12 +7,22 @@ are what it is to be compared with.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.interval import Score
 from eval.metric import Metric
 
 Scores = Mapping[str, Score]
+
+
+class ScoreTable(NamedTuple):
+    """One table in words, for a page and for a terminal."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+
 FIRST_STAGES = ("tokenizer", "autoencoder")  # beginnings of the names of their scores
 COMPANIONS = {"_floor": "floor", "_real": "real pictures"}
 SPLITS = {

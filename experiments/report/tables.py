@@ -17,17 +17,10 @@ from experiments.grid import Sweep, SweepRun, short_names
 from experiments.report import charts
 from experiments.report.claims import verdict
 from experiments.report.document import boxes, code, document, html_table, paragraphs, section
+from experiments.report.frontier import are_several, frontiers, winners
 from experiments.report.published import Published
 from experiments.report.repeated import difference, over_seeds
-from experiments.report.scores import main_scores, notation, scans
-
-
-class ScoreTable(NamedTuple):
-    """One table in words, for a page and for a terminal."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
+from experiments.report.scores import ScoreTable, main_scores, notation, scans
 
 
 class Summary(NamedTuple):
@@ -50,7 +43,7 @@ def summarize(sweep: Sweep, runs: Sequence[SweepRun], published: Published) -> S
     """
     runs = over_seeds(runs)
     names, same = columns(sweep, runs)
-    tables = [_main_table(runs, names, published)]
+    tables = [*winners(sweep, runs), _main_table(runs, names, published)]
     for (score, what), curves in _scanned(runs).items():
         xs = sorted({x for curve in curves.values() for x in curve})
         rows = [[label, *(notation(curve.get(x)) for x in xs)] for label, curve in curves.items()]
@@ -122,7 +115,9 @@ def _scanned(runs: Sequence[SweepRun]) -> dict[tuple[str, str], dict[str, dict[f
 
 
 def _paired(runs: Sequence[SweepRun]) -> list[ScoreTable]:
-    """Compare every run with the first one, prompt by prompt; no table where that cannot be."""
+    """Compare every run of a paper with the first one, prompt by prompt, where that can be."""
+    if are_several(runs):
+        return []
     found = [(run.label, difference(run, runs[0])) for run in runs[1:]] if runs else []
     rows = [[label, notation(d), str(d["n"])] for label, d in found if d is not None]
     title = f"Right more often than {runs[0].label}, on the same prompts" if rows else ""
@@ -229,7 +224,9 @@ def draw(sweep: Sweep, runs: Sequence[SweepRun]) -> dict[str, Figure]:
     metric = names[0] if names else ""
     scored = [(p, p.scores[metric]) for p in runs if metric in p.scores]
     settings = list(short_names(scored[0][0].settings)) if scored else []
-    if len(settings) == 2:
+    if are_several(runs):
+        figures |= frontiers(sweep, runs)
+    elif len(settings) == 2:
         across, up = settings
         cells = {}
         for run, score in scored:

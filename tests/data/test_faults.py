@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import tarfile
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from data.shards import GONE, LOST, PICKLE
 from data.skips import SkipCounter
 from data.view import Order, ShardList, View
 from data.webdata import WebData
+from tests import planted
 
 
 class Creates:
@@ -39,47 +39,25 @@ def jpeg(seed: int = 0, **options) -> bytes:
     return file.getvalue()
 
 
-def bomb() -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (8, 8)).save(file, "PNG")
-    data = bytearray(file.getvalue())
-    data[16:24] = (60_000).to_bytes(4) * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
-    return bytes(data)
-
-
-def write(path: Path, members: list[tuple[str, bytes | str]]) -> str:
-    """Write a tar of files, and of links where a member's content is the name of another."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                member.type, member.linkname = tarfile.SYMTYPE, content
-                tar.addfile(member)
-            else:
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return str(path)
-
-
 def pair(key: str, image: bytes, text: bytes = b"a picture", suffix: str = "jpg") -> list:
     return [(f"{key}.{suffix}", image), (f"{key}.txt", text)]
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> tuple[ShardList, list[str], dict[str, int]]:
+def faulty(tmp_path: Path) -> tuple[ShardList, list[str], dict[str, int]]:
     """Uneven shards, the keys of their good samples, and how often each fault is in them."""
     good = jpeg()
     a = [m for i in range(9) for m in pair(f"a{i}", jpeg(i))]
     a += pair("cut", good[: len(good) // 2]) + pair("junk", b"no image at all")
     a += [("nocaption.jpg", good), *pair("empty", good, b" \n"), ("noimage.txt", b"text")]
-    a += pair("bomb", bomb(), suffix="png")
+    a += pair("bomb", planted.with_header(60_000), suffix="png")
     b = [*pair("../../out", good), *pair("/tmp/out", good)]
     b += [("link.jpg", "/etc/passwd"), ("link.txt", b"a link")]
     b += [*pair("kept", good), ("kept.pkl", pickle.dumps(Creates(tmp_path / "unpickled")))]
     c = pair("a0", jpeg(100)) + pair("a1", jpeg(101))  # keys of the first shard
     d = [m for i in range(4) for m in pair(f"d{i}", jpeg(i))]
-    paths = [write(tmp_path / f"{n}.tar", m) for n, m in zip("abcd", (a, b, c, d), strict=True)]
+    shards = zip("abcd", (a, b, c, d), strict=True)
+    paths = [str(planted.tar(tmp_path / f"{name}.tar", m)) for name, m in shards]
     with tarfile.open(paths[3]) as tar:
         cut = tar.getmember("d2.jpg").offset + 100  # within a header
     Path(paths[3]).write_bytes(Path(paths[3]).read_bytes()[:cut])
@@ -89,8 +67,8 @@ def planted(tmp_path: Path) -> tuple[ShardList, list[str], dict[str, int]]:
     return ShardList((*paths, str(tmp_path / "gone.tar"))), keys, counts
 
 
-def test_a_pass_in_order_keeps_what_is_good_and_counts_the_rest(planted, monkeypatch) -> None:
-    shards, keys, counts = planted
+def test_a_pass_in_order_keeps_what_is_good_and_counts_the_rest(faulty, monkeypatch) -> None:
+    shards, keys, counts = faulty
     counters: list[SkipCounter] = []
     monkeypatch.setattr(
         "data.select.SkipCounter", lambda *a: counters.append(SkipCounter(*a)) or counters[-1]
@@ -106,9 +84,9 @@ def test_a_pass_in_order_keeps_what_is_good_and_counts_the_rest(planted, monkeyp
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_every_pass_of_the_stream_has_every_good_sample_once(planted, slots: int) -> None:
+def test_every_pass_of_the_stream_has_every_good_sample_once(faulty, slots: int) -> None:
     """With more places in a batch than there are shards, and fewer."""
-    shards, keys, counts = planted
+    shards, keys, counts = faulty
     web = WebData(shards, None, View(8), Order(0, 8), batch_size=slots, max_skipped=0.95)
     source, order = web.source(), web.order()
     seen: dict[int, Counter] = {0: Counter(), 1: Counter(), 2: Counter()}
@@ -129,8 +107,8 @@ def test_every_pass_of_the_stream_has_every_good_sample_once(planted, slots: int
     assert not (Path(shards.paths[0]).parent / "unpickled").exists()
 
 
-def test_more_workers_than_shards_all_have_work(planted) -> None:
-    shards, keys, counts = planted
+def test_more_workers_than_shards_all_have_work(faulty) -> None:
+    shards, keys, counts = faulty
     web = WebData(
         shards, None, View(8), Order(6, 8), batch_size=8, epoch_batches=8, max_skipped=0.95
     )

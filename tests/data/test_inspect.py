@@ -4,11 +4,8 @@ import io
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
-import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +28,6 @@ def picture(size: tuple[int, int] = (40, 30), kind: str = "JPEG", mode: str = "R
     return stream.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header promises 100,000 x 100,000 pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        body = name + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-def tar(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
-    """A str in place of bytes is where a link points to."""
-    with tarfile.open(path, "w") as file:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
-                file.addfile(info)
-            else:
-                info.size = len(content)
-                file.addfile(info, io.BytesIO(content))
-    return path
-
-
 class Bomb:
     def __reduce__(self) -> Any:
         return os.mkdir, ("pwned",)
@@ -71,8 +43,8 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shards"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    tar(folder / "0.tar", [m for i in range(20) for m in good(f"a{i}")])
-    tar(
+    planted.tar(folder / "0.tar", [m for i in range(20) for m in good(f"a{i}")])
+    planted.tar(
         folder / "1.tar",
         [
             *good("b0"),
@@ -82,7 +54,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ("c1.txt", b" \n"),
             ("c2.jpg", picture()),
             ("c3.txt", b"no picture"),
-            ("c4.png", bomb()),
+            ("c4.png", planted.with_header(100_000)),
             ("c4.txt", b"too large"),
             ("c5.jpg", b"no picture at all"),
             ("c5.txt", b"noise"),
@@ -99,8 +71,9 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ("e0.pyd", pickle.dumps(Bomb())),
         ],
     )
-    tar(folder / "2.tar", [*good("a0"), *good("f0")])  # a0 is in the first shard, too
-    whole = tar(folder / "3.tar", [m for i in range(10) for m in good(f"g{i}")]).read_bytes()
+    planted.tar(folder / "2.tar", [*good("a0"), *good("f0")])  # a0 is in the first shard, too
+    last = planted.tar(folder / "3.tar", [m for i in range(10) for m in good(f"g{i}")])
+    whole = last.read_bytes()
     (folder / "3.tar").write_bytes(whole[: len(whole) // 2])
     return folder
 
@@ -167,7 +140,7 @@ def test_filters_are_counted_one_by_one(tmp_path: Path) -> None:
     for i in range(8):
         meta = {"aesthetic": i, "pwatermark": i / 8, "width": 100 + i, "height": 100}
         members += [*good(f"k{i}"), (f"k{i}.json", json.dumps(meta).encode())]
-    tar(folder / "0.tar", members)
+    planted.tar(folder / "0.tar", members)
     _, found = look(folder, "data.min_aesthetic=2", "data.max_pwatermark=0.5", "data.min_size=50")
     assert found["removed_by"] == {"min_size": 1.0, "min_aesthetic": 0.25, "max_pwatermark": 0.375}
     _, found = look(folder, "data.min_aesthetic=2", "data.max_pwatermark=0.5")

@@ -1,6 +1,5 @@
 """Raw samples are read from any number on, and what a tar must not hold is named and left alone."""
 
-import io
 import tarfile
 from pathlib import Path
 
@@ -9,20 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.readers import LINK, UNSAFE_NAME, read_tar, reader_of, split_name, tar_keys
+from tests import planted
 
 
 def tar_of(path: Path, names: list[str], links: dict[str, str] | None = None) -> str:
     """Write a tar of files that hold their own name, and of symbolic links."""
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = len(name.encode())
-            tar.addfile(member, io.BytesIO(name.encode()))
-        for name, target in (links or {}).items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = tarfile.SYMTYPE, target
-            tar.addfile(member)
-    return str(path)
+    files: list[tuple[str, bytes | str]] = [(name, name.encode()) for name in names]
+    members = [*files, *(links or {}).items()]
+    return str(planted.tar(path, members, format=tarfile.GNU_FORMAT))
 
 
 @given(

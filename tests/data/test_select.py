@@ -1,19 +1,17 @@
 """Captions and pictures of a split agree, in any part of it, and nothing is decoded in vain."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import data.select
 from data.select import captions, pictures
 from data.shards import SkipCounter, write_shards
 from data.sources import find_shards
 from data.view import ShardList, View
+from tests import planted
 
 CORRUPT = 11
 
@@ -80,11 +78,8 @@ def test_parts_decode_only_what_they_hold(shards: ShardList, decodes: list[bytes
 def test_a_corrupt_picture_leaves_a_gap(made: list[dict], tmp_path: Path) -> None:
     for i, part in enumerate((made[:CORRUPT], made[CORRUPT:])):
         write_shards(part, tmp_path / str(i), 40)
-    with tarfile.open(tmp_path / "0" / "00000.tar", "a") as tar:
-        for name in ("broken.png", "broken.txt"):
-            member = tarfile.TarInfo(name)
-            member.size = 4
-            tar.addfile(member, io.BytesIO(b"junk"))
+    junk = {"broken.png": b"junk", "broken.txt": b"junk"}
+    planted.tar(tmp_path / "0" / "00000.tar", junk, "a")
     shards = ShardList(tuple(f"{tmp_path}/{i}/00000.tar" for i in range(2)))
     names = [s["key"] for s in captions(shards, View(8))]
     assert len(names) == 41 and names[CORRUPT] == "broken"
@@ -97,8 +92,7 @@ def test_a_corrupt_picture_leaves_a_gap(made: list[dict], tmp_path: Path) -> Non
 
 
 def test_metadata_filters(tmp_path: Path, decodes: list[bytes]) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
+    image = planted.encoded(size=(8, 8), suffix=".png")
     metas = {
         "good": '{"AESTHETIC_SCORE": 6, "pwatermark": 0.1, "punsafe": 0.1}',
         "alias": '{"aesthetic_score_laion_v2": 6, "pwatermark": 0.1, "punsafe": 0.1}',
@@ -108,13 +102,10 @@ def test_metadata_filters(tmp_path: Path, decodes: list[bytes]) -> None:
         "unknown": '{"aesthetic": null}',
         "small": '{"aesthetic": 6, "original_width": 9, "original_height": 3}',
     }
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for key, meta in metas.items():
-            members = {"png": file.getvalue(), "txt": b"x", "json": meta.encode()}
-            for suffix, content in members.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    members: dict[str, bytes] = {}
+    for key, meta in metas.items():
+        members |= {f"{key}.png": image, f"{key}.txt": b"x", f"{key}.json": meta.encode()}
+    planted.tar(tmp_path / "0.tar", members)
     shards = find_shards(str(tmp_path), str(tmp_path), "val")
 
     def kept(**filters) -> list[str]:
@@ -139,12 +130,10 @@ def test_captions_by_their_length_and_in_default(tmp_path: Path) -> None:
         "none": {"caption": [" ", None]},
         "empty": {},
     }
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for key, meta in metas.items():
-            for suffix, content in {"png": b"junk", "json": json.dumps(meta).encode()}.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    members: dict[str, bytes] = {}
+    for key, meta in metas.items():
+        members |= {f"{key}.png": b"junk", f"{key}.json": json.dumps(meta).encode()}
+    planted.tar(tmp_path / "0.tar", members)
     shards = ShardList((str(tmp_path / "0.tar"),))
 
     def told(seed: int = 0, **settings) -> tuple[dict[str, str], dict[str, int]]:

@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from data.shards import (
     write_shards,
 )
 from data.view import ShardList, View
+from tests import planted
 
 
 def made_samples(count: int, size: int = 8) -> list[dict]:
@@ -48,23 +48,6 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def with_header(side: int) -> bytes:
-    """Return a PNG that promises side x side pixels and holds none."""
-    data = bytearray(encoded(Image.new("L", (8, 8))))
-    data[16:24] = side.to_bytes(4) * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
-    return bytes(data)
-
-
-def raw_tar(path: Path, members: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -196,9 +179,9 @@ def test_every_planted_fault_is_counted_and_every_good_sample_kept(tmp_path: Pat
         "badjson.png": good,
         "badjson.txt": b"text",
         "badjson.json": b"{",
-        "huge.png": with_header(50_000),
+        "huge.png": planted.with_header(50_000),
         "huge.txt": b"huge",
-        "large.png": with_header(9_000),
+        "large.png": planted.with_header(9_000),
         "large.txt": b"large",
         "fromjson.png": good,
         "fromjson.txt": b"",
@@ -209,7 +192,7 @@ def test_every_planted_fault_is_counted_and_every_good_sample_kept(tmp_path: Pat
         "upper.txt": b"upper",
     }
     skips = SkipCounter(max_skipped=0.99)
-    kept = read_all([raw_tar(tmp_path / "0.tar", members)], skips)
+    kept = read_all([str(planted.tar(tmp_path / "0.tar", members))], skips)
     assert list(kept) == ["ok1", "fromjson", "webp", "upper"]
     assert kept["fromjson"]["captions"] == ["from json"]
     assert skips.counts == {
@@ -245,13 +228,13 @@ def test_truncated_and_missing_shards_lose_only_themselves(tmp_path: Path) -> No
 
 def test_keys_that_repeat_across_shards_are_not_merged(tmp_path: Path) -> None:
     good = encoded(picture())
-    one = raw_tar(tmp_path / "1.tar", {"a.png": good, "a.txt": b"first"})
-    two = raw_tar(tmp_path / "2.tar", {"a.txt": b"second", "a.png": good})
+    one = str(planted.tar(tmp_path / "1.tar", {"a.png": good, "a.txt": b"first"}))
+    two = str(planted.tar(tmp_path / "2.tar", {"a.txt": b"second", "a.png": good}))
     skips = SkipCounter()
     read = list(apply(parse, read_samples([one, two], skips), skips))
     assert [(s["key"], s["captions"]) for s in read] == [("a", ["first"]), ("a", ["second"])]
     # the first shard breaks off before its caption: it must not take that of the next
-    cut = raw_tar(tmp_path / "3.tar", {"a.png": good})
+    cut = str(planted.tar(tmp_path / "3.tar", {"a.png": good}))
     skips = SkipCounter(max_skipped=0.99)
     read = list(apply(parse, read_samples([cut, two], skips), skips))
     assert [s["captions"] for s in read] == [["second"]]
@@ -262,7 +245,7 @@ def test_too_many_bad_samples_end_the_run_with_their_numbers(tmp_path: Path) -> 
     members |= {f"g{i}.png": encoded(picture()) for i in range(70)}
     members |= {f"g{i}.txt": b"good" for i in range(70)}
     names = sorted(members)
-    url = raw_tar(tmp_path / "0.tar", {name: members[name] for name in names})
+    url = str(planted.tar(tmp_path / "0.tar", {name: members[name] for name in names}))
     skips = SkipCounter(max_skipped=0.2, window=100)
     with pytest.raises(ValueError, match=r"30 of 100 samples were skipped: 30 no caption.*0\.tar"):
         read_all([url, url], skips)
@@ -274,7 +257,7 @@ def test_too_many_bad_samples_end_the_run_with_their_numbers(tmp_path: Path) -> 
 
 
 def test_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
-    empty = raw_tar(tmp_path / "0.tar", {})
+    empty = str(planted.tar(tmp_path / "0.tar", {}))
     with pytest.raises(ValueError, match="held no sample"):
         next(read_samples(itertools.repeat(empty), SkipCounter()))
 
@@ -296,7 +279,7 @@ def test_json_of_a_sample_reads_back(tmp_path: Path) -> None:
 def parsed(tmp_path: Path, members: dict[str, bytes], seed: int = 0) -> tuple[dict, dict]:
     """Return captions by key, and what became of the samples."""
     skips = SkipCounter(max_skipped=0.99)
-    url = raw_tar(tmp_path / "0.tar", members)
+    url = str(planted.tar(tmp_path / "0.tar", members))
     samples = apply(parse, read_samples([url], skips), skips)
     captions = {s["key"]: caption_of(s["captions"], f"{seed}/{s['key']}") for s in samples}
     return captions, dict(skips.counts)
@@ -414,16 +397,9 @@ def test_whatever_a_tar_holds_every_image_is_kept_or_counted(tmp_path_factory, f
     """Names, captions and metadata of any kind: no error, no image lost without a word."""
     picture_of, names = encoded(picture()), [f"{name}.{suffix}" for name, suffix, _ in files]
     path = tmp_path_factory.mktemp("any") / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, data in [
-            *zip(names, (f[2] for f in files), strict=True),
-            *((g, b"") for g in good),
-        ]:
-            is_png = name.endswith("png")
-            member = tarfile.TarInfo(name)
-            content = picture_of if is_png else data or b"text"
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    contents = [(name, data or b"text") for name, (*_, data) in zip(names, files, strict=True)]
+    members = [*contents, *((name, b"text") for name in good)]
+    planted.tar(path, [(n, picture_of if n.endswith("png") else data) for n, data in members])
     images = list(tar_keys(str(path)))
     samples = [s["__key__"] for s in read_samples([str(path)], SkipCounter())]
     skips = SkipCounter(max_skipped=0.99, window=10**6)

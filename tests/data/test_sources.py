@@ -1,7 +1,5 @@
 """Splits: embedded data are written once, keys decide what is validation."""
 
-import io
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +10,14 @@ from data.select import captions
 from data.shards import write_shards
 from data.sources import find_shards, holdout_share, write_embedded
 from data.view import ShardList, View, is_held_out
+from tests import planted
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 
 
-def tar(path: Path, *names: str) -> Path:
+def empty(path: Path, *names: str) -> Path:
     """Write a shard of empty members."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name in names:
-            file.addfile(tarfile.TarInfo(name), io.BytesIO())
-    return path
+    return planted.tar(path, dict.fromkeys(names, b""))
 
 
 @pytest.fixture
@@ -54,21 +49,21 @@ def test_own_validation_shards_hold_nothing_out(own: str, tmp_path: Path) -> Non
 def test_about_two_percent_are_held_out_and_more_of_small_sets(own: str, tmp_path: Path) -> None:
     held = sum(is_held_out(f"{i:09d}", 0.02) for i in range(20_000))
     assert 330 < held < 470
-    large = tar(tmp_path / "0.tar", *[f"{i}.jpg" for i in range(900)])
+    large = empty(tmp_path / "0.tar", *[f"{i}.jpg" for i in range(900)])
     assert holdout_share([str(large)]) == 0.02
-    assert holdout_share([str(tar(tmp_path / "1.tar", "a.jpg", "b.jpg"))]) == 0.5
+    assert holdout_share([str(empty(tmp_path / "1.tar", "a.jpg", "b.jpg"))]) == 0.5
 
 
 @pytest.mark.parametrize("before", ["./", "train/", "v1.0/part/", "../up/"])
 def test_a_folder_is_no_end_of_a_key(tmp_path: Path, before: str) -> None:
     names = [f"{before}{i:06d}.{suffix}" for i in range(160) for suffix in ("jpg", "txt")]
     shadows = [f"{before}._{i:06d}.jpg" for i in range(999)]
-    assert holdout_share([str(tar(tmp_path / "0.tar", *names, *shadows))]) == pytest.approx(0.1)
+    assert holdout_share([str(empty(tmp_path / "0.tar", *names, *shadows))]) == pytest.approx(0.1)
 
 
 def test_equal_keys_are_named(tmp_path: Path) -> None:
     for i in range(4):
-        tar(tmp_path / f"{i}.tar", "image.jpg", "image.txt")
+        empty(tmp_path / f"{i}.tar", "image.jpg", "image.txt")
     with pytest.raises(ValueError, match=r"all 4 images .*0\.tar .* the key 'image'.*val_shards"):
         find_shards(str(tmp_path), None, "train")
     assert len(find_shards(str(tmp_path), str(tmp_path), "train").paths) == 4

@@ -1,7 +1,5 @@
 """Any number of ranks and workers sees the same global batches, and resumes exactly."""
 
-import io
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from data.shards import CHANGED, GONE, write_shards
 from data.tokens import TokenData
 from data.view import Order, ShardList, View
 from data.webdata import WebData
+from tests import planted
 
 GLOBAL = 8
 SIZES = (13, 1, 7, 4, 18)
@@ -33,11 +32,7 @@ def uneven(tmp_path_factory) -> ShardList:
     for number, size in enumerate(SIZES):
         part, made = made[:size], made[size:]
         paths += write_shards(part, folder / str(number), size)
-    with tarfile.open(paths[2], "a") as tar:
-        for name in ("bad.png", "bad.txt"):
-            member = tarfile.TarInfo(name)
-            member.size = 4
-            tar.addfile(member, io.BytesIO(b"junk"))
+    planted.tar(Path(paths[2]), {"bad.png": b"junk", "bad.txt": b"junk"}, "a")
     return ShardList(tuple(paths))
 
 

@@ -1,7 +1,5 @@
 """Virtual epochs repeat exactly, ranks share the data, validation is exact and kept apart."""
 
-import io
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from data.shards import write_shards
 from data.sources import find_shards, write_embedded
 from data.view import Order, View
 from data.webdata import WebData
+from tests import planted
 
 
 def made_samples(count: int) -> list[dict]:
@@ -104,11 +103,7 @@ def test_the_global_generator_is_left_alone(shards: str) -> None:
 
 def test_what_workers_skip_reaches_the_main_process(tmp_path: Path) -> None:
     shard = Path(write_shards(made_samples(20), tmp_path, 20)[0])
-    with tarfile.open(shard, "a") as tar:
-        for name in ("x.png", "x.txt"):
-            member = tarfile.TarInfo(name)
-            member.size = 4
-            tar.addfile(member, io.BytesIO(b"junk"))
+    planted.tar(shard, {"x.png": b"junk", "x.txt": b"junk"}, "a")
     counts = []
     for workers in (0, 2):
         data = web(str(shard), order=Order(workers, 0), batch_size=21, epoch_batches=4)
@@ -124,8 +119,7 @@ def test_what_workers_skip_reaches_the_main_process(tmp_path: Path) -> None:
 
 def test_a_stream_of_bad_samples_ends_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        tar.addfile(tarfile.TarInfo("x.png"))
+    planted.tar(path, {"x.png": b""})
     with pytest.raises(ValueError, match=r"samples were skipped: 499 no image.*raise max_skipped"):
         keys(web(str(path)).stream())
     with pytest.raises(ValueError, match="1 of 1 samples were skipped"):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.papers.base import TrainerConfig
 from experiments.papers.registry import PAPERS, header, load, scale_file, scales
+from experiments.papers.sections import TrainerConfig
 from experiments.settings import (
     ConfigError,
     describe,

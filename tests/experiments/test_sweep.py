@@ -29,6 +29,7 @@ from experiments.grid import KNOWN, PROGRAM, folder_name, make_runs, read_sweep,
 from experiments.papers.registry import load
 from experiments.report.repeated import over_seeds
 from experiments.settings import ConfigError
+from lightning_modules.registry import load_generator
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -505,6 +506,17 @@ def test_a_sweep_trains_once_and_resumes(tmp_path: Path, capsys) -> None:
             for key in ("low", "high", "n"):
                 found = row[f"{name} {key}"]
                 assert (float(found) if found else None) == score.get(key)
+    # a report finds the results in the store, whatever folder the runs were told to fill
+    _, runs = make_runs(read_sweep(tmp_path / "s.yaml"), words[:1], tmp_path / "elsewhere")
+    points.collect(runs)
+    for run, row in zip(runs, rows, strict=True):
+        assert {n: s["value"] for n, s in run.scores.items()} == {
+            n: float(row[n]) for n in run.scores
+        }
+        assert run.scores["eval/seconds"]["value"] > 0 and len(run.right["eval"]) == 16
+        kept = load_generator(Path(row["run"]))
+        count = sum(p.numel() for p in kept.parameters())
+        assert run.scores["eval/parameters"]["value"] == count and run.error is None
     page = (out / "table.html").read_text()
     assert "data:image/svg+xml" in page and 'src="http' not in page and "clip_scenes" in page
 

@@ -1,18 +1,15 @@
 """What a run says of its data, and which data it refuses."""
 
-import io
 import json
 import re
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import run as run_command
 from experiments.cli import command
 from experiments.settings import UserError
+from tests import planted
 from tests.micro_runs import go
 
 pytestmark = pytest.mark.filterwarnings(
@@ -20,26 +17,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-
-
-def image(seed: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def pairs(count: int, name: str = "{:06d}") -> dict[str, bytes]:
     members = {}
     for i in range(count):
-        members |= {f"{name.format(i)}.png": image(i), f"{name.format(i)}.txt": b"a square"}
+        image = planted.encoded(i, size=(16, 16), suffix=".png")
+        members |= {f"{name.format(i)}.png": image, f"{name.format(i)}.txt": b"a square"}
     return members
 
 
@@ -62,7 +44,7 @@ def test_every_split_says_what_it_holds(run) -> None:
     members = pairs(96)
     members |= {f"{i:06d}.png": b"junk" for i in range(0, 96, 32)}
     members |= {f"{i:06d}.txt": b"" for i in (5, 6)}
-    tar(Path("a, b/00000.tar"), members)
+    planted.tar(Path("a, b/00000.tar"), members)
     code, lines = run("paella", "data.shards=a, b", "tokenizer.ckpt=null")
     assert code == 0
     (train,) = (line for line in lines if line.startswith("train: "))
@@ -86,7 +68,7 @@ def test_every_split_says_what_it_holds(run) -> None:
 
 @pytest.mark.parametrize("value", ["none", "none/*.tar", "a/0.tar,none.tar", "a/{0,1}.tar", "b:c"])
 def test_a_pattern_that_matches_nothing_is_refused(run, value: str) -> None:
-    tar(Path("a/0.tar"), pairs(1))
+    planted.tar(Path("a/0.tar"), pairs(1))
     for setting in ("data.shards", "data.val_shards"):
         code, lines = run("vqgan", "data.shards=a", f"{setting}={value}")
         assert code == 2 and len(lines) == 1
@@ -112,7 +94,7 @@ def test_a_pattern_that_matches_nothing_is_refused(run, value: str) -> None:
 )
 def test_data_of_which_nothing_is_left_say_why(run, files: dict, says: str) -> None:
     for name, members in files.items():
-        tar(Path("a") / name, members)
+        planted.tar(Path("a") / name, members)
     code, lines = run("vqgan", "data.shards=a")
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1

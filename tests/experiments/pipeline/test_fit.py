@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from experiments import progress
-from experiments.papers.base import TrainerConfig, device_of
+from experiments.papers.base import device_of
+from experiments.papers.sections import TrainerConfig
 from experiments.pipeline import fit as training
 from experiments.pipeline.fit import RESUME, WholeCheckpoints, curves, fit
 from experiments.pipeline.loop import Loop, Monitor

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
-from experiments.papers.base import EvalConfig, RunSettings, TrainerConfig
+from experiments.papers.base import RunSettings
 from experiments.papers.registry import PAPERS, load
+from experiments.papers.sections import EvalConfig, TrainerConfig
 from experiments.pipeline.encode import Encode
 from experiments.pipeline.plan import plan
 from experiments.pipeline.publish import Titles

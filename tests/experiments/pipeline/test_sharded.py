@@ -12,7 +12,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from experiments.papers.base import TrainerConfig
+from experiments.papers.sections import TrainerConfig
 from experiments.pipeline.fit import RESUME, curves, fit, strategy_of
 from experiments.pipeline.loop import Loop, Monitor
 from experiments.pipeline.stage import Log, Machine

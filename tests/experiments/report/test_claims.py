@@ -82,8 +82,8 @@ def test_accuracies_are_paired_by_prompt() -> None:
     a = sweep_run(0.87, 0.035, "eval/scene_accuracy", k="a")
     b = sweep_run(0.85, 0.035, "eval/scene_accuracy", k="b")
     assert verdict(claim, [a, b], METRICS).state == "not resolvable here"
-    a.right = {(i,): bool(ok) or 340 <= i < 348 for i, ok in enumerate(right)}
-    b.right = {(i,): bool(ok) for i, ok in enumerate(right)}
+    a.right["eval"] = {(i,): bool(ok) or 340 <= i < 348 for i, ok in enumerate(right)}
+    b.right["eval"] = {(i,): bool(ok) for i, ok in enumerate(right)}
     assert verdict(claim, [a, b], METRICS).state == "holds"
 
 

@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from shutil import copy2
 from typing import Any
 
 import pytest
@@ -88,13 +89,18 @@ def test_every_claim_has_one_verdict(sweeps: list[Done]) -> None:
 
 
 def test_the_command_refuses_what_was_never_run(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    empty, sweeps = tmp_path / "empty", tmp_path / "sweeps"
+    for folder in (empty, sweeps):
+        folder.mkdir()
+    copy2(ROOT / "sweeps" / "paella_steps.yaml", sweeps)
+    monkeypatch.setattr(report, "SWEEPS", sweeps)
+    monkeypatch.chdir(empty)
     for argv, says in [
-        ([], "no run of common_grid"),
+        ([], "no run of paella_steps is done"),
         (["none.yaml"], "there is no sweep file none.yaml"),
         (["word"], "'word' is neither a sweep file nor a setting"),
     ]:
         assert command(report.run, argv) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert not list(empty.iterdir())

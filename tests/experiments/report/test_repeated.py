@@ -19,7 +19,7 @@ def sweep_run(value: float, right: list[int] | None = None, **settings: Any) -> 
     config = load("vqgan", "micro")
     score = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 10}
     made = plan("vqgan", config)
-    places = {(i,): bool(ok) for i, ok in enumerate(right or [])}
+    places = {"eval": {(i,): bool(ok) for i, ok in enumerate(right or [])}}
     scores = {"eval/a": score}
     return SweepRun(settings, [], "vqgan", "micro", config, Path("x"), made, scores, right=places)
 

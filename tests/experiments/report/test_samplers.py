@@ -26,7 +26,7 @@ def done(accuracy: float, *, repeat: int = 0, seeded: bool = False, **settings: 
         "eval/scene_accuracy": {"value": accuracy, "low": accuracy - 0.05, "high": 1.0, "n": n},
         "eval/network_calls": {"value": float(settings.get("steps", 5)), "n": n},
     }
-    right = {(i,): bool(i < accuracy * n) for i in range(n)}
+    right = {"eval": {(i,): bool(i < accuracy * n) for i in range(n)}}
     made = SweepRun(shown, argv, "paella", "micro", CONFIG, Path("x"), PLAN, scores, right=right)
     made.repeat = repeat
     return made
