@@ -12,13 +12,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from data.files import write_json, write_text
 from experiments.cli import RUN, first_line
 from experiments.grid import Sweep, SweepRun, finished
 from experiments.pipeline.generator import Generator
 from experiments.pipeline.store import Store
-from experiments.progress import clock
+from experiments.progress import Board, clock
+from experiments.report.scores import notation
 from experiments.settings import UserError
 
 Say = Callable[[str], None]
@@ -63,8 +65,19 @@ def do_runs(sweep: Sweep, runs: Sequence[SweepRun], say: Say, only: int | None =
                 begun = time.monotonic()
                 if do_run(run, say):
                     last = time.monotonic() - begun
+                    if score := score_of(sweep, run):
+                        say(f"    {score}")
         if len(waiting) == before:
             time.sleep(PAUSE)
+
+
+def score_of(sweep: Sweep, run: SweepRun) -> str:
+    """Write the sought score of a run that is done; empty where it has none."""
+    with suppress(OSError, ValueError):
+        score = json.loads((run.out / "metrics.json").read_text()).get(sweep.metric)
+        if score is not None:
+            return f"{sweep.metric} {notation(score)}"
+    return ""
 
 
 def do_run(run: SweepRun, say: Say) -> bool:
@@ -160,16 +173,22 @@ def claimed(run: SweepRun) -> Iterator[bool]:
 
 
 def supervise(
-    sweep: Sweep, runs: Sequence[SweepRun], argv: Sequence[str], jobs: int, say: Say
+    sweep: Sweep,
+    runs: Sequence[SweepRun],
+    argv: Sequence[str],
+    jobs: int,
+    say: Say,
+    screen: Console | None = None,
 ) -> None:
-    """Let `jobs` processes do the runs, and say what is done and how long the rest will take.
+    """Let `jobs` processes do the runs, and show what is done and how long the rest will take.
 
     Args:
         sweep: whose runs.
         runs: all of them.
         argv: words of the sweep command for each process.
         jobs: number of processes; they share the processors.
-        say: gets one line per event.
+        say: gets one line per event, where there is no screen.
+        screen: a terminal for a live table.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -183,24 +202,21 @@ def supervise(
         )
         for _ in range(jobs)
     ]
-    there = [finished(run) for run in runs]
-    said, begun = list(there), time.monotonic()
+    said = [finished(run) for run in runs]
     try:
-        while True:
-            running = any(worker.poll() is None for worker in workers)
-            for n, run in enumerate(runs):
-                failed = (run.out / FAILED).exists()
-                if said[n] or not (failed or finished(run)):
-                    continue
-                said[n] = True
-                done = sum(said) - sum(there)
-                left = (time.monotonic() - begun) / done * (len(runs) - sum(said))
-                what = "failed" if failed else "done"
-                tail = f", about {clock(left)} left" if left else ""
-                say(f"[{sum(said)}/{len(runs)}] {sweep.name}: {run.label}: {what}{tail}")
-            if not running:
-                break
-            time.sleep(PAUSE)
+        with Board(sweep.name, len(runs), sum(said), say, screen) as board:
+            while True:
+                running = any(worker.poll() is None for worker in workers)
+                for n, run in enumerate(runs):
+                    failed = (run.out / FAILED).exists()
+                    if said[n] or not (failed or finished(run)):
+                        continue
+                    said[n] = True
+                    score = "" if failed else score_of(sweep, run)
+                    board.add(run.label, "failed" if failed else "done", score)
+                if not running:
+                    break
+                time.sleep(PAUSE)
     finally:
         for worker in workers:
             worker.terminate()

@@ -5,8 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 Log = Callable[[str], None]
 
@@ -54,6 +59,62 @@ class Counter:
         """Take the bar away."""
         if self.bar is not None:
             self.bar.stop()
+
+
+class Board:
+    """Shows the points of a sweep as they end: a live table on a terminal, else a line each.
+
+    Args:
+        what: name of the sweep.
+        total: number of its points.
+        done: how many were done before.
+        log: gets the lines, where there is no terminal.
+        screen: the terminal; None for lines.
+    """
+
+    SHOWN = 15  # points that the table holds, the last ones
+
+    def __init__(
+        self, what: str, total: int, done: int, log: Log, screen: Console | None = None
+    ) -> None:
+        self.what, self.total, self.first, self.done, self.log = what, total, done, done, log
+        self.began = time.monotonic()
+        self.rows: list[tuple[str, str, str]] = []
+        self.live = None if screen is None else Live(self.table(), console=screen)
+
+    def __enter__(self) -> "Board":
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def add(self, point: str, state: str, score: str) -> None:
+        """Note that a point has ended, how, and its score, empty where it has none."""
+        self.done += 1
+        self.rows.append((point, state, score))
+        if self.live is not None:
+            self.live.update(self.table(), refresh=True)
+            return
+        tail = "".join(f", {text}" for text in (score, self.left()) if text)
+        self.log(f"[{self.done}/{self.total}] {self.what}: {point}: {state}{tail}")
+
+    def left(self) -> str:
+        """Say how long the points that are left will take, by the time of those that ended."""
+        ended, rest = self.done - self.first, self.total - self.done
+        if not ended or not rest:
+            return ""
+        return f"about {clock((time.monotonic() - self.began) / ended * rest)} left"
+
+    def table(self) -> Group:
+        """Lay out the last points, above how many have ended and the time left."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for row in self.rows[-self.SHOWN :]:
+            table.add_row(*map(Text, row))
+        told = filter(None, [f"{self.what}: {self.done} of {self.total}", self.left()])
+        return Group(table, Text(", ".join(told)))
 
 
 @contextmanager

@@ -91,7 +91,9 @@ def run(argv: Sequence[str]) -> int:
         if args.jobs > 1 and args.index is None:
             own = [word for word in argv if Path(word) not in files]
             # the last word of a kind wins
-            supervise(sweep, runs, [str(path), *own, "--jobs=1", f"--out={out}"], args.jobs, say)
+            one = [str(path), *own, "--jobs=1", f"--out={out}"]
+            screen = console() if sys.stdout.isatty() else None
+            supervise(sweep, runs, one, args.jobs, say, screen)
         else:
             prepare_torch()
             first = [run for run in runs if args.tune is None or run.repeat == 0]

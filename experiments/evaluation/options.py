@@ -160,7 +160,12 @@ def make_parser(door: Door) -> Parser:
     add("--coco", type=Path, metavar="ROOT", help="COCO 2014: annotations/ and val2014/")
     add("--prompts", type=Path, metavar="FILE", help="csv, json or txt; csv and json may have ids")
     add("--classes", type=int, metavar="K", help="class-conditional: K classes in turn")
-    add("--num", type=int, metavar="N", help="how many pictures (default: the whole list)")
+    add(
+        "--num",
+        type=int,
+        metavar="N",
+        help="how many pictures (default: the whole list); torchrun takes it as num=N alone",
+    )
     add(
         "--reference",
         metavar="WHAT",

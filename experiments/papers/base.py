@@ -248,7 +248,7 @@ class GeneratorRun(RunSettings):
     def note(self) -> str:
         """Say that the shipped first stage, which bounds what can be drawn, knows scenes alone.
 
-        And that states of captions in the cache are not read, where captions are.
+        And of the states of captions in a cache which of them are not there, or not read.
         """
         section, notes = self.FIRST_STAGE.section, []
         if self.data.name != "scenes" and self.first_stage.ckpt == "shipped":
@@ -258,9 +258,15 @@ class GeneratorRun(RunSettings):
                 f"the shipped {section} was trained on scenes, not on {data.name}, which bounds "
                 f"how good any picture can be{own if data.path is None else ''}"
             )
-        if self.data.path is not None and self.reads_text() and not self.known_text():
+        if self.data.path is not None and self.reads_text():
             kept = read_index(self.data.path)["made"]["text"]
-            if kept is not None:
+            if self.known_text():
+                if self.trainer.val_batches:
+                    notes.append(
+                        "validation loads the text encoder, since the cache holds the states of "
+                        "training captions alone; trainer.val_batches=0 leaves it out"
+                    )
+            elif kept is not None:
                 own = self.text.name  # type: ignore[attr-defined]
                 notes.append(
                     f"text.name={own} is trained with the generator: the states of "

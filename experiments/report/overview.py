@@ -5,15 +5,14 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from data.files import write_text
 from eval.scorers import METRICS
-from experiments.agent import text_of
 from experiments.cli import counted
-from experiments.grid import Sweep, SweepRun
+from experiments.grid import SweepRun
 from experiments.pipeline.store import Store
 from experiments.report import charts, samplers
 from experiments.report.claims import Verdict, verdict
@@ -29,18 +28,14 @@ from experiments.report.document import (
     picture_tag,
     section,
 )
+from experiments.report.frontier import are_several
+from experiments.report.measured import Done, measured_csv
 from experiments.report.published import Claim, Published, Table, load_all
 from experiments.report.tables import draw, summarize
 
 STATES = ("holds", "does not hold", "not resolvable here", "not measured")
+LONG = 40  # rows of a table; those of longer ones are shown on demand
 WALL = 6  # prompts of the pictures that stand beside each other
-
-
-class Done(NamedTuple):
-    """A sweep with its runs, of which some may not be done."""
-
-    sweep: Sweep
-    runs: list[SweepRun]
 
 
 class Judged(NamedTuple):
@@ -98,16 +93,18 @@ def _page(
     runs = sum(bool(run.scores) for done in sweeps for run in done.runs)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
     published = load_all()
+    together = [done for done in sweeps if are_several(done.runs)]
     return document(
         "Papers and what was measured",
         [
             "<h1>Papers and what was measured</h1>"
             f"<p class=muted>{counted(len(sweeps), 'sweep')}, {counted(runs, 'run')}</p>",
             section("The same prompts and seeds", _wall(sweeps), "The best run of each paper."),
+            *(_sweep(done, figures[done.sweep.name], claims) for done in together),
             section(f"What is claimed: {told}", _claims_table(claims)),
             _samplers(sampled, figures["samplers"]),
             section("Tables", _contents(published, sweeps)),
-            *(_sweep(done, figures[done.sweep.name], claims) for done in sweeps),
+            *(_sweep(d, figures[d.sweep.name], claims) for d in sweeps if d not in together),
             *(
                 _published(paper, name, table)
                 for paper, found in published.items()
@@ -234,7 +231,10 @@ def _sweep(done: Done, figures: Mapping[str, Figure], claims: Sequence[Judged]) 
     ]
     body = paragraphs(notes) + boxes("charts", drawn)
     for table in tables:
-        body += f"<h3>{escape(table.title)}</h3>{html_table(table.heads, table.rows)}"
+        shown = html_table(table.heads, table.rows)
+        if len(table.rows) > LONG:
+            shown = details(f"all {len(table.rows)} rows", shown)
+        body += f"<h3>{escape(table.title)}</h3>{shown}"
     body += _claims_table([c for c in claims if c.claim.sweep == name]) + paragraphs(sources)
     body += code(f"python -m experiments.sweep sweeps/{name}.yaml")
     return anchor(f"sweep-{name}", section(name, body))
@@ -251,20 +251,6 @@ def _published(paper: str, name: str, table: Table) -> str:
         about += ". No sweep of this suite measures it: its data are not embedded."
     body = html_table([table.setting or "", *table.columns], rows)
     return anchor(f"{paper}-{name}", section(f"Published, {paper}: {table.title}", body, about))
-
-
-def measured_csv(sweeps: Sequence[Done]) -> str:
-    """Return a line for every score of every run: sweep, settings, value, interval and n."""
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["sweep", "paper", "scale", "settings", "score", "value", "low", "high", "n"])
-    for sweep, runs in sweeps:
-        for run in runs:
-            settings = " ".join(f"{k}={text_of(v)}" for k, v in run.settings.items())
-            for name, score in run.scores.items():
-                numbers: list[Any] = [score.get(key) for key in ("value", "low", "high", "n")]
-                writer.writerow([sweep.name, run.paper, run.scale, settings, name, *numbers])
-    return lines.getvalue()
 
 
 def _claims_csv(claims: Sequence[Judged]) -> str:

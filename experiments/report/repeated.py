@@ -45,7 +45,7 @@ def _together(group: Sequence[SweepRun]) -> SweepRun:
                 for run in group
                 for key, ok in run.right.get(prefix, {}).items()
             }
-            for prefix in first.right
+            for prefix in dict.fromkeys(p for run in group for p in run.right)
         },
     )
 

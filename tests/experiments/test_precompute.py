@@ -431,11 +431,10 @@ def test_captions_states_reach_the_training_without_the_encoder(
 def test_a_cache_of_another_text_encoder_is_refused(with_text: tuple[Path, list[str]]) -> None:
     cache, text = with_text
     model = ["model.clip_embd=12", "model.clip_seq_len=2"]
-    assert (
-        load("paella", "micro", [*PAELLA, *text, *model, f"data.path={cache}"])
-        .note()
-        .endswith("can be")
-    )
+    own = [*PAELLA, *text, *model, f"data.path={cache}"]
+    assert "validation loads the text encoder, since" in load("paella", "micro", own).note()
+    without = load("paella", "micro", [*own, "trainer.val_batches=0"])
+    assert without.note().endswith("can be")
     told = refused(cache, *text, *model, "text.max_length=7")
     assert "text.max_length is 7 here and 32 in the states of captions" in told
     told = refused(cache, "text=open_clip", *text[3:], "model.byt5_embd=12")

@@ -8,6 +8,8 @@ import pytest
 from experiments.grid import Sweep, SweepRun, make_runs, read_sweep
 from experiments.report import tables
 from experiments.report.frontier import frontiers, methods, winners
+from experiments.report.measured import Done, read_measured
+from experiments.report.overview import write_overview
 from experiments.report.published import Published
 
 TEXT = """
@@ -128,3 +130,13 @@ def test_the_page_of_a_sweep_begins_with_the_winners(planted, tmp_path: Path) ->
     assert page.index("Who is best at a budget") < page.index("<h2>Charts") < page.index("Scores")
     assert len(made) == 2 + 5 and page.count("<picture>") == 5
     assert "Right more often than" not in page  # of 12 runs with the first one
+
+
+def test_papers_beside_each_other_come_first_on_the_page_of_all(planted, tmp_path: Path) -> None:
+    """Above the claims; what was measured gives the same winners when it is read again."""
+    sweep, runs = planted
+    write_overview([Done(sweep, runs)], tmp_path / "out", "command")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.index('id="sweep-all"') < page.index("What is claimed")
+    (again,) = read_measured(tmp_path / "out" / "measured.csv", tmp_path)
+    assert winners(*again) == winners(sweep, runs)

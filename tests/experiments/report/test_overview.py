@@ -74,7 +74,7 @@ def test_the_page_holds_claims_tables_and_numbers(sweeps: list[Done], tmp_path: 
     assert "://" not in re.sub(r"data:[^\"]+", "", page)
     with open(tmp_path / "measured.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 18 and rows[0]["settings"] == "sampling.steps=2"
+    assert len(rows) == 19 and rows[1]["settings"] == "sampling.steps=2"
     with open(tmp_path / "claims.csv", newline="") as file:
         verdicts = {row["claim"]: row["verdict"] for row in csv.DictReader(file)}
     assert verdicts["The distance is best near 12 steps and grows with more"] == "holds"
