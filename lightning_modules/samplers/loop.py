@@ -64,10 +64,9 @@ class Rows:
                 logits = self.narrow(logits)
             heat = heat.clamp_min(COLDEST).to(logits)[:, None]
             some = max(1, IN_CACHE // max(1, logits.shape[1]))
-            for part, warm, *beside in zip(
-                *(tensor.split(some) for tensor in (logits, heat, *others)), strict=True
-            ):
-                parts.append(measure(part / warm, *beside))
+            few = [tensor.split(some) for tensor in (logits, heat, *others)]
+            for part, warm, *more in zip(*few, strict=True):
+                parts.append(measure(part / warm, *more))
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def draw(self, uniforms: Tensor) -> Tensor:
