@@ -129,27 +129,29 @@ def frontiers(sweep: Sweep, runs: Sequence[SweepRun]) -> dict[str, Figure]:
             for name, own in found.items()
         }
         for cost in COSTS:
-            _draw(figures, best, score, cost)
+            _draw(figures, best, score, cost, sign)
     kinds = _kinds(found)
     for kind in kinds if 1 < len(kinds) <= KINDS else ():
         fixed = {
             name: [run for run in own if _others(run).items() <= kind.items()]
             for name, own in found.items()
         }
-        _draw(figures, fixed, scores[0], "eval/network_calls", _text(kind))
+        sign = _sign(sweep, scores[0])
+        _draw(figures, fixed, scores[0], "eval/network_calls", sign, _text(kind))
     return figures
 
 
 def _draw(
-    figures: dict[str, Figure], found: Methods, score: str, cost: str, kind: str = ""
+    figures: dict[str, Figure], found: Methods, score: str, cost: str, sign: int, kind: str = ""
 ) -> None:
-    """Add a chart of a score against a cost, where there are runs that know both."""
+    """Add a chart of a score against a cost, where runs know both; of equal costs the best."""
     curves: dict[str, list[charts.Value]] = {}
     for name, own in found.items():
         there = [run for run in own if score in run.scores and cost in run.scores]
-        values = [charts.value_of(run.scores[cost]["value"], run.scores[score]) for run in there]
-        if values:
-            curves[name] = sorted(values, key=lambda value: value.x)
+        there.sort(key=lambda run: sign * run.scores[score]["value"])
+        at = {run.scores[cost]["value"]: run.scores[score] for run in there}  # the last one stays
+        if at:
+            curves[name] = [charts.value_of(x, at[x]) for x in sorted(at)]
     if not curves:
         return
     short, last = score.removeprefix("eval/"), cost.rpartition("/")[2]

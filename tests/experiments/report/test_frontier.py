@@ -114,11 +114,12 @@ def test_charts_show_each_at_its_best_and_at_fixed_settings(planted) -> None:
         "scene_accuracy-network_calls-guidance=1.0.png",
         "scene_accuracy-network_calls-guidance=2.0.png",
     ]
-    best, fixed = (
+    best, sizes, fixed = (
         {line.get_label(): line.get_xydata().tolist() for line in figures[name].axes[0].lines}
-        for name in ("scene_accuracy-seconds.png", "scene_accuracy-network_calls-guidance=1.0.png")
+        for name in list(figures)[1:4]
     )
     assert best["paella"] == [[0.02, 0.5], [0.04, 0.9]]
+    assert sizes["paella"] == [[1000, 0.9]]
     assert fixed["paella"] == [[2.0, 0.45], [4.0, 0.85]]
     assert fixed["vq_diffusion"] == [[2.0, pytest.approx(0.3)], [4.0, pytest.approx(0.3)]]
 
