@@ -114,6 +114,8 @@ def settings(args: argparse.Namespace, words: Sequence[str]) -> DataConfig:
     """
     if bool(args.shards) == bool(args.corpus):
         raise ConfigError("give either SHARDS or --corpus NAME --root DIR; see --help")
+    if args.root and not args.corpus:
+        raise ConfigError("--root goes with --corpus NAME")
     if args.corpus:
         named = [f"data.name={args.corpus}", *([f"data.root={args.root}"] if args.root else [])]
     else:
