@@ -74,6 +74,13 @@ def run(argv: Sequence[str]) -> int:
     pick("--paper", args.paper, list(PAPERS))
     if args.json and not (args.dry_run or args.plan):
         raise ConfigError("--json goes with --dry-run or --plan")
+    shown = [
+        f"--{n.replace('_', '-')}" for n in ("print_config", "dry_run", "plan") if vars(args)[n]
+    ]
+    if len(shown) > 1:
+        raise ConfigError(f"{shown[0]} and {shown[1]} exclude each other; ask for one")
+    if args.until and shown not in ([], ["--dry-run"]):
+        raise ConfigError(f"--until goes with a run or --dry-run, not with {shown[0]}")
     for option in ("memory", "days"):
         if getattr(args, option) is not None and not args.plan:
             raise ConfigError(f"--{option} goes with --plan")

@@ -1,4 +1,4 @@
-"""A run folder with a generator of random weights: draws 32x32 pixels in no time."""
+"""A run folder with a generator of random weights, which draws in no time."""
 
 from pathlib import Path
 
@@ -41,15 +41,18 @@ TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
 SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
 
 
-def write(folder: Path, classes: int = 0) -> Path:
-    """Write the files of a run folder, of classes those of a VQ-Diffusion."""
+def write(folder: Path, classes: int = 0, side: int = 16) -> Path:
+    """Write the files of a run folder for side x side tokens of 2x2 pixels.
+
+    It is a Paella's, with a number of classes a VQ-Diffusion's.
+    """
     torch.manual_seed(0)
     tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
-    config = {"seed": 0, "grid": [16, 16], "num_codes": 12, "text": TEXT}
+    config = {"seed": 0, "grid": [side, side], "num_codes": 12, "text": TEXT}
     generator: PaellaModule | VQDiffusionModule
     sampling = SAMPLING
     if classes:
-        model = {**BY_CLASS, "class_number": classes, "spatial_size": [16, 16]}
+        model = {**BY_CLASS, "class_number": classes, "spatial_size": [side, side]}
         generator = VQDiffusionModule({**config, "paper": "vq_diffusion", "model": model})
         sampling = {"steps": 2}
     else:

@@ -65,13 +65,18 @@ def check_named(options: Options) -> None:
     """Check what can be seen without reading anything.
 
     Raises:
-        ConfigError: pictures are named in no way or two, or what is named is not there.
+        ConfigError: pictures are named in no way or two, what is named is not there, or an option
+            goes with the other way.
     """
     args = options.args
     if options.door.first_stage and args.ckpt is None:
         raise ConfigError("--ckpt is missing; name a tokenizer or an autoencoder")
     if not options.door.first_stage and (args.ckpt is None) == (args.images is None):
         raise ConfigError("name either --ckpt, a generator, or --images, a folder of pictures")
+    names = ("tokenizer", "paper", "negative")
+    of_checkpoint = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if args.ckpt is None and (given := [*of_checkpoint, *options.words]):
+        raise ConfigError(f"{given[0]} goes with --ckpt; the pictures of --images are there")
     if args.ckpt is not None and not checkpoint_file(args.ckpt).exists():
         raise ConfigError(f"there is no checkpoint {args.ckpt}")
 

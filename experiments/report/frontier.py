@@ -34,8 +34,8 @@ def methods(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
     """Return the runs by paper, with what a run draws of another paper as that one's.
 
     Improved VQ-Diffusion draws VQ-Diffusion from the same checkpoint: its pictures are scored as
-    vq_diffusion/..., and many runs share them. They are one run here, which keeps the settings in
-    which all of these agree.
+    vq_diffusion/..., and many runs share them. They are one run here, without the settings that
+    make no difference to them.
     """
     found: dict[str, list[SweepRun]] = {}
     beside: dict[tuple[str, str], list[SweepRun]] = {}
@@ -45,21 +45,25 @@ def methods(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
             if prefix in PAPERS:
                 beside.setdefault((prefix, sample.key), []).append(run)
     for (paper, _), group in beside.items():
-        first, *others = group
-        settings = {
-            name: value
-            for name, value in first.settings.items()
-            if all(run.settings[name] == value for run in others)
-        }
-        done = next((run for run in group if run.scores), first)
+        done = next((run for run in group if run.scores), group[0])
         scores = {
             name.replace(f"{paper}/", "eval/", 1): score
             for name, score in done.scores.items()
             if name.startswith(f"{paper}/")
         }
-        right = {"eval": done.right.get(paper, {})}
+        # what runs with the same pictures differ in is nothing to these pictures
+        same = [other for (name, _), other in beside.items() if name == paper]
+        settings = {
+            name: value
+            for name, value in done.settings.items()
+            if all(run.settings[name] == g[0].settings[name] for g in same for run in g)
+        }
         alone = replace(
-            done, paper=paper, settings={**settings, "paper": paper}, scores=scores, right=right
+            done,
+            paper=paper,
+            settings={**settings, "paper": paper},
+            scores=scores,
+            right={"eval": done.right.get(paper, {})},
         )
         found.setdefault(paper, []).append(alone)
     return found
@@ -129,27 +133,29 @@ def frontiers(sweep: Sweep, runs: Sequence[SweepRun]) -> dict[str, Figure]:
             for name, own in found.items()
         }
         for cost in COSTS:
-            _draw(figures, best, score, cost)
+            _draw(figures, best, score, cost, sign)
     kinds = _kinds(found)
     for kind in kinds if 1 < len(kinds) <= KINDS else ():
         fixed = {
             name: [run for run in own if _others(run).items() <= kind.items()]
             for name, own in found.items()
         }
-        _draw(figures, fixed, scores[0], "eval/network_calls", _text(kind))
+        sign = _sign(sweep, scores[0])
+        _draw(figures, fixed, scores[0], "eval/network_calls", sign, _text(kind))
     return figures
 
 
 def _draw(
-    figures: dict[str, Figure], found: Methods, score: str, cost: str, kind: str = ""
+    figures: dict[str, Figure], found: Methods, score: str, cost: str, sign: int, kind: str = ""
 ) -> None:
-    """Add a chart of a score against a cost, where there are runs that know both."""
+    """Add a chart of a score against a cost, where runs know both; of equal costs the best."""
     curves: dict[str, list[charts.Value]] = {}
     for name, own in found.items():
         there = [run for run in own if score in run.scores and cost in run.scores]
-        values = [charts.value_of(run.scores[cost]["value"], run.scores[score]) for run in there]
-        if values:
-            curves[name] = sorted(values, key=lambda value: value.x)
+        there.sort(key=lambda run: sign * run.scores[score]["value"])
+        at = {run.scores[cost]["value"]: run.scores[score] for run in there}  # the last one stays
+        if at:
+            curves[name] = [charts.value_of(x, at[x]) for x in sorted(at)]
     if not curves:
         return
     short, last = score.removeprefix("eval/"), cost.rpartition("/")[2]

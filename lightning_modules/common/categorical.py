@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DRAWN_AT_ONCE = 32  # rows whose cumulated probabilities stay in a core's cache
+DRAWN_AT_ONCE = 32  # rows whose probabilities stay in a core's cache
+FEW = 1024  # labels that are cumulated one by one
+BLOCK = 64  # labels of a block, where there are more
 GPU_ROWS = 2**14  # rows of logits that a GPU holds at once (512 MiB of 8192 codes)
 
 
@@ -19,8 +21,7 @@ def pieces(rows: Tensor, size: int) -> Sequence[Tensor]:
 def draw(logits: Tensor, uniforms: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Draw one label per row: the number of cumulated probabilities that are <= u.
 
-    token = #{k : sum_{j<=k} softmax(logits / temperature)_j <= u}. The cumulated sums are not
-    normalised; u is scaled by their last entry instead, which saves a pass over the labels.
+    token = #{k : sum_{j<=k} softmax(logits / temperature)_j <= u}, as `locate` counts.
 
     Args:
         logits: [n, K] float, -inf where a label is excluded.
@@ -32,19 +33,55 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float | Tensor = 1.0) ->
     """
     if logits.element_size() < 4:
         logits = logits.float()  # sums over thousands of labels need more than 8 or 11 bits
-    scale, peak = 1 / temperature, logits.amax(dim=1, keepdim=True)
+    scale = 1 / temperature
     if isinstance(scale, Tensor):
-        scale = scale.to(logits.dtype)
-        shifted = torch.addcmul(peak * -scale, logits, scale)
+        scaled = logits * scale.to(logits.dtype)
     else:
-        shifted = torch.add(peak * -scale, logits, alpha=scale)
-    cdf = shifted.exp_().cumsum_(dim=1)  # [n, K]
-    total = cdf[:, -1:].contiguous()  # [n, 1]
-    threshold = uniforms.to(cdf.dtype).unsqueeze(1) * total
-    # NaN is never above the threshold, so that both searches end behind the last label
-    tokens = torch.searchsorted(cdf, threshold, right=True)  # [n, 1]
+        scaled = logits if scale == 1 else logits * scale
+    return locate(scaled.softmax(1), uniforms)
+
+
+def locate(p: Tensor, uniforms: Tensor) -> Tensor:
+    """The label of each row at which its cumulated probabilities pass u times their sum.
+
+    Of many labels the sums of blocks are cumulated, and then the labels of one block: cumulating
+    costs more than the whole softmax.
+
+    Args:
+        p: [n, K] probabilities, up to a factor per row; NaN where there are none.
+        uniforms: [n] in [0, 1).
+
+    Returns:
+        [n] int64 in 0..K-1, never a label of probability 0; K for rows of NaN.
+    """
+    labels = p.shape[1]
+    if labels <= FEW:
+        cdf = p.cumsum(1)
+        total = cdf[:, -1:].contiguous()
+        tokens = _passed(cdf, uniforms.to(p.dtype)[:, None] * total, total)
+    else:
+        whole = labels - labels % BLOCK
+        sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)
+        if whole < labels:
+            sums = torch.cat([sums, p[:, whole:].sum(1, keepdim=True)], dim=1)
+        cdf = sums.cumsum(1)  # [n, blocks]
+        total = cdf[:, -1:].contiguous()
+        threshold = uniforms.to(p.dtype)[:, None] * total
+        block = _passed(cdf, threshold, total).clamp_max(sums.shape[1] - 1)  # [n, 1]
+        before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp_min(0)), 0)
+        places = block * BLOCK + torch.arange(BLOCK, device=p.device)
+        some = p.gather(1, places.clamp_max(labels - 1)).masked_fill(places >= labels, 0)
+        inside = some.cumsum(1)
+        last = inside[:, -1:].contiguous()
+        tokens = block * BLOCK + _passed(inside, threshold - before, last)
+    return torch.where(total > 0, tokens, labels).squeeze(1)
+
+
+def _passed(cdf: Tensor, threshold: Tensor, total: Tensor) -> Tensor:
+    """Entries of each row up to the threshold [n, 1], but no more than come before its total."""
     # u * total may round up to total itself, which lies beyond the last possible label
-    return torch.minimum(tokens, torch.searchsorted(cdf, total)).squeeze(1)
+    found = torch.searchsorted(cdf, threshold, right=True)
+    return torch.minimum(found, torch.searchsorted(cdf, total))
 
 
 def draw_rows(

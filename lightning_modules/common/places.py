@@ -5,7 +5,7 @@ differently.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ def whole(values: Any) -> bool:
 class Picked:
     """Picks places by indexing: the least work, and on a GPU a wait for every number of places."""
 
+    looks: ClassVar[bool] = True
+    """Whether a step may depend on numbers that it has computed."""
     calls: int = 0
     """Steps that asked the network unheard, once for every picture."""
 
@@ -91,6 +93,8 @@ class Masked(Picked):
         device: where the tokens are.
         compiler: makes a step fast (`torch.compile`, a capture as a CUDA graph); None leaves it.
     """
+
+    looks: ClassVar[bool] = False
 
     def __init__(self, device: torch.device, compiler: Compiler | None = None) -> None:
         self.device, self.compiler = device, compiler

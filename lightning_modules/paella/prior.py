@@ -65,12 +65,6 @@ def diffuse(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
-def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """P2 loss weight (k + a / (1 - a))^-gamma (arXiv 2204.00227, equation 8); t: [B]."""
-    a = alpha_bar(t)
-    return (k + a / (1 - a)) ** -gamma
-
-
 def time_grid(steps: int, grid: Literal["arroz", "torchtools"]) -> Tensor:
     """Times from noise to image, [steps + 1].
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_modules.samplers.loop import Ask, Sampler, State, draw, entropy, spread
+from lightning_modules.samplers.loop import Ask, Sampler, State, entropy, spread
 
 
 def within_bound(uncertainty: Tensor, candidates: Tensor, gamma: float) -> Tensor:
@@ -84,16 +84,16 @@ class EntropyBoundUniform(EntropyBound):
         done = 1 - state["noise"] * x.shape[1] / total
         rows = ask(x, state["noise"], done, generate)
 
-        def measure(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return draw(logits, u), entropy(logits), logits.argmax(1)
-
-        tokens, h, likeliest = rows.map(measure, u[0][generate])
-        drawn, best = x.masked_scatter(generate, tokens), x.masked_scatter(generate, likeliest)
+        h, likeliest = rows.map(lambda logits: (entropy(logits), logits.argmax(1)))
+        best = x.masked_scatter(generate, likeliest)
         uncertainty = spread(h, generate, 0.0)
         calm = uncertainty.sum(1) / total < self.calm
         stable = (best == state["likeliest"]).all(1)
         finished = (calm & stable) | (i >= self.limit - 1)
         accepted = within_bound(uncertainty, generate, self.gamma) | finished[:, None]
+        accepted = accepted & generate
+        tokens = rows[accepted[generate]].draw(u[0][accepted])
+        drawn = x.masked_scatter(accepted, tokens)
         fresh = (u[1] * self.kernel.codes).long().clamp_max(self.kernel.codes - 1)
         out = torch.where(accepted | ~generate, drawn, fresh)
         noise = (generate & ~accepted).sum(1) / x.shape[1]

@@ -51,17 +51,20 @@ class Flow(Stepped):
         towards, backwards = self.rates(kappa, grown)
         masked = x == codes
         replaced = self.kernel.replaced
+        own = torch.where(masked, 1 - replaced, replaced / codes)  # the source's share of x itself
+        back = backwards * (1 - own)
         # where noise is masks alone, a visible token is its own prediction
         asked = generate & (masked if replaced == 0 else torch.ones_like(masked))
-        own = torch.where(masked, 1 - replaced, replaced / codes)  # the source's share of x itself
+        last = i >= self.steps - 1
+        if not last:  # whatever is predicted, nothing else can jump
+            asked = asked & (u[1] < -torch.expm1(-(towards + back)))
         clean = x
         if bool(asked.any()):
             rows = ask(x, late, self.done(i), asked)
             clean = x.masked_scatter(asked, rows.draw(u[0][asked]))
-        if i >= self.steps - 1:
+        if last:
             return {**state, "x": torch.where(generate, clean, x)}, self.ends(i, x)
         forward = towards * (clean != x)
-        back = backwards * (1 - own)
         total = forward + back
         jumps = generate & (u[1] < -torch.expm1(-total))
         to_clean = u[2] * total < forward

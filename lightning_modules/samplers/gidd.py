@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.samplers.loop import Ask, State, draw, log_p, lowest, spread
+from lightning_modules.samplers.loop import Ask, State, draw, lowest, spread
 from lightning_modules.samplers.posterior import Posterior
 
 
@@ -51,8 +51,9 @@ class SelfCorrection(Posterior):
         rows = ask(x, self.level, 1.0, generate).at(self.temperature)
 
         def measure(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            tokens = draw(logits, u)
-            return tokens, log_p(logits, tokens).exp(), logits.argmax(1)
+            p = logits.softmax(1)
+            tokens = draw(p, u)
+            return tokens, p.gather(1, tokens[:, None]).squeeze(1), logits.argmax(1)
 
         tokens, p, likeliest = rows.map(measure, u[0][generate])
         other = x.masked_scatter(generate, tokens)

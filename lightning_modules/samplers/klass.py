@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_modules.samplers.loop import Ask, State, Stepped, draw, log_p, lowest, spread
+from lightning_modules.samplers.loop import Ask, State, Stepped, draw, lowest, spread
 
 LEAST = 1e-12  # added to probabilities in their logarithms, as released
 
@@ -53,9 +53,10 @@ class KLASS(Stepped):
         rows = ask(x, time, done, masked)
 
         def measure(logits: Tensor, u: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-            p, tokens = logits.softmax(1), draw(logits, u)
+            p = logits.softmax(1)
+            tokens = draw(p, u)
             kl = (p * ((p + LEAST).log() - (before + LEAST).log())).sum(1)
-            return tokens, log_p(logits, tokens).exp(), kl, p.to(before)
+            return tokens, p.gather(1, tokens[:, None]).squeeze(1), kl, p.to(before)
 
         tokens, sure, kl, p = rows.map(measure, u[0][masked], state["before"][masked])
         last = spread(kl.to(state["kl"]), masked, torch.inf)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_modules.common.categorical import draw_rows
+from lightning_modules.common.categorical import check_numbers, locate
 from lightning_modules.common.seeding import mix_seed
 from lightning_modules.samplers.kernel import Corruption
 
@@ -20,7 +20,9 @@ State = dict[str, Tensor]
 """Of n pictures: x [n, N] int64, generate [n, N] bool, and what a sampler remembers, [n, ...]."""
 CHANCES = 6  # stream of the seeds
 COLDEST = 1e-6  # temperature 0 is the limit, in which the likeliest token has everything
+FARTHEST = -1e30  # finite in float32
 AT_ONCE = 256  # rows that pass the head together
+IN_CACHE = 2**18  # logits that are measured together
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,39 @@ class Rows:
             logits = logits.float() if logits.element_size() < 4 else logits
             if self.narrow is not None:
                 logits = self.narrow(logits)
-            logits = logits / heat.clamp_min(COLDEST).to(logits)[:, None]
-            parts.append(measure(logits, *others))
+            heat = heat.clamp_min(COLDEST).to(logits)[:, None]
+            some = max(1, IN_CACHE // max(1, logits.shape[1]))
+            few = [tensor.split(some) for tensor in (logits, heat, *others)]
+            for part, warm, *more in zip(*few, strict=True):
+                parts.append(measure(part / warm, *more))
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def draw(self, uniforms: Tensor) -> Tensor:
         """Draw a token per row with uniforms [n]: [n] int64."""
-        return self.map(lambda logits, u: (draw(logits, u),), uniforms)[0]
+        return self.map(lambda logits, u: (draw(logits.softmax(1), u),), uniforms)[0]
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a token per row of logits [m, K] with uniforms [m], by the draw of the suite."""
-    return draw_rows(logits, uniforms, lambda rows: rows)
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a token per row of probabilities [m, K] with uniforms [m], by the draw of the suite."""
+    tokens = locate(p, uniforms)
+    check_numbers(tokens < p.shape[1])
+    return tokens
 
 
-def log_p(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p of tokens [m] under logits [m, K]: [m]."""
-    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+def log_p(p: Tensor, tokens: Tensor) -> Tensor:
+    """log p of tokens [m], drawn from probabilities [m, K]: [m]."""
+    return p.gather(1, tokens[:, None]).squeeze(1).log()
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits [m, K]) in nats: [m]."""
-    log = logits.log_softmax(1)
-    return -(log.exp() * log).nansum(1)
+def entropy(logits: Tensor, p: Tensor | None = None) -> Tensor:
+    """Entropy of softmax(logits [m, K]) in nats: [m]; p [m, K] is the softmax, if it is known.
+
+    H = -sum p (l - max l) - log max p, which needs one exponential per code and no logarithm.
+    """
+    p = logits.softmax(1) if p is None else p
+    # a code at -inf has p = 0, which takes it out of the sum only while the gap is finite
+    gap = (logits - logits.amax(1, keepdim=True)).clamp_min_(FARTHEST)
+    return -(torch.linalg.vecdot(p, gap) + p.amax(1).log()).clamp_max(0)
 
 
 def entropy_of(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -28,23 +28,18 @@ from lightning_modules.samplers.loop import (
 from lightning_modules.samplers.settings import Roll
 
 
-def top(logits: Tensor) -> Tensor:
-    """log max p of logits [m, K]: [m]."""
-    return logits.amax(1) - logits.logsumexp(1)
-
-
-def margin(logits: Tensor) -> Tensor:
-    """Probability of the likeliest code less that of the second, of logits [m, K]: [m]."""
-    two = logits.softmax(1).topk(2, dim=1).values
+def margin(p: Tensor) -> Tensor:
+    """Probability of the likeliest code less that of the second, of probabilities [m, K]: [m]."""
+    two = p.topk(2, dim=1).values
     return two[:, 0] - two[:, 1]
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "max_p": top,
-    "margin": margin,
-    "entropy": lambda logits: -entropy(logits),
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "max_p": lambda logits, p: p.amax(1),
+    "margin": lambda logits, p: margin(p),
+    "entropy": lambda logits, p: -entropy(logits, p),
 }
-"""How sure a network is of places, whatever is drawn there."""
+"""How sure a network is of places, whatever is drawn there: of logits and probabilities [m, K]."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,11 @@ def scored(rows: Rows, uniforms: Tensor, order: str) -> tuple[Tensor, Tensor]:
     """Draw a token per row and say how sure it is: tokens [n] and scores [n]."""
 
     def measure(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = draw(logits, u)
+        p = logits.softmax(1)
+        tokens = draw(p, u)
         if order in SCORES:
-            return tokens, SCORES[order](logits)
-        return tokens, log_p(logits, tokens) if order == "confidence" else torch.zeros_like(u)
+            return tokens, SCORES[order](logits, p)
+        return tokens, log_p(p, tokens) if order == "confidence" else torch.zeros_like(u)
 
     tokens, score = rows.map(measure, uniforms)
     return tokens, score
@@ -157,7 +153,7 @@ def moment(
     chosen = opened[masked]
 
     def drawn(logits: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor]:
-        return (draw(logits.log_softmax(1) * b[:, None], u),)
+        return (draw((logits * b[:, None]).softmax(1), u),)
 
     return opened, rows[chosen].map(drawn, b[chosen], u[0][opened])[0]
 

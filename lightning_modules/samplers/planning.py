@@ -42,8 +42,9 @@ class PathPlanning(Stepped):
         rows = ask(x, self.kernel.time_of(masked.sum(1) / x.shape[1]), self.done(i), asked)
 
         def measure(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            tokens = draw(logits, u)
-            return tokens, log_p(logits, tokens)
+            p = logits.softmax(1)
+            tokens = draw(p, u)
+            return tokens, log_p(p, tokens)
 
         tokens, sure = rows.map(measure, u[0][asked])
         drawn, scores = x.masked_scatter(asked, tokens), spread(sure.double(), asked, 0.0)

@@ -142,20 +142,36 @@ class Gibbs(Posterior):
             float(v) for v in self.kernel.level(torch.tensor(time, dtype=torch.float64))
         )
         rows = ask(x, time, done, candidates)
-
-        def measure(logits: Tensor, own: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            law = conditional(logits.double(), own, keep, replaced)
-            at = law.gather(1, own[:, None]).squeeze(1)
-            others = law.scatter(1, own[:, None], -torch.inf).amax(1)
-            return at - others, draw(law, u)
-
-        surplus, tokens = rows.map(measure, x[candidates], u[0][candidates])
         key = gumbel(u[1].double())
         if self.tau is not None:
-            key = key - spread(surplus, candidates, 0.0) / self.tau
+
+            def measure(logits: Tensor, own: Tensor) -> tuple[Tensor]:
+                return (surplus(logits, own, keep, replaced),)
+
+            (found,) = rows.map(measure, x[candidates])
+            key = key - spread(found.double(), candidates, 0.0) / self.tau
         count = candidates.sum(1)
         chosen = candidates & ~lowest(key, candidates, (count - self.places).clamp(min=0))
-        return torch.where(chosen, x.masked_scatter(candidates, tokens), x)
+
+        def drawn(logits: Tensor, own: Tensor, u: Tensor) -> tuple[Tensor]:
+            return (draw(conditional(logits.double(), own, keep, replaced).softmax(1), u),)
+
+        tokens = rows[chosen[candidates]].map(drawn, x[chosen], u[0][chosen])[0]
+        return x.masked_scatter(chosen, tokens)
+
+
+def surplus(logits: Tensor, own: Tensor, keep: float, replaced: float) -> Tensor:
+    """log C(x) - max over others of log C, C as in `conditional`, of present tokens x: [m].
+
+    With S the sum of p over all others, C(k) = A p(k) / Z + B and C(x) = A p(x) / (1 + A / B) / Z
+    + B, Z = S + p(x) / (1 + A / B). Arguments as of `conditional`.
+    """
+    p = logits.softmax(1)
+    less = p.gather(1, own[:, None]) / (1 + keep / replaced)
+    p = p.scatter_(1, own[:, None], 0)  # S is no difference, of which little would be left
+    z = p.sum(1, keepdim=True) + less
+    there, other = (keep * share / z + replaced for share in (less, p.amax(1, keepdim=True)))
+    return (there.log() - other.log()).squeeze(1)
 
 
 def conditional(logits: Tensor, own: Tensor, keep: float, replaced: float) -> Tensor:

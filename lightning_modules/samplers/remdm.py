@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.samplers.loop import Ask, State, Stepped, draw, log_p
+from lightning_modules.samplers.loop import Ask, State, Stepped, draw
 
 Rule = Literal["none", "cap", "rescale", "conf", "loop"]
 
@@ -97,8 +97,9 @@ class ReMDM(Stepped):
             rows = ask(x, time, self.done(i), opened)
 
             def measure(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-                tokens = draw(logits, u)
-                return tokens, -log_p(logits, tokens).exp()
+                p = logits.softmax(1)
+                tokens = draw(p, u)
+                return tokens, -p.gather(1, tokens[:, None]).squeeze(1)
 
             tokens, less = rows.map(measure, u[0][opened])
             out = out.masked_scatter(opened, tokens)

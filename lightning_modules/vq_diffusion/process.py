@@ -31,6 +31,7 @@ from lightning_modules.vq_diffusion.config import SamplingConfig
 
 # alpha_schedule of the released code: A from the first to the last time, and C at the first
 KEEP_FIRST, KEEP_LAST, MASK_FIRST = 0.99999, 0.000009, 0.000009
+LIKELY = 128  # codes that are sorted first; of a trained network they have most of the mass
 TRUNCATED_AT_ONCE = 32  # rows; the order of K codes takes three times the memory of their logits
 LEAST = 1e-30  # probabilities below are taken for this in logarithms, as in the released code
 
@@ -140,27 +141,6 @@ def mask_schedule(steps: int, num_codes: int, mask_rate: float) -> Schedule:
     else:
         mask = (min(MASK_FIRST, mask_rate), mask_rate)
     return linear_schedule(steps, num_codes, mask=mask)
-
-
-def forward_law(tokens: Tensor, keep: Tensor, replace: Tensor, mask: Tensor, codes: int) -> Tensor:
-    """q(x_t | x_s): A or a for the token itself, B or b for every code, C or c for the mask.
-
-    Args:
-        tokens: [...] int64 in 0..K; a mask stays one.
-        keep: probability to keep, broadcast to [...].
-        replace: probability of each code to replace.
-        mask: probability to mask.
-        codes: K.
-
-    Returns:
-        [..., K + 1] in the dtype of `keep`.
-    """
-    masked = (tokens == codes)[..., None]
-    law = replace[..., None].expand(*tokens.shape, codes + 1).clone()
-    law += torch.nn.functional.one_hot(tokens, codes + 1) * keep[..., None]
-    law[..., codes] = mask.expand(tokens.shape)
-    only_mask = torch.arange(codes + 1, device=tokens.device) == codes
-    return torch.where(masked, only_mask.to(law.dtype), law)
 
 
 # Loss ----
@@ -373,12 +353,13 @@ def make_steps(schedule: Schedule, config: SamplingConfig) -> list[Step]:
 
 
 @torch.no_grad()
-def truncate(logits: Tensor, rate: float) -> Tensor:
+def truncate(logits: Tensor, rate: float, looks: bool = True) -> Tensor:
     """Truncation sampling: keep the likeliest codes whose predecessors sum to less than `rate`.
 
     Args:
         logits: [n, K].
         rate: truncation rate in (0, 1]; 1 keeps everything.
+        looks: sort all codes only where the likeliest turn out not to do; else always.
 
     Returns:
         [n, K], dropped codes at -inf; at least one code stays.
@@ -387,10 +368,31 @@ def truncate(logits: Tensor, rate: float) -> Tensor:
         return logits
     kept = logits.clone()
     for part in pieces(kept, TRUNCATED_AT_ONCE):
-        p, order = part.softmax(-1).sort(-1, descending=True)
-        drop = torch.nn.functional.pad(p.cumsum(-1)[..., :-1] >= rate, (1, 0))
-        part.masked_fill_(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+        p = part.softmax(-1)
+        few = min(LIKELY, p.shape[-1]) if looks else p.shape[-1]
+        keep, mass = _likeliest(p, few, rate)
+        flat = ~(mass >= rate)  # mass that lies further out, or NaN: these are sorted whole
+        if few < p.shape[-1] and bool(flat.any()):
+            keep[flat] = _likeliest(p[flat], p.shape[-1], rate)[0]
+        part.masked_fill_(~keep, -torch.inf)
     return kept
+
+
+def _likeliest(p: Tensor, few: int, rate: float) -> tuple[Tensor, Tensor]:
+    """Which of the `few` likeliest codes have predecessors that sum to less than `rate`.
+
+    Args:
+        p: [n, K] probabilities.
+        few: at most K.
+        rate: in (0, 1).
+
+    Returns:
+        [n, K] bool, and the mass of those few codes [n].
+    """
+    largest, order = p.topk(few, dim=-1)
+    sums = largest.cumsum(-1)
+    keep = ~torch.nn.functional.pad(sums[..., :-1] >= rate, (1, 0))
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, keep), sums[..., -1]
 
 
 Head = Callable[[Tensor], Tensor]
@@ -489,7 +491,7 @@ def sample(
     moves = places.numbers([[*Moves.of(step.kernel)] for step in steps])
 
     def truncated(features: Tensor) -> Tensor:
-        return truncate(head(features), truncation)
+        return truncate(head(features), truncation, places.looks)
 
     def move(x: Tensor, step: Any, t: Tensor, chance: Chance) -> Tensor:
         def rows(keep: Tensor) -> Tensor:

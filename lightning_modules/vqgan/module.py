@@ -118,10 +118,6 @@ class VQGANModule(AdversarialModule):
         self.check_size(images)
         return self.autoencoder.encode(images) / self.config.model.scale_factor
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Map latents [B, c, h, w], divided by scale_factor, to images, not clamped."""
-        return self.decode_codes(latents * self.config.model.scale_factor)
-
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Map code vectors [B, c, h, w] to images [B, 3, H, W], not clamped."""
         return self.autoencoder.decode(codes.to(self.autoencoder.last_layer.dtype))

@@ -29,7 +29,7 @@ def rows(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("labels", [1, 2, 17, 300])
+@pytest.mark.parametrize("labels", [1, 2, 17, 300, 1025, 2887])
 def test_equals_the_definition(labels: int, temperature: float) -> None:
     logits, uniforms = rows(200, labels)
     expected = slow_draw(logits, uniforms, temperature)
@@ -52,9 +52,10 @@ def test_frequencies_are_the_probabilities(temperature: float) -> None:
     assert chisquare(seen[keep].numpy(), wanted[keep].numpy()).pvalue > 1e-3
 
 
-def test_labels_at_minus_infinity_are_never_drawn() -> None:
-    logits, _ = rows(64, 40)
-    hidden = torch.rand(64, 40, generator=torch.Generator().manual_seed(2)) < 0.7
+@pytest.mark.parametrize("labels", [40, 2000])
+def test_labels_at_minus_infinity_are_never_drawn(labels: int) -> None:
+    logits, _ = rows(64, labels)
+    hidden = torch.rand(64, labels, generator=torch.Generator().manual_seed(2)) < 0.7
     hidden[:, 7] = False
     hidden[0] = True
     hidden[0, 7] = False  # one label is left
@@ -137,11 +138,11 @@ def test_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("column", [0, 5, 8])
+@pytest.mark.parametrize(("labels", "column"), [(9, 0), (9, 5), (9, 8), (1100, 0), (1100, 1099)])
 def test_rows_without_probabilities_are_refused(
-    value: float, column: int, dtype: torch.dtype
+    value: float, labels: int, column: int, dtype: torch.dtype
 ) -> None:
-    logits, uniforms = rows(300, 9)
+    logits, uniforms = rows(300, labels)
     logits = logits.to(dtype)
     good = draw_rows(logits, uniforms, lambda part: part)
     logits[7, column] = logits[290, column] = value
@@ -150,7 +151,7 @@ def test_rows_without_probabilities_are_refused(
     # the plain draw marks them behind all labels, and disturbs no other row
     tokens, rest = draw(logits, uniforms), uniforms < 2
     rest[[7, 290]] = False
-    assert torch.equal(tokens[rest], good[rest]) and tokens[[7, 290]].tolist() == [9, 9]
+    assert torch.equal(tokens[rest], good[rest]) and tokens[[7, 290]].tolist() == [labels, labels]
 
 
 def test_the_likeliest_label() -> None:

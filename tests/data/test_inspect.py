@@ -187,6 +187,7 @@ def test_a_survey_of_a_shard_is_the_same_bytes_again(shards: Path, tmp_path: Pat
         (["a.tar", "--workers", "0"], "--workers must be at least 1"),
         (["--corpus", "cc3", "--root", "x"], "cc3"),
         (["--corpus", "cc3m", "--root", "nowhere"], "there is no folder nowhere"),
+        (["a.tar", "--root", "x"], "--root goes with --corpus NAME"),
         (["--corpus", "ffhq"], "to get it: python download_ffhq.py --images"),
         (["a.tar", "data.min_siz=3"], "min_size"),
     ],

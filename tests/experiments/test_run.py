@@ -67,6 +67,11 @@ REFUSED = [
     ([*MICRO, "--json"], "--json goes with --dry-run"),
     ([*MICRO, "--memory", "8GiB"], "--memory goes with --plan"),
     ([*MICRO, "--days", "2"], "--days goes with --plan"),
+    ([*MICRO, "--plan", "--dry-run"], "--dry-run and --plan exclude each other"),
+    (
+        [*MICRO, "--plan", "--until", "train"],
+        "--until goes with a run or --dry-run, not with --plan",
+    ),
     ([*MICRO, "tokenizer.ckpt=none.safetensors"], "there is no file none.safetensors"),
 ]
 

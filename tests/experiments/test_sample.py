@@ -20,39 +20,11 @@ from experiments.report.pictures import load_png
 from experiments.sample import run
 from lightning_modules.common.checkpoint import load_weights, save_weights
 from lightning_modules.common.request import Request
-from lightning_modules.paella.module import PaellaModule
 from lightning_modules.registry import GENERATORS, load_generator
 from lightning_modules.vqgan.module import VQGANModule
+from tests.micro_checkpoint import SAMPLING, TOKENIZER, write
 from tests.tiny_generators import MUSE, tiny
 
-TOKENIZER = {
-    "ch": 8,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "z_channels": 4,
-    "embed_dim": 4,
-    "num_codes": 12,
-    "norm_groups": 4,
-}
-MODEL = {
-    "c_in": 8,
-    "c_out": 8,
-    "num_labels": 12,
-    "c_r": 8,
-    "patch_size": 1,
-    "c_cond": 8,
-    "c_hidden": [8, 8],
-    "nhead": [-1, 2],
-    "blocks": [1, 1],
-    "level_config": ["CT", "CTA"],
-    "clip_embd": 0,
-    "clip_image": False,
-    "byt5_embd": 8,
-    "dropout": 0.0,
-}
-TEXT = {"name": "bytes", "width": 8, "layers": 1, "buckets": 64}
-SAMPLING = {"steps": 3, "guidance_start": 3.0, "guidance_end": 3.0}
 # two pixels per token, grids in multiples of two: sides are multiples of 4; trained on 16x16
 SIDE = 16
 
@@ -60,27 +32,7 @@ SIDE = 16
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint of random weights and its tokenizer."""
-    folder = tmp_path_factory.mktemp("runs") / "micro"
-    torch.manual_seed(0)
-    tokenizer = VQGANModule({"model": TOKENIZER, "objective": {"disc_weight": 0.0}})
-    config = {
-        "paper": "paella",
-        "seed": 0,
-        "grid": [8, 8],
-        "num_codes": 12,
-        "model": MODEL,
-        "text": TEXT,
-    }
-    generator = PaellaModule(config)
-    for parameter in [*tokenizer.parameters(), *generator.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.3)
-    save_weights(folder / "tokenizer.safetensors", *tokenizer.export())
-    save_weights(folder / "checkpoint.safetensors", *generator.export())
-    write_json(
-        folder / "checkpoint.json",
-        {"first_stage": named(folder / "tokenizer.safetensors"), "sampling": SAMPLING},
-    )
-    return folder
+    return write(tmp_path_factory.mktemp("runs") / "micro", side=SIDE // 2)
 
 
 def named(file: Path) -> dict[str, str]:

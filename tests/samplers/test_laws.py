@@ -248,6 +248,21 @@ def test_an_error_of_the_corrector_is_seen(monkeypatch: pytest.MonkeyPatch, name
     assert p_value(out, law, K + 1) < FAILS
 
 
+def test_the_surplus_is_that_of_the_conditional() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(50, 9, generator=generator, dtype=torch.float64) * 20
+    logits[3, 2] = -torch.inf
+    own = torch.randint(9, (50,), generator=generator)
+    for keep, replaced in ((0.3, 0.7 / 9), (0.999, 0.001 / 9), (1e-6, 0.11)):
+        law = posterior.conditional(logits, own, keep, replaced)
+        others = law.scatter(1, own[:, None], -torch.inf).amax(1)
+        expected = law.gather(1, own[:, None]).squeeze(1) - others
+        found = posterior.surplus(logits, own, keep, replaced)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        single = posterior.surplus(logits.float(), own, keep, replaced)
+        torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_leave_one_out_is_what_the_others_say() -> None:
     noise = KERNELS["uniform"]
     keep, replaced, mask = (float(v) for v in noise.at(0.4))

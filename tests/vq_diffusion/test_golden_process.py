@@ -14,6 +14,7 @@ from lightning_modules.vq_diffusion.config import ModelConfig
 from lightning_modules.vq_diffusion.convert import convert
 from lightning_modules.vq_diffusion.network import Denoiser
 from lightning_modules.vq_diffusion.process import Schedule, TokenLosses
+from tests.vq_diffusion.forward import forward_law
 
 pytestmark = pytest.mark.golden
 MATHS = ["maths_T100", "maths_small_T", "maths_mask_and_replace"]
@@ -94,7 +95,7 @@ def test_noise(golden, name):
     schedule, io, codes = schedule_of(case.config), case.io, case.config["num_embed"]
 
     def law(tokens: Tensor, *numbers: Tensor) -> Tensor:
-        return process.forward_law(tokens, *(n[:, None] for n in numbers), codes)
+        return forward_law(tokens, *(n[:, None] for n in numbers), codes)
 
     whole = (schedule.keep, schedule.replace, schedule.mask)
     check_law(case, law(io["x0"], *(n[io["t"]] for n in whole)), "q_xt_given_x0")
@@ -183,7 +184,7 @@ def test_loss_and_gradients_of_the_full_model(golden):
     null = official.null.requires_grad_()
     codes, steps = network.config.num_codes, network.config.diffusion_steps
     schedule = process.mask_schedule(steps, codes, official.mask_rate)
-    law = process.forward_law(
+    law = forward_law(
         io["x0"],
         *(n[io["t"]][:, None] for n in (schedule.keep, schedule.replace, schedule.mask)),
         codes,

@@ -14,6 +14,7 @@ from lightning_modules.samplers.kernel import Chance, corrupt, posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import PRESETS, SCHEDULES, SamplingConfig
 from lightning_modules.vq_diffusion.process import Schedule, Step
+from tests.vq_diffusion.forward import forward_law
 
 quick = settings(max_examples=25, deadline=None)
 rates = st.sampled_from([0.0, 0.3, 0.9, 0.99999, 1.0])
@@ -125,9 +126,7 @@ def test_corruption_follows_its_law(rate):
         uniforms = torch.rand(2, *tokens.shape, generator=seeded(t))
         numbers = [n[t].float().expand(len(tokens)) for n in (schedule.mask, schedule.replaced)]
         drawn = corrupt(tokens, *numbers, 4, uniforms)
-        law = process.forward_law(
-            tokens[0, 0], schedule.keep[t], schedule.replace[t], schedule.mask[t], 4
-        )
+        law = forward_law(tokens[0, 0], schedule.keep[t], schedule.replace[t], schedule.mask[t], 4)
         for place in range(4):
             check_shares(drawn[:, 0, place], law[place])
 
@@ -231,7 +230,7 @@ def test_loss_equals_the_dense_posteriors(case):
     codes, kernel = schedule.num_codes, schedule.kernel(t)
     n = 40
     x_0 = torch.randint(codes, (n,), generator=seeded(seed))
-    law = process.forward_law(x_0, schedule.keep[t], schedule.replace[t], schedule.mask[t], codes)
+    law = forward_law(x_0, schedule.keep[t], schedule.replace[t], schedule.mask[t], codes)
     x_t = torch.multinomial(law, 1, generator=seeded(seed)).squeeze(1)
     logits = 2 * torch.randn(n, codes, generator=seeded(seed), dtype=torch.float64)
     found = process.token_losses(logits, x_0, x_t, kernel)
@@ -357,9 +356,14 @@ def test_settings_choose_the_steps():
 
 
 @quick
-@given(seed=st.integers(0, 2**31), rate=st.floats(0.05, 1), codes=st.integers(1, 40))
-def test_truncation_keeps_the_fewest_likeliest_codes(seed, rate, codes):
-    logits = 2 * torch.randn(8, codes, generator=seeded(seed))
+@given(
+    seed=st.integers(0, 2**31),
+    rate=st.floats(0.05, 1),
+    codes=st.integers(1, 40) | st.integers(120, 500),
+    spread=st.floats(0.1, 9),
+)
+def test_truncation_keeps_the_fewest_likeliest_codes(seed, rate, codes, spread):
+    logits = spread * torch.randn(8, codes, generator=seeded(seed))
     kept = process.truncate(logits, rate).isfinite()
     p = logits.softmax(-1)
     assert torch.equal(process.truncate(logits, rate)[kept], logits[kept])
@@ -370,6 +374,8 @@ def test_truncation_keeps_the_fewest_likeliest_codes(seed, rate, codes):
         if (~keeps).any():
             assert row[keeps].min() >= row[~keeps].max()
     assert process.truncate(logits, 1.0) is logits
+    logits[3, 0] = torch.nan  # is seen by the draw
+    assert process.truncate(logits, rate)[3].isnan().any()
 
 
 # Sampling ----
@@ -425,7 +431,7 @@ def posterior_network(joint: Tensor, schedule: Schedule):
     def predict(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
         time = int(t[0])
         numbers = (schedule.keep[time], schedule.replace[time], schedule.mask[time])
-        step = process.forward_law(torch.arange(codes), *numbers, codes)  # [x_0, x_t]
+        step = forward_law(torch.arange(codes), *numbers, codes)  # [x_0, x_t]
         flat = x.flatten(1)  # [B, N]
         likelihood = weights * torch.stack(
             [step[states[:, i]][:, flat[:, i]].T for i in range(places)]

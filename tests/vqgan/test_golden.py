@@ -356,11 +356,15 @@ def test_paella_vqgan_f4(golden: Golden) -> None:
     quantized = auto.quantize(z)
     check(quantized.codes / settings.scale_factor, "quantized")
     check(quantized.loss, "quant_loss")
+
+    def decoded(latents: torch.Tensor) -> torch.Tensor:
+        return model.decode_codes(latents * settings.scale_factor)
+
     check(F.mse_loss(auto.quantize.lookup(tokens), z), "vq_loss")
     check(F.mse_loss(auto.quantize.lookup(tokens), z), "commit_loss")
-    check((model.decode_latents(io["quantized"]) + 1) / 2, "decoded_from_quantized")
+    check((decoded(io["quantized"]) + 1) / 2, "decoded_from_quantized")
     check((model.decode_codes(auto.quantize.lookup(tokens)) + 1) / 2, "decoded_from_indices")
-    check((model.decode_latents(io["latents"]) + 1) / 2, "decoded_from_latents")
+    check((decoded(io["latents"]) + 1) / 2, "decoded_from_latents")
     check((model.decode(tokens) + 1) / 2, "decoded_from_indices", clamp=(0, 1))
     soft = torch.einsum("bkhw,kc->bhwc", io["soft_scores"], model.codebook())
     check(soft, "soft_codes")

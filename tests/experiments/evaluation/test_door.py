@@ -282,6 +282,14 @@ REFUSED = {
         ["--images", "FEW", "--ckpt", "CKPT", "--num", 2, "--reference", "VAL"],
         "name either --ckpt, a generator, or --images",
     ),
+    "a setting of sampling for pictures that are there": (
+        ["--images", "FEW", "--reference", "VAL", "sampling.steps=3"],
+        "sampling.steps=3 goes with --ckpt",
+    ),
+    "a negative prompt for pictures that are there": (
+        ["--images", "FEW", "--reference", "VAL", "--negative", "grey"],
+        "--negative goes with --ckpt",
+    ),
     "no reference": (["--ckpt", "CKPT", "--num", 4], "--reference is missing"),
     "no number": (["--ckpt", "CKPT", "--reference", "VAL"], "--num is missing"),
     "classes of a model of text": (

@@ -59,9 +59,10 @@ def test_what_is_drawn_beside_is_a_method_of_its_own(planted) -> None:
     found = methods(planted[1])
     assert list(found) == ["paella", "improved_vqd", "ldmae", "vq_diffusion"]
     beside = found["vq_diffusion"]  # once for both guidances, which it does not read
-    assert [r.settings for r in beside] == [
-        {"paper": "vq_diffusion", "sampling.steps": n} for n in (2, 4)
-    ]
+    wanted = [{"paper": "vq_diffusion", "sampling.steps": n} for n in (2, 4)]
+    assert [r.settings for r in beside] == wanted
+    alone = methods(planted[1][:5] + planted[1][6:])["vq_diffusion"]
+    assert [r.settings for r in alone] == wanted  # also where one guidance is left
     assert beside[0].scores["eval/scene_accuracy"]["value"] == pytest.approx(0.3)
     assert sum(beside[0].right["eval"].values()) == 0.3 * N
 
@@ -114,11 +115,12 @@ def test_charts_show_each_at_its_best_and_at_fixed_settings(planted) -> None:
         "scene_accuracy-network_calls-guidance=1.0.png",
         "scene_accuracy-network_calls-guidance=2.0.png",
     ]
-    best, fixed = (
+    best, sizes, fixed = (
         {line.get_label(): line.get_xydata().tolist() for line in figures[name].axes[0].lines}
-        for name in ("scene_accuracy-seconds.png", "scene_accuracy-network_calls-guidance=1.0.png")
+        for name in list(figures)[1:4]
     )
     assert best["paella"] == [[0.02, 0.5], [0.04, 0.9]]
+    assert sizes["paella"] == [[1000, 0.9]]
     assert fixed["paella"] == [[2.0, 0.45], [4.0, 0.85]]
     assert fixed["vq_diffusion"] == [[2.0, pytest.approx(0.3)], [4.0, pytest.approx(0.3)]]
 
