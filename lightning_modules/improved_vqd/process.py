@@ -5,7 +5,7 @@ Sources: arXiv 2205.16007; microsoft/VQ-Diffusion at d1d3948 (p_sample of diffus
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,14 @@ class Call(NamedTuple):
     """How many tokens of the walk are revealed before and after it; None: an ordinary step."""
     moves: Moves | None = None
     """As of `process.Step`."""
+
+    def moving(self, moves: Moves) -> "Call":
+        """The same with probabilities."""
+        return self._replace(moves=moves)
+
+    def revealing(self, reveals: Sequence[Any]) -> "Call":
+        """The same with other counts, where it reveals any; they may be tensors []."""
+        return self if self.reveals is None else self._replace(reveals=tuple(reveals))
 
 
 def make_calls(schedule: Schedule, config: SamplingConfig, tokens: int) -> list[Call]:
@@ -234,10 +242,7 @@ def sample(
     whole = (x[0].numel() if tokens is None else tokens) - first
     shares = None if shares is None else places.send(shares)
     revealed = places.numbers([[*(call.reveals or (0, 0))] for call in calls])
-    calls = [
-        call if call.reveals is None else call._replace(reveals=tuple(counts))
-        for call, counts in zip(calls, revealed, strict=True)
-    ]
+    calls = [call.revealing(n) for call, n in zip(calls, revealed, strict=True)]
 
     def step(
         x: Tensor,

@@ -306,6 +306,10 @@ class Step(NamedTuple):
     moves: Moves | None = None
     """Its probabilities as a loop hands them to its steps; None: those of the kernel."""
 
+    def moving(self, moves: Moves) -> "Step":
+        """The same with probabilities."""
+        return self._replace(moves=moves)
+
 
 def exact_steps(schedule: Schedule, steps: int) -> list[Step]:
     """From time T - 1 to the clean tokens in even strides, each with its exact kernel.
@@ -502,7 +506,7 @@ def sample(
     made = places.step(move)
     for i, step in enumerate(steps):
         before = x
-        prepared = step._replace(moves=Moves(*moves[i]))
+        prepared = step.moving(Moves(*moves[i]))
         x = made(before, prepared, times[i], Chance(opens[i], draws[i], swaps[i]))
         if on_step is not None:
             on_step(i, before, x)
