@@ -102,7 +102,12 @@ def make_parser() -> Parser:
     add("--workers", type=int, default=1, help="processes that read (default: %(default)s)")
     add("--json", type=Path, help="write what was found as JSON")
     add("--sheet", type=Path, help="write a sheet of random pictures with their captions")
-    add("--cache", type=Path, default=Path("runs/cache"), help="default: %(default)s")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("runs/cache"),
+        help="keeps what was read (default: %(default)s)",
+    )
     return parser
 
 

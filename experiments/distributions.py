@@ -33,19 +33,20 @@ CONTINUOUS: dict[str, tuple[set[str], set[str], Draw]] = {
     "inv_log_uniform_values": ({"min", "max"}, set(), _inverse_log_values),
     "normal": (set(), {"mu", "sigma"}, _normal),
     "log_normal": (set(), {"mu", "sigma"}, lambda rng, p: math.exp(_normal(rng, p))),
-    "beta": ({"a", "b"}, set(), lambda rng, p: rng.betavariate(p["a"], p["b"])),
+    "beta": (set(), {"a", "b"}, lambda rng, p: rng.betavariate(p.get("a", 1), p.get("b", 1))),
 }
 QUANTIZED = {f"q_{name}" for name in CONTINUOUS if not name.startswith("inv_")}
 POSITIVE = {"log_uniform_values", "inv_log_uniform_values", "q_log_uniform_values"}
-NAMES = ("constant", "categorical", "int_uniform", *CONTINUOUS, *sorted(QUANTIZED))
+CHOICES = ("categorical", "categorical_w_probabilities")
+NAMES = ("constant", *CHOICES, "int_uniform", *CONTINUOUS, *sorted(QUANTIZED))
 NUMBERS = {"min", "max", "mu", "sigma", "q", "a", "b"}
 
 
 def named(form: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter's form with its distribution, which W&B infers where none is named.
 
-    value: constant; values: categorical; min and max: int_uniform of whole numbers, else uniform;
-    mu and sigma: normal.
+    value: constant; values: categorical, with probabilities categorical_w_probabilities; min and
+    max: int_uniform of whole numbers, else uniform.
 
     Raises:
         ValueError: no distribution has these keys, or a number that it cannot take.
@@ -57,10 +58,8 @@ def named(form: Mapping[str, Any]) -> dict[str, Any]:
         inferred = {
             ("value",): "constant",
             ("values",): "categorical",
-            ("probabilities", "values"): "categorical",
+            ("probabilities", "values"): "categorical_w_probabilities",
             ("max", "min"): "int_uniform" if whole else "uniform",
-            ("max", "min", "q"): "q_uniform",
-            ("mu", "sigma"): "normal",
         }
         name = inferred.get(tuple(sorted(given)))
         if name is None:
@@ -80,7 +79,8 @@ def named(form: Mapping[str, Any]) -> dict[str, Any]:
 def _keys(name: str) -> tuple[set[str], set[str]]:
     simple: dict[str, tuple[set[str], set[str]]] = {
         "constant": ({"value"}, set()),
-        "categorical": ({"values"}, {"probabilities"}),
+        "categorical": ({"values"}, set()),
+        "categorical_w_probabilities": ({"values", "probabilities"}, set()),
         "int_uniform": ({"min", "max"}, set()),
     }
     if name in simple:
@@ -101,7 +101,7 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
         raise ValueError("int_uniform with whole numbers as min and max")
     if any(given.get(key, 1) <= 0 for key in ("q", "a", "b", "sigma")):
         raise ValueError(f"{name} with q, a, b and sigma above 0")
-    if name == "categorical":
+    if name in CHOICES:
         values, chances = given["values"], given.get("probabilities")
         if not isinstance(values, list) or not values:
             raise ValueError("values with something in the list")
@@ -119,7 +119,7 @@ def draw(form: Mapping[str, Any], rng: random.Random) -> Any:
     name = form["distribution"]
     if name == "constant":
         return form["value"]
-    if name == "categorical":
+    if name in CHOICES:
         return rng.choices(form["values"], form.get("probabilities"))[0]
     if name == "int_uniform":
         return rng.randint(int(form["min"]), int(form["max"]))
@@ -135,7 +135,7 @@ def listed(form: Mapping[str, Any]) -> list[Any] | None:
     name = form["distribution"]
     if name == "constant":
         return [form["value"]]
-    if name == "categorical":
+    if name in CHOICES:
         return list(form["values"])
     if name == "int_uniform":
         return list(range(int(form["min"]), int(form["max"]) + 1))

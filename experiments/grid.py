@@ -45,6 +45,8 @@ SEED_STRIDE = 10_000_000
 MACRO = re.compile(r"\$\{(.*)\}")
 VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 GOALS = ("minimize", "maximize")
+METRIC = {"name", "goal"}
+TEXTS = ("program", "name", "description", "project", "entity")
 LONGEST = 100
 """Characters of a run folder's name; a file system takes 255 bytes."""
 
@@ -124,7 +126,8 @@ def read_sweep(path: Path) -> Sweep:
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # PyYAML's and OmegaConf's errors share no base
         raise ConfigError(f"{path}: no readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
+    table = content.get("parameters") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table:
         raise ConfigError(f"{path}: a sweep has `parameters`, a table of settings")
     strange = [key for key in content if key not in KNOWN]
     if strange:
@@ -135,11 +138,14 @@ def read_sweep(path: Path) -> Sweep:
             f"{path}: method must be one of {', '.join(METHODS)}, got {method}; an agent of W&B "
             "runs the others"
         )
-    cap = content.get("run_cap")
-    if cap is not None and (type(cap) is not int or cap < 1):
+    for key in TEXTS:
+        if not isinstance(content.get(key, ""), str):
+            raise ConfigError(f"{path}: {key} must be a text, got {content[key]}")
+    cap = content.get("run_cap", 1)
+    if type(cap) is not int or cap < 1:
         raise ConfigError(f"{path}: run_cap must be a whole number above 0, got {cap}")
     forms: dict[str, dict[str, Any]] = {}
-    for name, form in _parameters(path, content["parameters"]):
+    for name, form in _parameters(path, table):
         if name in forms:
             raise ConfigError(f"{path}: {name} is given twice, dotted and nested")
         if method == "grid" and distributions.listed(form) is None:
@@ -148,18 +154,19 @@ def read_sweep(path: Path) -> Sweep:
                 "take method: random"
             )
         forms[name] = form
-    metric = content.get("metric") or {"name": None}
+    metric = content.get("metric", {"name": ""})
     goal = metric.get("goal", "minimize") if isinstance(metric, dict) else None
-    if goal not in GOALS or not isinstance(metric.get("name"), str | None):
+    named = goal in GOALS and isinstance(metric.get("name"), str) and metric.keys() <= METRIC
+    if not named:
         raise ConfigError(f"{path}: metric is {{name: NAME, goal: {' or '.join(GOALS)}}}: {metric}")
     return Sweep(
         name=path.stem,
-        metric=metric.get("name"),
+        metric=metric["name"] or None,
         minimize=goal == "minimize",
         words=_fixed_words(path, content),
         method=str(method),
         forms=forms,
-        cap=cap,
+        cap=content.get("run_cap"),
     )
 
 
@@ -170,6 +177,8 @@ def _parameters(
     for key, given in table.items():
         name = f"{at}{key}"
         if isinstance(given, dict) and isinstance(given.get("parameters"), dict):
+            if not given["parameters"]:
+                raise ConfigError(f"{path}: {name} has `parameters` and none in it")
             yield from _parameters(path, given["parameters"], f"{name}.")
             continue
         try:
@@ -183,8 +192,10 @@ def _fixed_words(path: Path, content: Mapping[str, Any]) -> list[str]:
 
     Variables of the environment are filled in, as an agent does.
     """
-    given = content.get("command")
-    command = [str(word) for word in given] if isinstance(given, list) else []
+    given = content.get("command", [])
+    if not isinstance(given, list):
+        raise ConfigError(f"{path}: command must be a list of words, got {given}")
+    command = [str(word) for word in given]
     program = str(content.get("program") or "")
     if PROGRAM not in command and (given or not program.endswith("experiments/run.py")):
         raise ConfigError(f"{path}: command must run {PROGRAM}: [python, -m, {PROGRAM}, ${{args}}]")

@@ -34,8 +34,8 @@ def methods(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
     """Return the runs by paper, with what a run draws of another paper as that one's.
 
     Improved VQ-Diffusion draws VQ-Diffusion from the same checkpoint: its pictures are scored as
-    vq_diffusion/..., and many runs share them. They are one run here, which keeps the settings in
-    which all of these agree.
+    vq_diffusion/..., and many runs share them. They are one run here, without the settings that
+    make no difference to them.
     """
     found: dict[str, list[SweepRun]] = {}
     beside: dict[tuple[str, str], list[SweepRun]] = {}
@@ -45,21 +45,25 @@ def methods(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
             if prefix in PAPERS:
                 beside.setdefault((prefix, sample.key), []).append(run)
     for (paper, _), group in beside.items():
-        first, *others = group
-        settings = {
-            name: value
-            for name, value in first.settings.items()
-            if all(run.settings[name] == value for run in others)
-        }
-        done = next((run for run in group if run.scores), first)
+        done = next((run for run in group if run.scores), group[0])
         scores = {
             name.replace(f"{paper}/", "eval/", 1): score
             for name, score in done.scores.items()
             if name.startswith(f"{paper}/")
         }
-        right = {"eval": done.right.get(paper, {})}
+        # what runs with the same pictures differ in is nothing to these pictures
+        same = [other for (name, _), other in beside.items() if name == paper]
+        settings = {
+            name: value
+            for name, value in done.settings.items()
+            if all(run.settings[name] == g[0].settings[name] for g in same for run in g)
+        }
         alone = replace(
-            done, paper=paper, settings={**settings, "paper": paper}, scores=scores, right=right
+            done,
+            paper=paper,
+            settings={**settings, "paper": paper},
+            scores=scores,
+            right={"eval": done.right.get(paper, {})},
         )
         found.setdefault(paper, []).append(alone)
     return found

@@ -59,9 +59,10 @@ def test_what_is_drawn_beside_is_a_method_of_its_own(planted) -> None:
     found = methods(planted[1])
     assert list(found) == ["paella", "improved_vqd", "ldmae", "vq_diffusion"]
     beside = found["vq_diffusion"]  # once for both guidances, which it does not read
-    assert [r.settings for r in beside] == [
-        {"paper": "vq_diffusion", "sampling.steps": n} for n in (2, 4)
-    ]
+    wanted = [{"paper": "vq_diffusion", "sampling.steps": n} for n in (2, 4)]
+    assert [r.settings for r in beside] == wanted
+    alone = methods(planted[1][:5] + planted[1][6:])["vq_diffusion"]
+    assert [r.settings for r in alone] == wanted  # also where one guidance is left
     assert beside[0].scores["eval/scene_accuracy"]["value"] == pytest.approx(0.3)
     assert sum(beside[0].right["eval"].values()) == 0.3 * N
 
