@@ -94,11 +94,16 @@ def tables(rows: Sequence[Sampled]) -> dict[str, tuple[list[str], list[list[str]
     for row in rows:
         over = row.over_own
         points = {k: 100 * over[k] for k in ("value", "low", "high")} if over else None
-        scores = [notation(row.run.scores.get(name)) for name in SHOWN]
+        scores = [_cell(name, row.run.scores.get(name)) for name in SHOWN]
         cells = [str(row.steps), f"{row.sampler} {row.settings}".strip(), *scores]
         _, lines = made.setdefault(row.paper, (heads, []))
         lines.append([*cells, notation(points), row.told])
     return made
+
+
+def _cell(name: str, score: Score | None) -> str:
+    """Write a score; of calls, which most samplers make equally many for all pictures, the mean."""
+    return f"{score['value']:.3g}" if name == CALLS and score else notation(score)
 
 
 def frontiers(rows: Sequence[Sampled]) -> dict[str, Figure]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 DRAWN_AT_ONCE = 32  # rows whose probabilities stay in a core's cache
 FEW = 1024  # labels that are cumulated one by one
@@ -60,20 +61,16 @@ def locate(p: Tensor, uniforms: Tensor) -> Tensor:
         total = cdf[:, -1:].contiguous()
         tokens = _passed(cdf, uniforms.to(p.dtype)[:, None] * total, total)
     else:
-        whole = labels - labels % BLOCK
-        sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)
-        if whole < labels:
-            sums = torch.cat([sums, p[:, whole:].sum(1, keepdim=True)], dim=1)
-        cdf = sums.cumsum(1)  # [n, blocks]
+        if labels % BLOCK:
+            p = pad(p, (0, BLOCK - labels % BLOCK))
+        blocks = p.unflatten(1, (-1, BLOCK))
+        cdf = blocks.sum(2).cumsum(1)  # [n, blocks]
         total = cdf[:, -1:].contiguous()
         threshold = uniforms.to(p.dtype)[:, None] * total
-        block = _passed(cdf, threshold, total).clamp_max(sums.shape[1] - 1)  # [n, 1]
-        before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp_min(0)), 0)
-        places = block * BLOCK + torch.arange(BLOCK, device=p.device)
-        some = p.gather(1, places.clamp_max(labels - 1)).masked_fill(places >= labels, 0)
-        inside = some.cumsum(1)
-        last = inside[:, -1:].contiguous()
-        tokens = block * BLOCK + _passed(inside, threshold - before, last)
+        block = _passed(cdf, threshold, total).clamp_max(cdf.shape[1] - 1)  # [n, 1]
+        rest = threshold - pad(cdf, (1, 0)).gather(1, block)  # less all blocks before
+        inside = blocks[torch.arange(len(p), device=p.device), block[:, 0]].cumsum(1)
+        tokens = block * BLOCK + _passed(inside, rest, inside[:, -1:].contiguous())
     return torch.where(total > 0, tokens, labels).squeeze(1)
 
 
