@@ -184,6 +184,16 @@ def test_network_calls_are_counted_afresh(kind: str) -> None:
     assert found[0].tolist() == [len(steps) * per_step] * 4
 
 
+@every_kind
+def test_a_listener_hears_of_every_call_and_changes_nothing(kind: str) -> None:
+    module, heard = tiny(kind), list[Tensor]()
+    request = Request(asked(kind), SEEDS)
+    plain = module.sample_tokens(request)
+    with module.heard_by(lambda pictures, keep, rows: heard.append(pictures)):
+        assert torch.equal(module.sample_tokens(request), plain)
+    assert module.calls is not None and sum(map(len, heard)) == int(module.calls.sum())
+
+
 # The loss ----
 
 

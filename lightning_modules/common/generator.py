@@ -227,7 +227,8 @@ class GeneratorModule(SeededModule):
             self.count_calls(torch.ones(count, dtype=torch.int64))
             rows = predict(*arguments)
             if self.on_call is not None:
-                keep = arguments[-1] if arguments[-1].dtype == torch.bool else None
+                last = arguments[-1]
+                keep = last if isinstance(last, Tensor) and last.dtype == torch.bool else None
                 self.on_call(torch.arange(count, device=rows.device), keep, rows)
             return rows
 
