@@ -540,8 +540,9 @@ def test_two_runs_share_the_parts_of_one_stage(
         thread.join(timeout=30)
     assert sorted(i for _, i in letters.made) == [*range(6)]
     assert len({name for name, _ in letters.made}) == 2
-    heads = sorted(lines[0].partition(": ")[2].partition(" in ")[0] for lines in said)
-    assert heads == ["runs", "takes part"]
+    # a busy machine may let one of them wait for a moment before it takes part
+    heads = [{line.partition(": ")[2].partition(" in ")[0] for line in lines} for lines in said]
+    assert any("runs" in head for head in heads) and any("takes part" in head for head in heads)
 
 
 @dataclass(frozen=True, eq=False)
