@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -14,7 +14,7 @@ from experiments.report.repeated import difference, over_seeds
 from experiments.report.scores import notation
 from experiments.settings import resolved
 
-NAME, STEPS = "sampling.sampler.name", "sampling.steps"
+NAME, STEPS, GAMMA = "sampling.sampler.name", "sampling.steps", "sampling.sampler.gamma"
 ACCURACY, CALLS = "eval/scene_accuracy", "eval/network_calls"
 OWN = "own"
 SHOWN = {
@@ -50,25 +50,27 @@ class Sampled(NamedTuple):
 def compared(sweeps: Sequence[Sequence[SweepRun]]) -> list[Sampled]:
     """Return every sampler at every budget, each at its best setting, papers' own loops first.
 
+    A budget is a number of steps, or, of samplers that stop by themselves, a bound gamma.
+
     A run of a paper's own loop is one that varies nothing but the steps. Where repetitions with
     other seeds measured what one seed had chosen, they alone count.
 
     Args:
         sweeps: runs of sweeps, of which some vary `sampling.sampler.name` or fix it.
     """
-    groups: dict[tuple[str, str, int], list[SweepRun]] = defaultdict(list)
+    groups: dict[tuple[str, str, int, Any], list[SweepRun]] = defaultdict(list)
     for runs in sweeps:
         for run in over_seeds(runs):
             sampler = _words(run).get(NAME, OWN)
             plain = run.settings.keys() - SEEDS == {STEPS}
             if ACCURACY in run.scores and (sampler != OWN or plain):
                 steps = run.settings.get(STEPS) or resolved(run.config)["sampling"]["steps"]
-                groups[run.paper, sampler, steps].append(run)
-    papers = {paper for paper, sampler, _ in groups if sampler != OWN}
+                groups[run.paper, sampler, steps, run.settings.get(GAMMA)].append(run)
+    papers = {paper for paper, sampler, *_ in groups if sampler != OWN}
     best = {key: max(runs, key=_rank) for key, runs in groups.items() if key[0] in papers}
     found = []
-    for (paper, sampler, steps), run in best.items():
-        own = best.get((paper, OWN, steps))
+    for (paper, sampler, steps, _), run in best.items():
+        own = best.get((paper, OWN, steps, None))
         over = difference(run, own) if own is not None and sampler != OWN else None
         chosen = {k: v for k, v in run.settings.items() if k not in {NAME, STEPS, *SEEDS}}
         settings = " ".join(f"{k.rpartition('.')[2]}={text_of(v)}" for k, v in chosen.items())
@@ -113,6 +115,9 @@ def frontiers(rows: Sequence[Sampled]) -> dict[str, Figure]:
         scores: Mapping[str, Score] = row.run.scores
         calls = scores[CALLS]["value"] if CALLS in scores else row.steps
         curves[row.paper][row.sampler].append(charts.value_of(calls, scores[ACCURACY]))
+    for own in curves.values():
+        for values in own.values():
+            values.sort(key=lambda value: value.x)
     return {
         paper: charts.lines(own, across="network calls per picture", up="scene_accuracy")
         for paper, own in curves.items()

@@ -17,8 +17,9 @@ PLAN = plan("paella", CONFIG)
 def done(accuracy: float, *, repeat: int = 0, seeded: bool = False, **settings: Any) -> SweepRun:
     """A run whose first pictures are right; `seeded` where it has repetitions."""
     n = 200
-    names = {"name": "sampling.sampler.name", "t": "sampling.sampler.temperature"}
-    shown = {names.get(k, f"sampling.{k}"): v for k, v in settings.items()}
+    names = {"name": "name", "t": "temperature", "gamma": "gamma"}
+    at = {k: f"sampling.sampler.{v}" for k, v in names.items()}
+    shown = {at.get(k, f"sampling.{k}"): v for k, v in settings.items()}
     argv = ["--paper=paella", *(f"--{k}={v}" for k, v in shown.items())]
     if seeded:
         shown["eval.seed"] = 10_000_000 * repeat
@@ -69,6 +70,14 @@ def test_a_sampler_without_steps_stands_beside_the_papers_usual_number() -> None
     usual = CONFIG.sampling_settings()["steps"]
     rows = compared([[done(0.6, steps=usual)], [done(0.6, name="eb", gamma=0.1)]])
     assert [r.steps for r in rows] == [usual, usual] and rows[1].told == "not distinguishable"
+
+
+def test_bounds_of_an_adaptive_sampler_are_budgets() -> None:
+    found = [
+        done(a, name="eb", gamma=g, t=t) for g in (0.1, 1.0) for t, a in ((0.3, 0.7), (1, 0.6))
+    ]
+    rows = compared([found])
+    assert [r.settings for r in rows] == [f"gamma={g} temperature=0.3" for g in (0.1, 1.0)]
 
 
 def test_a_paper_without_samplers_and_other_settings_are_left_out() -> None:
