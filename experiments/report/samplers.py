@@ -114,7 +114,9 @@ def frontiers(rows: Sequence[Sampled]) -> dict[str, Figure]:
     for row in rows:
         scores: Mapping[str, Score] = row.run.scores
         calls = scores[CALLS]["value"] if CALLS in scores else row.steps
-        curves[row.paper][row.sampler].append(charts.value_of(calls, scores[ACCURACY]))
+        # intervals of so many curves would hide each other; the table has them, and pairs
+        value = charts.Value(calls, scores[ACCURACY]["value"])
+        curves[row.paper][row.sampler].append(value)
     for own in curves.values():
         for values in own.values():
             values.sort(key=lambda value: value.x)
