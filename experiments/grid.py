@@ -331,16 +331,16 @@ def tuned(sweep: Sweep, runs: Sequence[SweepRun], key: str) -> list[SweepRun]:
         others = {k: v for k, v in run.settings.items() if k != key and k not in SEEDS}
         groups[tuple(map(text_of, others.values()))].append(run)
     sign = -1 if sweep.minimize else 1
-    kept = []
+    kept: set[int] = set()
     for group in groups.values():
         scored = [run for run in group if run.repeat == 0 and sweep.metric in run.scores]
         best = max(scored, key=lambda r: sign * r.scores[str(sweep.metric)]["value"], default=None)
-        kept += [
-            run
+        kept |= {
+            id(run)
             for run in group
             if (run.repeat > 0) == (best is not None and run.settings[key] == best.settings[key])
-        ]
-    return kept
+        }
+    return [run for run in runs if id(run) in kept]
 
 
 def finished(run: SweepRun) -> bool:

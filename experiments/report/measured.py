@@ -13,8 +13,9 @@ from experiments.settings import ConfigError
 
 HEADS = ["sweep", "paper", "scale", "settings", "score", "value", "low", "high", "n"]
 WORDS, RIGHT = "words", "right"
-"""Rows that hold no score: settings that all runs of a sweep share besides its file's, and which
-prompts are right, four a hexadecimal digit, the first prompt in the highest bit."""
+"""Rows that hold no score: settings that all runs of a sweep share besides its file's, with the
+numbers of seeds and draws as low and high; and which prompts are right, four in a hexadecimal
+digit, the first prompt in the highest bit."""
 MACHINE = {"cache", "logger"}
 
 
@@ -35,7 +36,10 @@ def measured_csv(sweeps: Iterable[Done]) -> str:
         if scored:
             first = scored[0]
             shared = " ".join(shared_words(sweep, first))
-            writer.writerow([sweep.name, first.paper, first.scale, "", WORDS, shared, "", "", ""])
+            seeds, sampled = (len({run.settings.get(key) for run in runs}) for key in SEEDS)
+            draws = sampled // seeds or 1  # without draws, no run names a sampling seed
+            head = [sweep.name, first.paper, first.scale, ""]
+            writer.writerow([*head, WORDS, shared, seeds, draws, ""])
         for run in scored:
             head = [sweep.name, run.paper, run.scale, _settings(run)]
             for name, score in run.scores.items():
@@ -72,10 +76,12 @@ def read_measured(path: Path, folder: Path) -> list[Done]:
     for name in dict.fromkeys(row["sweep"] for row in rows):
         own = [row for row in rows if row["sweep"] == name]
         sweep = read_sweep(folder / f"{name}.yaml")
-        words = [w for row in own if row["score"] == WORDS for w in row["value"].split()]
-        repeats = {key: len(_values(own, key)) or 1 for key in SEEDS}
-        seeds = repeats["seed"]
-        _, runs = make_runs(sweep, words, None, seeds=seeds, draws=repeats["eval.seed"] // seeds)
+        words: list[str] = []
+        repeats = {"seeds": 1, "draws": 1}
+        for row in (row for row in own if row["score"] == WORDS):
+            words, repeats = row["value"].split(), {"seeds": _whole(path, row, "low")}
+            repeats["draws"] = _whole(path, row, "high")
+        _, runs = make_runs(sweep, words, None, **repeats)
         by_settings = {_settings(run): run for run in runs}
         for row in own:
             if row["score"] != WORDS:
@@ -110,10 +116,18 @@ def _settings(run: SweepRun) -> str:
     return " ".join(f"{k}={text_of(v)}" for k, v in run.settings.items())
 
 
-def _values(rows: Sequence[dict[str, str]], key: str) -> set[str]:
-    """Return the values of a setting that rows name."""
-    pairs = [word.partition("=") for row in rows for word in row["settings"].split()]
-    return {value for name, _, value in pairs if name == key}
+def _whole(path: Path, row: dict[str, str], column: str) -> int:
+    """Return a number of repetitions.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not row[column].isdecimal() or not int(row[column]):
+        raise ConfigError(
+            f"{path}: {row['sweep']}, {WORDS}: {column} is a number of repetitions above 0, "
+            f"got {row[column]!r}"
+        )
+    return int(row[column])
 
 
 def _digits(value: float | None) -> str:

@@ -43,6 +43,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             assert (a.repeat, a.config.eval.heldout) == (b.repeat, b.config.eval.heldout)
 
 
+def test_repetitions_that_were_not_done_change_no_names(tmp_path: Path) -> None:
+    done = measured("paella_steps", draws=3)
+    for run in done.runs:
+        run.scores = run.scores if run.repeat == 0 else {}
+    path = tmp_path / "m.csv"
+    path.write_text(measured_csv([done]))
+    (again,) = read_measured(path, SWEEPS)
+    assert [bool(r.scores) for r in again.runs] == [bool(r.scores) for r in done.runs]
+
+
 def test_parts_of_scores_stay_out() -> None:
     done = measured("paella_steps")
     done.runs[0].scores["eval/scene_accuracy/color"] = {"value": 0.25}
@@ -71,6 +81,7 @@ def test_the_page_comes_from_the_file(tmp_path: Path) -> None:
         ("paella_steps,paella,tiny,sampling.steps=99,x,1,,,\n", "no run 'sampling.steps=99'"),
         ("paella_steps,paella,tiny,sampling.steps=4,x,much,,,\n", "paella_steps, x: could not"),
         ("paella_steps,paella,tiny,sampling.steps=4,right/eval,f,,,9\n", "fewer than 9 bits"),
+        ("paella_steps,paella,tiny,,words,,1,many,\n", "high is a number of repetitions"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(
