@@ -319,7 +319,8 @@ def tuned(sweep: Sweep, runs: Sequence[SweepRun], key: str) -> list[SweepRun]:
     """Return the runs that measure the best value of a setting, and one run of every other value.
 
     For each combination of the other settings the first repetitions choose the value, and the later
-    ones measure it, which had no part in the choice.
+    ones measure it, which had no part in the choice. Until one of these has a score, the first
+    stands for them.
 
     Args:
         sweep: its metric says what is best.
@@ -335,11 +336,10 @@ def tuned(sweep: Sweep, runs: Sequence[SweepRun], key: str) -> list[SweepRun]:
     for group in groups.values():
         scored = [run for run in group if run.repeat == 0 and sweep.metric in run.scores]
         best = max(scored, key=lambda r: sign * r.scores[str(sweep.metric)]["value"], default=None)
-        kept |= {
-            id(run)
-            for run in group
-            if (run.repeat > 0) == (best is not None and run.settings[key] == best.settings[key])
-        }
+        chosen = [r for r in group if best is not None and r.settings[key] == best.settings[key]]
+        measured = any(run.repeat > 0 and run.scores for run in chosen)
+        kept |= {id(run) for run in group if run.repeat == 0 and not (measured and run in chosen)}
+        kept |= {id(run) for run in chosen if run.repeat > 0}
     return [run for run in runs if id(run) in kept]
 
 

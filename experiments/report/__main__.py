@@ -58,6 +58,8 @@ def run(argv: Sequence[str]) -> None:
         except ConfigError as error:
             if files:
                 raise ConfigError(f"{path}: {error}") from error
+    if args.tune is not None and not any(r and args.tune in r[0].settings for _, r in sweeps):
+        raise ConfigError(f"--tune {args.tune} is varied by none of these sweeps")
     for sweep, runs in sweeps:
         collect(runs)
         chosen = runs and args.tune in runs[0].settings

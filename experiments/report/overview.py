@@ -67,7 +67,7 @@ def write_overview(sweeps: Sequence[Done], out: Path, command: str) -> list[Path
     shown = [done for done in sweeps if any(run.scores for run in done.runs)]
     claims = judged(shown)
     figures = {done.sweep.name: draw(done.sweep, done.runs) for done in shown}
-    sampled = samplers.compared([done.runs for done in shown])
+    sampled = samplers.beside_own([done.runs for done in shown])
     figures["samplers"] = {
         f"{paper}.png": drawn for paper, drawn in samplers.frontiers(sampled).items()
     }

@@ -47,7 +47,7 @@ class Sampled(NamedTuple):
         return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
 
 
-def compared(sweeps: Sequence[Sequence[SweepRun]]) -> list[Sampled]:
+def beside_own(sweeps: Sequence[Sequence[SweepRun]]) -> list[Sampled]:
     """Return every sampler at every budget, each at its best setting, papers' own loops first.
 
     A budget is a number of steps, or, of samplers that stop by themselves, a bound gamma.
@@ -117,10 +117,10 @@ def frontiers(rows: Sequence[Sampled]) -> dict[str, Figure]:
         # intervals of so many curves would hide each other; the table has them, and pairs
         value = charts.Value(calls, scores[ACCURACY]["value"])
         curves[row.paper][row.sampler].append(value)
-    for own in curves.values():
-        for values in own.values():
+    for by_sampler in curves.values():
+        for values in by_sampler.values():
             values.sort(key=lambda value: value.x)
     return {
-        paper: charts.lines(own, across="network calls per picture", up="scene_accuracy")
-        for paper, own in curves.items()
+        paper: charts.lines(by_sampler, across="network calls per picture", up="scene_accuracy")
+        for paper, by_sampler in curves.items()
     }

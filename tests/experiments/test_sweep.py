@@ -443,6 +443,9 @@ def test_the_seed_that_chooses_a_value_does_not_measure_it(tmp_path: Path) -> No
         assert sorted(found) == sorted([(values[0], 0), (values[1], 1), (values[1], 2)])
     best = [r for r in over_seeds(kept) if r.settings[key] == values[1]]
     assert all(r.scores[str(read.metric)]["value"] == 0.5 for r in best)
+    for r in runs:  # none of those that measure is done yet
+        r.scores = r.scores if r.repeat == 0 else {}
+    assert {id(r) for r in runs if r.repeat == 0} <= set(map(id, tuned(read, runs, key)))
     assert tuned(replace(read, minimize=True), runs, key)[0].settings[key] == values[0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.grid import SweepRun
 from experiments.papers.registry import load
 from experiments.pipeline.plan import plan
-from experiments.report.samplers import compared, frontiers, tables
+from experiments.report.samplers import beside_own, frontiers, tables
 
 CONFIG = load("paella", "micro")
 PLAN = plan("paella", CONFIG)
@@ -39,7 +39,7 @@ def test_each_sampler_stands_at_its_best_and_against_the_own_loop() -> None:
         done(a, name="posterior", t=t, steps=k)
         for k, t, a in ((4, 0.3, 0.7), (4, 1.0, 0.9), (8, 0.3, 0.5), (8, 1.0, 0.4))
     ]
-    rows = compared([own, other])
+    rows = beside_own([own, other])
     assert [(r.steps, r.sampler, r.settings, r.told) for r in rows] == [
         (4, "own", "", ""),
         (4, "posterior", "temperature=1.0", "better"),
@@ -60,7 +60,7 @@ def test_what_was_measured_again_wins_over_what_one_seed_chose() -> None:
     own = [done(0.6, steps=n, repeat=k, seeded=True) for n in (4, 8) for k in range(3)]
     again = [done(0.7, name="eb", t=0.6, steps=4, repeat=k, seeded=True) for k in (1, 2)]
     lucky = done(0.95, name="eb", t=1.0, steps=4, seeded=True)
-    first, second, _ = compared([own, [*again, lucky]])
+    first, second, _ = beside_own([own, [*again, lucky]])
     assert first.run.scores["eval/scene_accuracy"]["seeds"] == 3
     assert second.settings == "temperature=0.6" and second.over_own is not None
     assert np.isclose(second.over_own["value"], 0.1)  # of the seeds that both have
@@ -68,7 +68,7 @@ def test_what_was_measured_again_wins_over_what_one_seed_chose() -> None:
 
 def test_a_sampler_without_steps_stands_beside_the_papers_usual_number() -> None:
     usual = CONFIG.sampling_settings()["steps"]
-    rows = compared([[done(0.6, steps=usual)], [done(0.6, name="eb", gamma=0.1)]])
+    rows = beside_own([[done(0.6, steps=usual)], [done(0.6, name="eb", gamma=0.1)]])
     assert [r.steps for r in rows] == [usual, usual] and rows[1].told == "not distinguishable"
 
 
@@ -76,11 +76,11 @@ def test_bounds_of_an_adaptive_sampler_are_budgets() -> None:
     found = [
         done(a, name="eb", gamma=g, t=t) for g in (0.1, 1.0) for t, a in ((0.3, 0.7), (1, 0.6))
     ]
-    rows = compared([found])
+    rows = beside_own([found])
     assert [r.settings for r in rows] == [f"gamma={g} temperature=0.3" for g in (0.1, 1.0)]
 
 
 def test_a_paper_without_samplers_and_other_settings_are_left_out() -> None:
-    assert compared([[done(0.6, steps=4)], [done(0.9, steps=4, guidance_end=3.0)]]) == []
-    rows = compared([[done(0.9, steps=4, guidance_end=3.0)], [done(0.7, name="eb", steps=4)]])
+    assert beside_own([[done(0.6, steps=4)], [done(0.9, steps=4, guidance_end=3.0)]]) == []
+    rows = beside_own([[done(0.9, steps=4, guidance_end=3.0)], [done(0.7, name="eb", steps=4)]])
     assert [r.sampler for r in rows] == ["eb"] and rows[0].told == ""
