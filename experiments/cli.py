@@ -235,11 +235,10 @@ def prepare_torch() -> None:
     # threads that wait for each other should not do so by spinning for long: beside any other
     # process a training on all cores would crawl
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    import torch  # seconds of start-up, after all that can be refused
+    # seconds of start-up, after all that can be refused
+    from lightning_modules.common.processor import prepare_cpu
 
-    # a GELU's far tail is full of numbers below 1e-38, with which a CPU is six times slower; here,
-    # before torch makes its threads, which take this over
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     for part in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{part}.utilities.rank_zero").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

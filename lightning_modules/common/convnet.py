@@ -7,6 +7,7 @@ taming/modules/diffusionmodules/model.py; Esser et al. 2021, table 7).
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block
 from lightning_modules.common.config import ConvConfig
 
@@ -47,7 +48,7 @@ class AttentionBlock(Block):
         q, k, v = (  # each [B, 1, H*W, c]
             f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v)
         )
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 

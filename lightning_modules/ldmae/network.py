@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block, recompute_blocks
 from lightning_modules.ldmae.config import DiTConfig
 from lightning_modules.ldmae.vmae import sincos_table
@@ -209,7 +210,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # [B, heads, N, D / heads]
         q, k = rotation(self.q_norm(q)), rotation(self.k_norm(k))
-        seen = F.scaled_dot_product_attention(q, k, v)
+        seen = attend(q, k, v)
         return self.proj(seen.transpose(1, 2).flatten(2))
 
 
@@ -241,7 +242,7 @@ class CrossAttention(nn.Module):
 
     def _look(self, q: Tensor, side: Side, block: int) -> Tensor:
         k, v = (tensor.expand(q.shape[0], -1, -1, -1) for tensor in side.text[block])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=side.mask)
+        return attend(q, k, v, side.mask)
 
 
 class SwiGLU(nn.Module):

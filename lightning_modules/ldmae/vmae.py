@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block
 from lightning_modules.common.checks import require
 from lightning_modules.ldmae.config import ViTConfig
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         """Map [B, N, D] to the same shape."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, d]
+        mixed = attend(q, k, v)  # [B, heads, N, d]
         return self.proj(mixed.transpose(1, 2).reshape(b, n, d))
 
 

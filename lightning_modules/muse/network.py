@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block
 from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.muse.config import ModelConfig
@@ -108,7 +109,7 @@ class Heads(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map queries [B, heads, N, d], keys and values [B, heads, L, d] to [B, heads, N, d]."""
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return attend(q, k, v, mask, dropout=dropout)
 
 
 class SelfAttention(Heads):

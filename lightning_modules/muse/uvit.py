@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block
 from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.muse.config import UViTConfig
@@ -170,7 +171,7 @@ class Attention(nn.Module):
         # a cell that stands for n has n keys: log n in front of the softmax
         bias = None if joint.cells is None else joint.cells.to(x.dtype).log().view(1, 1, 1, -1)
         q = split_heads(self.to_q(x), self.heads)
-        return self._out(F.scaled_dot_product_attention(q, own.keys, own.values, attn_mask=bias))
+        return self._out(attend(q, own.keys, own.values, bias))
 
     def to_text(self, x: Tensor, joint: Joint, reads: Sequence[KeysValues]) -> Tensor:
         """x: [rows, N, C] -> [rows, N, C]."""
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         for q, side, own in zip(queries, joint.sides, reads, strict=True):
             k, v = (t.expand(len(q), -1, -1, -1) for t in (own.keys, own.values))
             mask = None if side.mask is None else side.mask[:, None, None]
-            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            parts.append(attend(q, k, v, mask))
         return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _out(self, attended: Tensor) -> Tensor:

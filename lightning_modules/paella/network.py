@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block
 from lightning_modules.common.guidance import Shares, equals, weighted
 from lightning_modules.paella.config import ModelConfig
@@ -230,13 +231,9 @@ class AttnBlock(Block):
                 values = torch.cat([own[1], values], dim=2)
                 if mask is not None:
                     mask = F.pad(mask, (query.shape[2], 0), value=True)
-            out = F.scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                attn_mask=None if mask is None else mask[:, None, None],
-                dropout_p=self.dropout if self.training else 0.0,
-            )
+            shown = None if mask is None else mask[:, None, None]
+            dropout = self.dropout if self.training else 0.0
+            out = attend(query, keys, values, shown, dropout=dropout)
             attended.append(out.transpose(1, 2).flatten(2))
         merged = attended[0] if len(attended) == 1 else torch.cat(attended)
         return x + attn.out_proj(merged).view_as(x)

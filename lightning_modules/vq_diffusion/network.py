@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.common.attention import attend
 from lightning_modules.common.blocks import Block, recompute_blocks
 from lightning_modules.common.guidance import Shares, weighted
 from lightning_modules.vq_diffusion.config import ModelConfig
@@ -197,7 +198,7 @@ class Attention(nn.Module):
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, **mask: Any) -> Tensor:
         """Scaled dot-product attention, [B, heads, N, d] -> [B, N, D]."""
         chance = self.attn_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, keys, values, dropout_p=chance, **mask)
+        out = attend(query, keys, values, dropout=chance, **mask)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -212,7 +213,7 @@ class SelfAttention(Attention):
         query, keys, values = (self.split(part(x)) for part in (self.query, self.key, self.value))
         if past is not None:
             keys, values = past.append(keys, values)
-        out = self.attend(query, keys, values, is_causal=self.causal and past is None)
+        out = self.attend(query, keys, values, causal=self.causal and past is None)
         return self.dropout(self.proj(out))
 
 
@@ -234,7 +235,7 @@ class CrossAttention(Attention):
                 kv.expand(query.shape[0], -1, -1, -1) for kv in (text.keys, text.values)
             )
             mask = None if text.mask is None else text.mask[:, None, None]
-            attended.append(self.attend(query, keys, values, attn_mask=mask))
+            attended.append(self.attend(query, keys, values, mask=mask))
         return self.dropout(self.proj(attended[0] if len(texts) == 1 else torch.cat(attended)))
 
 

@@ -33,7 +33,7 @@ from lightning_modules.common.settings import plain
 from lightning_modules.paella.module import PaellaModule
 from lightning_modules.vqgan.config import PRESETS
 from lightning_modules.vqgan.module import VQGANModule
-from tests.bench.machine import heading
+from tests.bench.machine import heading, one_thread
 
 SAMPLES = 64
 WIDTH = 512  # of T5-small
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     with tempfile.TemporaryDirectory() as folder:
         sides = make_sides(Path(folder), args.resolution, args.batch)

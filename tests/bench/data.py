@@ -24,7 +24,7 @@ import data.select
 from data.shards import write_shards
 from data.view import Order, ShardList, View
 from data.webdata import WebData
-from tests.bench.machine import heading
+from tests.bench.machine import heading, one_thread
 
 BATCH = 32
 SIDE, RESOLUTION = 512, 256
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=12, help="of a measurement")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:

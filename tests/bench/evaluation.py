@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from cleanfid import fid as cleanfid
 from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
@@ -31,7 +30,7 @@ from eval.rows import Measured, load_measured, save_measured
 from eval.scorers import SCORERS
 from experiments.pipeline.given import FolderPictures
 from experiments.pipeline.stage import Folders, Machine
-from tests.bench.machine import heading
+from tests.bench.machine import heading, one_thread
 from tests.tiny_networks import inception_file
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +64,7 @@ def report(what: str, times: dict[str, list[tuple[float, float]]]) -> None:
 
 def bench_frechet(repeats: int) -> None:
     """Time both distances in turn, on features of a spectrum that falls like Inception's."""
-    torch.set_num_threads(1)
+    one_thread()
     rng = np.random.default_rng(0)
     spectrum = np.linspace(1, 0.02, 2048) ** 2
     sets = [rng.standard_normal((5000, 2048)) * spectrum + shift for shift in (0, 0.05)]
@@ -85,7 +84,7 @@ def bench_frechet(repeats: int) -> None:
 
 def bench_features(pictures: int, size: int, repeats: int) -> None:
     """Features of a folder of PNGs in mode clean by either path, in turn."""
-    torch.set_num_threads(1)
+    one_thread()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = inception_file(folder)
@@ -149,7 +148,7 @@ def write_rows(folder: Path, count: int) -> None:
 
 def score_all(folder: Path, scores: list[str]) -> None:
     """Make the scores of one set against the other, and print the peak of this process."""
-    torch.set_num_threads(1)
+    one_thread()
     made, real = (load_measured(sorted((folder / k).iterdir())) for k in ("made", "real"))
     for name in scores:
         start = time.process_time()

@@ -27,7 +27,7 @@ from lightning_modules.ldmae.autoencoder import AutoencoderModule
 from lightning_modules.ldmae.config import DIT_MODELS, DIT_SAMPLING, SamplingConfig
 from lightning_modules.ldmae.network import DiT
 from lightning_modules.ldmae.vmae import Attention
-from tests.bench.machine import heading, network_share, seconds
+from tests.bench.machine import heading, network_share, one_thread, seconds
 
 
 class ExplicitAttention(nn.Module):
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--part", choices=["autoencoders", "sampling"])
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     if args.part != "sampling":
         print("VMAE-f8d16 and the SD3 setting: encode and decode 1 image of 256 px, 1 thread")

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lightning_modules.common.processor import prepare_cpu
+
 SIDES = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is timed
 
 
@@ -20,6 +22,12 @@ def processor(device: str = "cpu") -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def one_thread() -> None:
+    """Compute on one thread, as the commands do on a CPU."""
+    torch.set_num_threads(1)
+    prepare_cpu()
 
 
 def wait(device: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_modules.muse import process
 from lightning_modules.muse.config import DecodeConfig, UViTConfig
 from lightning_modules.muse.uvit import UViT
-from tests.bench.machine import heading
+from tests.bench.machine import heading, one_thread
 from tests.bench.plain_muse import PlainUViT, plain_sample
 
 SIDE = 16
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--check-steps", type=int, default=12)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     ours, plain = make_networks()
     count = sum(p.numel() for p in ours.parameters())

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_modules.paella import process
 from lightning_modules.paella.config import ModelConfig, SamplingConfig
 from lightning_modules.paella.network import Paella
-from tests.bench.machine import heading, network_share, seconds
+from tests.bench.machine import heading, network_share, one_thread, seconds
 from tests.bench.plain_paella import PlainPaella, plain_sample
 
 GRID = (64, 64)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--check-steps", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     ours, plain = make_networks()
     if args.check_steps:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench.cases import CASES, Case
-from tests.bench.machine import matmul_peak, measure, processor
+from tests.bench.machine import matmul_peak, measure, one_thread, processor
 
 
 class Bytes(TorchDispatchMode):
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=("sampling", "training"))
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    one_thread()
     torch.manual_seed(0)
     peak = matmul_peak(side=64 if args.size == "micro" else 0)
     print(f"{processor()}, 1 thread: matmul at {peak / 1e9:.0f} GFLOP/s in float32\n")

@@ -31,7 +31,7 @@ from lightning_modules.samplers.kernel import Corruption, Uniform
 from lightning_modules.samplers.settings import SamplerConfig
 from lightning_modules.vq_diffusion import process as vq_process
 from tests.bench import muse, paella, vq_diffusion
-from tests.bench.machine import heading
+from tests.bench.machine import heading, one_thread
 
 STEPS = 8
 SPREAD = 5.0  # of the logits; the mean entropy is then about 1.5 to 2 nats, as of trained networks
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("papers", nargs="*", choices=[[], *CASES])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     for paper in args.papers or CASES:
         case = CASES[paper]()

@@ -28,7 +28,7 @@ from lightning_modules.samplers.kernel import posterior
 from lightning_modules.vq_diffusion import process
 from lightning_modules.vq_diffusion.config import MODELS, ScheduleConfig
 from lightning_modules.vq_diffusion.network import Denoiser, Side
-from tests.bench.machine import heading, network_share, seconds
+from tests.bench.machine import heading, network_share, one_thread, seconds
 from tests.bench.plain_vq_diffusion import PlainDenoiser, plain_sample, plain_step
 
 CONFIG = MODELS["s"]
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--check-steps", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     print(heading())
     ours, plain = make_networks()
     text, null = make_texts()
