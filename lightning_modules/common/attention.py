@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 2**16  # queries times keys of a head
+SMALL = 2**17  # queries times keys of a head
 UNSEEN = -1e30  # finite: of a row that sees nothing no NaN comes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_modules.muse import process
 from lightning_modules.muse.config import DecodeConfig, UViTConfig
 from lightning_modules.muse.uvit import UViT
-from tests.bench.machine import heading, one_thread
+from tests.bench.machine import as_shipped, heading, one_thread
 from tests.bench.plain_muse import PlainUViT, plain_sample
 
 SIDE = 16
@@ -197,7 +197,7 @@ def main() -> None:
 
     plain_times, our_times = [], []
     for _ in range(args.repeats):
-        plain_times.append(run_plain())
+        plain_times.append(as_shipped(run_plain)())
         our_times.append(run_ours())
     medians: dict[str, dict[str, float]] = {}
     for name, runs in (("plain", plain_times), ("ours", our_times)):

@@ -30,7 +30,7 @@ def mask_of(kind: str) -> Tensor | None:
 
 
 @pytest.mark.parametrize("kind", ["seen", "added", "none"])
-@pytest.mark.parametrize("small", [2**16, 0], ids=["products", "kernel"])
+@pytest.mark.parametrize("small", [2**17, 0], ids=["products", "kernel"])
 def test_attention_and_its_gradients(
     kind: str, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
