@@ -1,14 +1,17 @@
 """How near every paper's guided network call and training step come to the machine's matmul.
 
-    python -m tests.bench.roofline [--size bench|micro] [--part sampling|training] [--repeats 5]
+    python -m tests.bench.roofline [--size bench|micro] [--part sampling|training] [--compile]
+                                   [--repeats 5]
 
 The networks are those of the other benches, with random weights, on one thread. FLOPs are counted
 by torch.utils.flop_counter (matmuls, convolutions, attention). Bytes are those that the operations
 read and write, each by itself: what the memory would carry if no cache held anything. The share is
-that of the matmul rate measured here just before.
+that of the matmul rate measured here just before. With --compile each step is also timed as
+torch.compile makes it, in turn with the plain one.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_modules.common.processor import keep_memory
 from tests.bench.cases import CASES, Case
 from tests.bench.machine import matmul_peak, measure, one_thread, processor
 
@@ -64,23 +68,39 @@ def prepared_without_graph(case: Case) -> Callable[[], Any]:
     return call
 
 
-def rows(size: str, parts: Sequence[str], repeats: int, peak: float) -> list[str]:
+def in_turn(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each, measured in turn after two calls."""
+    for run in [*runs, *runs]:
+        run()
+    taken = [[measure(run, 1) for run in runs] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def rows(size: str, parts: Sequence[str], repeats: int, peak: float, compiled: bool) -> list[str]:
     """Measure every paper; rows of a table."""
     found = []
     for name, make in CASES.items():
         for part in parts:
             with torch.no_grad():  # conditions are prepared once
                 case = make(size, "cpu", 1)
-            run = training(case) if part == "training" else prepared_without_graph(case)
+            kind = training if part == "training" else prepared_without_graph
+            run, runs = kind(case), [kind(case)]
+            if compiled:
+                runs.append(kind(case._replace(call=torch.compile(case.call))))
             with FlopCounterMode(display=False) as counter:
                 run()
             with Bytes() as moved:
                 run()
-            taken = measure(run, repeats)
+            torch.compiler.reset()
+            taken, *others = in_turn(runs, repeats)
             flops = counter.get_total_flops()
+            more = "".join(
+                f" {1000 * t:.3g} | {flops / t / peak:.0%} | {taken / t:.2f} |" for t in others
+            )
             found.append(
                 f"| {name} | {part} | {flops / 1e9:.3g} | {moved.total / 1e9:.3g} | "
                 f"{1000 * taken:.3g} | {flops / taken / 1e9:.3g} | {flops / taken / peak:.0%} |"
+                + more
             )
     return found
 
@@ -90,16 +110,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("bench", "micro"), default="bench")
     parser.add_argument("--part", choices=("sampling", "training"))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
     one_thread()
+    keep_memory()
     torch.manual_seed(0)
     peak = matmul_peak(side=64 if args.size == "micro" else 0)
     print(f"{processor()}, 1 thread: matmul at {peak / 1e9:.0f} GFLOP/s in float32\n")
-    print("| network | step | GFLOP | GB | ms | GFLOP/s | share of matmul |")
-    print("|---|---|---|---|---|---|---|")
+    more = " compiled, ms | share | ratio |" if args.compile else ""
+    print(f"| network | step | GFLOP | GB | ms | GFLOP/s | share of matmul |{more}")
+    print("|---|---|---|---|---|---|---|" + "---|" * 3 * args.compile)
     parts = [args.part] if args.part else ["sampling", "training"]
-    print("\n".join(rows(args.size, parts, args.repeats, peak)))
+    print("\n".join(rows(args.size, parts, args.repeats, peak, args.compile)))
 
 
 if __name__ == "__main__":
