@@ -215,8 +215,8 @@ class AutoencoderModule(AdversarialModule):
         o, b = self.config.objective, len(images)
         h, w = images.shape[2] // self.factor, images.shape[3] // self.factor
         rng: dict[str, Any] = {"generator": generator, "device": images.device}
-        noise, positions = TrainingNoise(), [h, w]
         vmae = isinstance(self.network, VMAE)
+        noise, positions = TrainingNoise(), [h * w] if vmae else [h, w]
         tuning = vmae and o.tuning_start is not None and self.batches_seen >= o.tuning_start
         if vmae and o.mask_ratio > 0 and not tuning:
             positions = [visible_patches(h * w, o.mask_ratio)]

@@ -278,6 +278,17 @@ def test_the_second_stage_starts_from_the_first_at_another_size(tmp_path: Path) 
         module(vit={"embed_dim": 16}, start=start).setup("fit")
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_vmae_draws_latents_of_all_that_it_sees(ratio: float) -> None:
+    vmae, images = module(objective={"mask_ratio": ratio}), pictures()
+    noise = vmae.draw(images, torch.Generator().manual_seed(0))
+    assert noise.posterior is not None and (noise.mask is None) == (ratio == 0)
+    made = vmae(images, noise)
+    assert made.mean.shape == noise.posterior.shape
+    vmae.loss(images, made)[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in vmae.parameters())
+
+
 def test_noise_reaches_the_input_of_dae_alone(tmp_path: Path) -> None:
     images = pictures()
     for kind in ("ae", "dae"):
