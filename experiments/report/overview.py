@@ -248,8 +248,8 @@ def _published(paper: str, name: str, table: Table) -> str:
         for row, cells in table.rows.items()
     ]
     about = f"{table.source}; evidence: {table.evidence}; {table.protocol}"
-    if table.sweep is None:
-        about += ". No sweep of this suite measures it: its data are not embedded."
+    if table.reason:
+        about += f". No sweep of this suite measures it: {table.reason}."
     body = html_table([table.setting or "", *table.columns], rows)
     return anchor(f"{paper}-{name}", section(f"Published, {paper}: {table.title}", body, about))
 

@@ -32,8 +32,10 @@ class Table:
     """Value of `setting` -> published score -> number."""
     sweep: str | None = None
     """Name of the sweep that measures these rows."""
+    reason: str = ""
+    """Why no sweep does."""
     setting: str | None = None
-    """The setting whose values are the rows of that sweep."""
+    """The setting whose values are the rows of that sweep; without one they stand apart."""
     across: str | None = None
     """The setting whose values are the columns, where these are no scores."""
 
@@ -62,6 +64,8 @@ class Claim:
     """The values, or the word of a monotone claim."""
     where: dict[str, Any] = field(default_factory=dict)
     """Values of other settings for which it is said; without one it is a mean over them."""
+    reason: str = ""
+    """Why nothing of this suite tests it."""
 
 
 @dataclass
@@ -93,7 +97,8 @@ def load_published(path: Path) -> Published:
     """Read a file of published numbers.
 
     Raises:
-        ValueError: an unknown key or mark of evidence, or a row with a score that is no column.
+        ValueError: an unknown key or mark of evidence, a row with a score that is no column, or
+            a table or claim that has neither a sweep nor a reason.
     """
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     tables = {name: build(Table, table) for name, table in content.get("tables", {}).items()}
@@ -110,13 +115,15 @@ def load_published(path: Path) -> Published:
         strange = {score for row in table.rows.values() for score in row} - table.columns.keys()
         if strange:
             raise ValueError(f"{path}: {name} has no column {sorted(strange)[0]!r}")
+        if bool(table.sweep) == bool(table.reason):
+            raise ValueError(f"{path}: {name} needs a sweep, or a reason why it has none")
     return Published(tables, claims)
 
 
 def _wrong(claim: Claim) -> str:
     """Say what keeps a claim from being tested; "" for one that can be, or says it cannot."""
     if claim.test is None:
-        return ""
+        return "" if claim.reason else "needs a test, or a reason why it has none"
     if claim.test not in get_args(Test):
         return f"has the test {claim.test}, which is none of {', '.join(get_args(Test))}"
     if not (claim.sweep and claim.score and claim.setting):

@@ -116,6 +116,7 @@ def test_wrong_claims_are_refused(tmp_path: Path) -> None:
         ("{test: better, sweep: a}", "has a test and no sweep, score or setting"),
         ("{test: better, sweep: a, score: b, setting: c, values: [1]}", "needs 2 values"),
         ("{test: monotone, sweep: a, score: b, setting: c, values: [up]}", "rising or falling"),
+        ("{claim: dogs are better}", "'dogs are better' needs a test, or a reason"),
     ]:
         path.write_text(f"claims: [{text}]")
         with pytest.raises(ValueError, match=message):
