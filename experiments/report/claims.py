@@ -59,7 +59,7 @@ def verdict(claim: Claim, runs: Sequence[SweepRun], metrics: Mapping[str, Metric
         metrics: which way a score is better.
     """
     if claim.test is None or claim.score is None or claim.setting is None:
-        return Verdict("not measured", "no sweep of this suite can show it")
+        return Verdict("not measured", claim.reason)
     found = [
         run
         for run in over_seeds(runs)
