@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-DRAWN_AT_ONCE = 32  # rows whose probabilities stay in a core's cache
+DRAWN_AT_ONCE = 128  # rows that are drawn together on a CPU, whose caches hold them
 FEW = 1024  # labels that are cumulated one by one
 BLOCK = 64  # labels of a block, where there are more
 GPU_ROWS = 2**14  # rows of logits that a GPU holds at once (512 MiB of 8192 codes)

@@ -22,7 +22,7 @@ CHANCES = 6  # stream of the seeds
 COLDEST = 1e-6  # temperature 0 is the limit, in which the likeliest token has everything
 FARTHEST = -1e30  # finite in float32
 AT_ONCE = 256  # rows that pass the head together
-IN_CACHE = 2**18  # logits that are measured together
+IN_CACHE = 2**20  # logits that are measured together
 
 
 @dataclass(frozen=True)
