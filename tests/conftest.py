@@ -24,12 +24,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 @pytest.fixture(autouse=True)
 def processor_as_before() -> Iterator[None]:
     """Undo what a door does to the whole process; hypothesis insists on all floats."""
-    products = getattr(torch.backends.mkldnn, "matmul", None)
-    precision = getattr(products, "fp32_precision", None)
     yield
     torch.set_flush_denormal(False)
-    if products is not None:
-        products.fp32_precision = precision
+    torch.set_float32_matmul_precision("highest")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_modules.common.attention import attend
 from tests.bench import gpu, roofline
 from tests.bench.cases import CASES
 from tests.bench.machine import network_share, processor
@@ -18,6 +21,13 @@ def test_the_roofline_has_a_row_per_paper_and_step(capsys: pytest.CaptureFixture
     for name in CASES:  # forwards and backwards cost about three times as much, attention more
         ratio = flops[f"| {name}", "training"] / flops[f"| {name}", "sampling"]
         assert 2 < ratio < 4.5
+
+
+def test_the_roofline_counts_blockwise_attention() -> None:
+    q, k, v = (torch.randn(1, 2, 600, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False, custom_mapping=roofline.ATTENTION) as counter:
+        attend(q, k, v).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 600 * 600 * 8
 
 
 def test_everything_for_a_card_runs_on_a_processor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,7 @@ def kept(
     if others:
         batch["low"] = torch.empty(count, *module.low_grid, **numbers)
     again = keep_blocks(module) or trainer.checkpoint_activations
-    with Pretend(precision_on(loop, trainer)) as pretend:
+    with Pretend(precision_on(loop, trainer), not on_gpu(trainer)) as pretend:
         found = kept_by(module, lambda: module.loss(batch, torch.Generator()))
     copies = pretend.copies
     return found.bytes(again, copies), sum(copies.values())
@@ -174,11 +174,16 @@ def kept(
 
 def precision_on(loop: Loop, trainer: TrainerConfig) -> str:
     """Return the arithmetic of a training on the kind of device that it asks for."""
+    mixed = on_gpu(trainer)
+    return {"auto": "bf16-mixed" if mixed else "32-true"}.get(loop.precision, loop.precision)
+
+
+def on_gpu(trainer: TrainerConfig) -> bool:
+    """Say whether a training asks for a GPU."""
     import torch
 
     there = trainer.accelerator == "auto" and torch.cuda.is_available()
-    mixed = there or trainer.accelerator == "cuda"
-    return {"auto": "bf16-mixed" if mixed else "32-true"}.get(loop.precision, loop.precision)
+    return there or trainer.accelerator == "cuda"
 
 
 def gathered(module: Any, loop: Loop, trainer: TrainerConfig) -> int:

@@ -97,8 +97,8 @@ def load_published(path: Path) -> Published:
     """Read a file of published numbers.
 
     Raises:
-        ValueError: an unknown key or mark of evidence, a row with a score that is no column, or
-            a table or claim that has neither a sweep nor a reason.
+        ValueError: an unknown key or mark of evidence, a row with a score that is no column, or a
+            table or claim that has both or neither of what measures it and a reason why nothing does.
     """
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     tables = {name: build(Table, table) for name, table in content.get("tables", {}).items()}
@@ -122,8 +122,10 @@ def load_published(path: Path) -> Published:
 
 def _wrong(claim: Claim) -> str:
     """Say what keeps a claim from being tested; "" for one that can be, or says it cannot."""
+    if bool(claim.test) == bool(claim.reason):
+        return "needs a test, or a reason why it has none"
     if claim.test is None:
-        return "" if claim.reason else "needs a test, or a reason why it has none"
+        return ""
     if claim.test not in get_args(Test):
         return f"has the test {claim.test}, which is none of {', '.join(get_args(Test))}"
     if not (claim.sweep and claim.score and claim.setting):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from lightning_modules.common.attention import products, short
 from lightning_modules.common.blocks import blocks_of
 from lightning_modules.common.text import Condition
 
@@ -62,14 +63,16 @@ class Pretend(TorchFunctionMode):
     """Lets a training step run on tensors that hold no numbers.
 
     A number is 0 or False where one is asked for, and all checks pass. A mask picks everything, so
-    that what depends on one is counted at its most. Attention is the fused one.
+    that what depends on one is counted at its most. Attention is that of a device.
 
     Args:
         precision: bf16-mixed and 16-mixed are imitated as autocast on a GPU does them.
+        cpu: whether the device is a CPU, on which short attention keeps its weights.
     """
 
-    def __init__(self, precision: str = "32-true") -> None:
+    def __init__(self, precision: str = "32-true", cpu: bool = False) -> None:
         super().__init__()
+        self.cpu = cpu
         lower = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         self.lower = lower.get(precision)
         self._copies: dict[int, Tensor] = {}  # autocast casts a weight once per pass
@@ -88,7 +91,10 @@ class Pretend(TorchFunctionMode):
             args = [self._to(value, target) for value in args]
             kwargs = {name: self._to(value, target) for name, value in kwargs.items()}
         if func is ATTENTION and args[0].is_meta:
-            return fused_attention(*args, **kwargs)
+            q, k, v = args
+            if self.cpu and self.lower is None and short(q, k) and not kwargs["is_causal"]:
+                return products(q, k, v, kwargs["attn_mask"], kwargs["dropout_p"])
+            return fused_attention(q, k, v, kwargs["attn_mask"])
         return func(*args, **kwargs)
 
     def _to(self, value: Any, dtype: torch.dtype) -> Any:
@@ -124,17 +130,9 @@ def picked(x: Tensor, mask: Tensor, value: Tensor | None = None) -> Tensor | Non
     return None
 
 
-def fused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> Tensor:
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attend as flash attention does, which keeps no matrix of all pairs."""
-    mask = None if attn_mask is None else attn_mask.to(query.dtype)
-    return _Fused.apply(query, key, value, mask)
+    return _Fused.apply(query, key, value, None if mask is None else mask.to(query.dtype))
 
 
 class _Fused(torch.autograd.Function):

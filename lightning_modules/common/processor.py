@@ -17,7 +17,7 @@ def prepare_cpu() -> None:
     if torch.cuda.is_available():
         return
     keep_memory()
-    multiply_by_onednn()
+    multiply_by_onednn()  # makes torch's threads, so what is forked later should compute on one
 
 
 def keep_memory() -> None:
@@ -37,20 +37,19 @@ def multiply_by_onednn() -> bool:
     """Let oneDNN multiply float32 matrices in place of MKL, where it does so in float32.
 
     MKL takes no AVX-512 on AMD's processors; oneDNN does, and is twice as fast there. torch asks it
-    only where bfloat16 would be allowed, and where AMX is, oneDNN makes use of that: so a product
-    is looked at, and MKL stays where it is not exact.
+    only where bfloat16 would be allowed, and where AMX is, oneDNN makes use of that: so products
+    are looked at, and MKL stays where they are not exact.
 
     Returns:
         Whether oneDNN is asked.
     """
-    precision = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-    if precision is None or not torch.backends.mkldnn.is_available():
-        return False
+    before = torch.get_float32_matmul_precision()
     rng = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=rng) for _ in range(2))
-    exact = a.double() @ b.double()
-    precision.fp32_precision = "bf16"
-    if float((a @ b - exact).norm() / exact.norm()) < ROUNDING:
-        return True
-    precision.fp32_precision = "ieee"
-    return False
+    a, b = (torch.randn(4, 128, 128, generator=rng) for _ in range(2))
+    torch.set_float32_matmul_precision("medium")
+    for x, y in [(a, b), (a.flatten(0, 1), b[0])]:
+        exact = x.double() @ y.double()
+        if float((x @ y - exact).norm() / exact.norm()) > ROUNDING:
+            torch.set_float32_matmul_precision(before)
+            return False
+    return True

@@ -39,15 +39,12 @@ def as_shipped(run: Callable[[], Result]) -> Callable[[], Result]:
     """Let the other side of a comparison multiply as torch does where nobody asks for more."""
 
     def alone() -> Result:
-        products = getattr(torch.backends.mkldnn, "matmul", None)
-        precision = getattr(products, "fp32_precision", None)
-        if products is None:
-            return run()
-        products.fp32_precision = "ieee"
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
         try:
             return run()
         finally:
-            products.fp32_precision = precision
+            torch.set_float32_matmul_precision(precision)
 
     return alone
 

@@ -18,6 +18,7 @@ from experiments.papers.registry import load
 from experiments.pipeline.plan import plan
 from experiments.pipeline.stage import Log
 from experiments.pipeline.store import Store
+from lightning_modules.common.processor import prepare_cpu
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -43,6 +44,7 @@ def prepare(folder: Path, prompts: int) -> None:
 
 def work(folder: Path, prompts: int, until: str = "score") -> None:
     """Do the stages of a run up to one of that name."""
+    prepare_cpu()
     words = [
         f"eval.prompts={prompts}",
         f"data.val_size={3 * prompts}",

@@ -54,13 +54,22 @@ def test_causal_attention() -> None:
     torch.testing.assert_close(attend(q, k, v, causal=True), own)
 
 
-def test_a_query_that_sees_nothing_is_no_nan() -> None:
+def test_a_query_that_sees_nothing_has_zeros() -> None:
     q, k, v = operands()
     seen = torch.ones(3, 1, 1, 5, dtype=torch.bool)
     seen[1] = False
-    out = attend(q, k, v, seen)
-    assert out.isfinite().all()
-    torch.testing.assert_close(out[0], attend(q, k, v)[0])
+    torch.testing.assert_close(attend(q, k, v, seen)[1], torch.zeros_like(q[1]))
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(attend(q, k, v, seen), theirs)
+
+
+def test_sixteen_bits_are_added_up_in_float32() -> None:
+    q, k, v = (x.detach().bfloat16() for x in operands())
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(attend(q, k, v).double(), exact, atol=1e-2, rtol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        assert torch.equal(attend(q.float(), k.float(), v.float()), own)
 
 
 def test_dropout_keeps_the_mean() -> None:

@@ -1,38 +1,60 @@
 """What is chosen for a CPU never costs exactness."""
 
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.common import processor
-from lightning_modules.common.processor import keep_memory, multiply_by_onednn
+from lightning_modules.common.processor import multiply_by_onednn
 
 
-def test_products_are_as_exact_as_float32() -> None:
-    keep_memory()
+@pytest.mark.parametrize("shape", [(1, 3, 2), (512, 96, 64), (33, 700, 129)])
+@pytest.mark.parametrize("batch", [(), (6,)], ids=["one", "many"])
+def test_products_are_as_exact_as_float32(
+    shape: tuple[int, int, int], batch: tuple[int, ...]
+) -> None:
     multiply_by_onednn()
-    rng = torch.Generator().manual_seed(1)
-    for rows, inner, columns in [(1, 3, 2), (512, 96, 64), (33, 700, 129)]:
-        a, b = (torch.randn(s, generator=rng) for s in [(rows, inner), (inner, columns)])
-        exact = a.double() @ b.double()
-        assert float((a @ b - exact).norm() / exact.norm()) < 1e-6
+    rng, (rows, inner, columns) = torch.Generator().manual_seed(1), shape
+    a, b = (torch.randn(*batch, *s, generator=rng) for s in [(rows, inner), (inner, columns)])
+    exact = a.double() @ b.double()
+    assert float((a @ b - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_an_inexact_product_is_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = SimpleNamespace(fp32_precision="ieee")
-    backend = SimpleNamespace(matmul=own, is_available=lambda: True)
-    monkeypatch.setattr(processor.torch.backends, "mkldnn", backend)
+def test_onednn_is_asked_where_products_stay_exact() -> None:
+    before = torch.get_float32_matmul_precision()
+    asked = multiply_by_onednn()
+    assert torch.get_float32_matmul_precision() == ("medium" if asked else before)
 
-    def product(a: Tensor, b: Tensor) -> Tensor:  # as AMX would
-        return torch.mm(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else a.mm(b)
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_an_inexact_product_is_left_to_mkl(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = Tensor.__matmul__
+
+    def product(a: Tensor, b: Tensor) -> Tensor:  # as AMX would, once it is allowed
+        allowed = torch.get_float32_matmul_precision() == "medium"
+        if a.dtype == torch.float32 and allowed and rounded:
+            return exact(a.bfloat16().float(), b.bfloat16().float())
+        return exact(a.double(), b.double()).to(a.dtype)
 
     monkeypatch.setattr(Tensor, "__matmul__", product)
-    assert not multiply_by_onednn()
-    assert own.fp32_precision == "ieee"
+    assert multiply_by_onednn() is not rounded
+    assert torch.get_float32_matmul_precision() == ("highest" if rounded else "medium")
 
 
-def test_a_torch_without_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor.torch.backends, "mkldnn", SimpleNamespace())
-    assert not multiply_by_onednn()
+def test_memory_is_kept() -> None:
+    """A tensor that is freed costs no page faults when it is made again."""
+    code = """
+import resource, torch
+from lightning_modules.common.processor import prepare_cpu
+prepare_cpu()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert second < first / 10
