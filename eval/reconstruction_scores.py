@@ -73,7 +73,7 @@ def reconstruction_measure(
             rows["labels"] = classifier.read(made)[0].to(torch.int16)
             models["labels"] = classifier.name
         if levels:
-            noise = latent_noise(encoded, first, seed)
+            noise = latent_noise(encoded, first, seed) if any(levels) else encoded
             rows |= smoothness_rows(first_stage.decode, encoded, noise, images, levels, classifier)
         if levels and classifier is not None:
             models["features"] = classifier.name
@@ -104,7 +104,8 @@ def smoothness_rows(
 
     Args:
         decode: latents [B, C, h, w] to images [B, 3, H, W] in [-1, 1].
-        latents: [B, C, h, w] means of the posteriors, channels of unit standard deviation.
+        latents: [B, C, h, w] means of the posteriors, channels of unit standard deviation; or
+            tokens [B, h, w], to which nothing can be added.
         noise: [B, C, h, w] standard normal.
         images: [B, 3, H, W] uint8 originals.
         levels: strengths of the noise.
@@ -115,7 +116,7 @@ def smoothness_rows(
     """
     rows = {} if classifier is None else {"features": classifier.read(images)[1]}
     for level in levels:
-        made = to_eight_bit(decode(latents + level * noise))
+        made = to_eight_bit(decode(latents + level * noise if level else latents))
         if classifier is not None:
             rows[f"features{NOISE}{level:g}"] = classifier.read(made)[1]
         if level:  # without noise it is the PSNR of the reconstruction
@@ -239,7 +240,7 @@ def score_reconstruction(
     Returns:
         scores: `prefix`/psnr, /ssim, /l1, /mse, with LPIPS also /lpips or /lpips_scenes, with a
             codebook /codebook_usage and /codebook_perplexity; of scenes /scene_accuracy and its
-            parts; of continuous latents those of eval/latents.py.
+            parts; where noise was added, be it of strength 0, those of eval/latents.py.
         verdicts: those of `score_labels`, or an empty one per picture.
     """
     about = {k: v for k, v in what.items() if k not in ("resamples", "seed")}

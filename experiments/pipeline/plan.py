@@ -115,12 +115,13 @@ def plan(paper: str, run: RunSettings) -> Plan:
     scenes = extractor if isinstance(extractor, SceneRows) else None
     alone = drawing is None
     continuous = run.FIRST_STAGE.statistics
+    levels = LEVELS if continuous else (0.0,) if scenes else ()  # tokens take no noise
     rows = ReconstructionRows(
         lpips=run.lpips(),
         scenes=scenes,
         show=max(1, e.grid // 2),
         seed=e.seed,
-        levels=LEVELS if alone and continuous else (),
+        levels=levels if alone else (),
         compress=alone and continuous and scenes is not None,
     )
     real = Features(Pictures(data.captions("val", e.prompts)), rows, first)

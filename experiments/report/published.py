@@ -98,7 +98,7 @@ def load_published(path: Path) -> Published:
 
     Raises:
         ValueError: an unknown key or mark of evidence, a row with a score that is no column, or a
-            table or claim that has both or neither of what measures it and a reason why nothing does.
+            table or claim that has both what measures it and a reason why nothing does, or neither.
     """
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     tables = {name: build(Table, table) for name, table in content.get("tables", {}).items()}
