@@ -16,7 +16,7 @@ from data.files import write_json
 from eval.choices import CHOICES, OF_MOMENTS, WIDTHS, Wanted, wanted
 from eval.spaces import SPACES
 from experiments.checkpoint import find_device
-from experiments.cli import first_line, show_outcome, speaker
+from experiments.cli import first_line, prepare_torch, show_outcome, speaker
 from experiments.evaluation.options import Door, Options, make_parser
 from experiments.evaluation.results import guard, remember, result
 from experiments.evaluation.sources import (
@@ -165,6 +165,7 @@ def work(
     command: str,
 ) -> None:
     """Do the stages, write result.json and show the scores."""
+    prepare_torch()  # a folder is read without a checkpoint, whose loading would do it
     from experiments.pipeline.runner import check_writable, in_one_line
 
     args, say = options.args, speaker()
