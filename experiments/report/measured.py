@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments.agent import text_of
 from experiments.grid import SEEDS, Sweep, SweepRun, make_runs, read_sweep
-from experiments.report.scores import parent_of
+from experiments.report.scores import parent_of, scans
 from experiments.settings import ConfigError
 
 HEADS = ["sweep", "paper", "scale", "settings", "score", "value", "low", "high", "n"]
@@ -27,7 +27,7 @@ class Done(NamedTuple):
 
 
 def measured_csv(sweeps: Iterable[Done]) -> str:
-    """Return a line for every score of every run but those of its parts, to six digits."""
+    """Return a line for every score of every run, to six digits; of parts only curves."""
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(HEADS)
@@ -42,8 +42,9 @@ def measured_csv(sweeps: Iterable[Done]) -> str:
             writer.writerow([*head, WORDS, shared, seeds, draws, ""])
         for run in scored:
             head = [sweep.name, run.paper, run.scale, _settings(run)]
+            curves = {name for curve in scans(run.scores).values() for name in curve.values()}
             for name, score in run.scores.items():
-                if not parent_of(name, run.scores):
+                if name in curves or not parent_of(name, run.scores):
                     numbers = [score.get(key) for key in ("value", "low", "high")]
                     writer.writerow([*head, name, *map(_digits, numbers), score.get("n")])
             for prefix, places in run.right.items():

@@ -59,6 +59,14 @@ def test_parts_of_scores_stay_out() -> None:
     assert "scene_accuracy/color" not in measured_csv([done])
 
 
+def test_curves_are_kept() -> None:
+    done = measured("ldmae_smoothness")
+    for name in ("eval/rfd_scenes", "eval/rfd_scenes/noise=0.3", "eval/psnr/noise=0.1"):
+        done.runs[0].scores[name] = {"value": 0.25}
+    table = measured_csv([done])
+    assert "eval/rfd_scenes/noise=0.3" in table and "eval/psnr/noise=0.1" in table
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_bits_come_back(bits: list[bool]) -> None:
     assert _bits(_hexadecimal(bits), len(bits)) == bits
