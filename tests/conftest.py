@@ -23,7 +23,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 @pytest.fixture(autouse=True)
 def processor_as_before() -> Iterator[None]:
-    """Undo what a door does to the whole process; hypothesis insists on all floats."""
+    """Undo what a door does to a process's arithmetic; hypothesis insists on all floats."""
     yield
     torch.set_flush_denormal(False)
     torch.set_float32_matmul_precision("highest")
